@@ -1,0 +1,22 @@
+"""User history for TorchRec DLRMs, encoded once per request and read by every candidate."""
+
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.models.build import ModelConfig, build_model
+from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
+from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.history import AmortizedHistoryArch, HistoryState
+from torchrec_amort.schema import Feature, InputError, RequestSchema
+
+__all__ = [
+    "RequestBatch",
+    "AmortizedHistoryArch",
+    "HistoryState",
+    "AmortizedDLRM",
+    "AmortizedDLRMTrain",
+    "EventEncoder",
+    "Feature",
+    "InputError",
+    "ModelConfig",
+    "RequestSchema",
+    "build_model",
+]

@@ -1,0 +1,1 @@
+"""What is launched: one module for each command."""

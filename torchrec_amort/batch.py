@@ -1,0 +1,486 @@
+"""RequestBatch: the one thing that flows from the data to the model.
+
+Shape suffixes: B requests; C candidates, N history events, all requests together; I dense inputs; T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from torchrec_amort.schema import Feature, InputError, RequestSchema, Side, refuse_missing
+
+
+@dataclass(eq=False)
+class RequestBatch(Pipelineable):
+    """B requests with all their candidates and histories.
+
+    Args:
+        request_dense: float [B, I_r]; I_r may be 0.
+        candidate_dense: float [C, I_c]; I_c may be 0.
+        request_sparse: ids of the request, stride B.
+        candidate_sparse: ids of each candidate, stride C.
+        sequences: stride B: a list of ids per request for each feature of its history events
+            (`history_item`, ...; oldest first) and for its candidates' items (`candidate_item`).
+        num_candidates: int64 [B], each at least 1; their sum is C.
+        labels: float [C, T], or None when scoring.
+        users: int64 [B], or None: whose request it is. Never an input of the model: metrics group by it.
+
+    Example::
+
+        batch = RequestBatch.from_requests(
+            [{"user_id": 7, "history_item": [3, 4], "candidate_item": [5, 6, 8]}], schema
+        )
+        logits_CT = model(batch)
+    """
+
+    request_dense: Tensor
+    candidate_dense: Tensor
+    request_sparse: KeyedJaggedTensor
+    candidate_sparse: KeyedJaggedTensor
+    sequences: KeyedJaggedTensor
+    num_candidates: Tensor
+    labels: Tensor | None = None
+    users: Tensor | None = None
+
+    @classmethod
+    def from_requests(
+        cls, requests: Sequence[Mapping[str, Any]], schema: RequestSchema, history_length: int | None = None
+    ) -> RequestBatch:
+        """Build a batch from plain Python requests.
+
+        Args:
+            requests: one mapping per request from column to value: a number, or a list with one entry per
+                event or candidate. Labels may be left out, by all requests alike.
+            schema: what the requests are made of.
+            history_length: see `from_arrow`.
+
+        Raises:
+            InputError: a request does not fit the schema; see `validate`.
+
+        Example::
+
+            RequestBatch.from_requests([{"history_item": [3, 4], "candidate_item": [5]}], schema)
+        """
+        known = schema.arrow_schema()
+        if not requests:
+            raise InputError("requests: an empty list: a batch needs at least 1 request")
+        columns = {}
+        for name in [name for name in known.names if any(name in request for request in requests)]:
+            for row, request in enumerate(requests):
+                refuse_missing([name], request, f"requests: request {row}")
+            try:
+                columns[name] = pa.array([request[name] for request in requests], known.field(name).type)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+                raise InputError(f"requests: {name} is not {known.field(name).type}: {error}") from error
+        return cls.from_arrow(pa.table(columns), schema, history_length)
+
+    @classmethod
+    def from_arrow(
+        cls,
+        table: pa.Table,
+        schema: RequestSchema,
+        history_length: int | None = None,
+        *,
+        source: str = "requests",
+        first_row: int = 0,
+    ) -> RequestBatch:
+        """Build a batch from a table with one row per request.
+
+        Args:
+            table: the columns of `schema.arrow_schema()`; `request_id` and `user` may be absent, `time` if
+                no feature needs it, and the labels, all together, when scoring.
+            schema: what the requests are made of.
+            history_length: keep at most this many events of each history, the most recent ones.
+            source: where the table comes from, for error messages.
+            first_row: number of the table's first row there, for error messages.
+
+        Raises:
+            InputError: a column is missing or has nulls, lists of one request differ in length, or what
+                `validate` refuses.
+        """
+        rows = _Rows(table, schema, history_length, source, first_row)
+        labels = [f for f in schema.of("candidate", "label") if f.source in table.column_names]
+        batch = cls(
+            request_dense=rows.dense("request"),
+            candidate_dense=rows.dense("candidate"),
+            request_sparse=rows.sparse("request"),
+            candidate_sparse=rows.sparse("candidate"),
+            sequences=rows.sequences(),
+            num_candidates=torch.from_numpy(rows.num_candidates.astype(np.int64)),
+            labels=rows.stack(schema.of("candidate", "label")) if labels else None,
+            users=torch.from_numpy(rows.scalars("user").copy()) if "user" in table.column_names else None,
+        )
+        return batch.validate(schema.table_sizes, source=source, first_row=first_row)
+
+    def __len__(self) -> int:
+        """The number of requests, B."""
+        return self.num_candidates.numel()
+
+    def _map(self, function: Callable[[Any], Any]) -> RequestBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return RequestBatch(**{name: None if v is None else function(v) for name, v in values.items()})
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
+        """Copy the batch to a device."""
+        return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> RequestBatch:
+        """Copy the batch to page-locked memory, from where it moves to a GPU without blocking."""
+        return self._map(lambda value: value.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that a stream uses the batch."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value.record_stream(stream)
+
+    def to_impressions(self) -> RequestBatch:
+        """The same data as C requests of one candidate each: what an ordinary DLRM scores.
+
+        Returns:
+            RequestBatch: each request's features and history repeated for each of its candidates, in
+            the candidates' order. Scoring it is the baseline that amortizing is measured against.
+
+        Example::
+
+            torch.testing.assert_close(model(batch.to_impressions()), model(batch))
+        """
+        num_impressions = self.candidate_sparse.stride()
+        requests_C = torch.repeat_interleave(self.num_candidates, output_size=num_impressions)
+        items = self.sequences["candidate_item"].values()
+        history_keys = [key for key in self.sequences.keys() if key != "candidate_item"]
+        sequences = _select(self.sequences, requests_C, history_keys)
+        return RequestBatch(
+            request_dense=self.request_dense[requests_C],
+            candidate_dense=self.candidate_dense,
+            request_sparse=_select(self.request_sparse, requests_C, self.request_sparse.keys()),
+            candidate_sparse=self.candidate_sparse,
+            sequences=KeyedJaggedTensor(
+                keys=[*history_keys, "candidate_item"],
+                values=torch.cat([sequences.values(), items]),
+                lengths=torch.cat([sequences.lengths(), torch.ones_like(items)]),
+                stride=num_impressions,
+            ),
+            num_candidates=torch.ones_like(requests_C),
+            labels=self.labels,
+            users=None if self.users is None else self.users[requests_C],
+        )
+
+    def validate(
+        self, table_sizes: Mapping[str, int] | None = None, *, source: str = "batch", first_row: int = 0
+    ) -> RequestBatch:
+        """Refuse a malformed batch.
+
+        Args:
+            table_sizes: rows of the embedding table of each feature (`RequestSchema.table_sizes`). Without
+                it, only negative ids are refused.
+            source: where the batch comes from, for error messages.
+            first_row: number of the first request there, for error messages.
+
+        Returns:
+            RequestBatch: this batch.
+
+        Raises:
+            InputError: lengths do not add up, a candidate count does not match, a request has no
+                candidate, an id is outside its table, or a dense feature or label is not finite. The
+                message names the source, the field, the request and the two numbers that disagree.
+
+        Example::
+
+            model(batch.validate(schema.table_sizes))
+        """
+        _Check(self, table_sizes or {}, source, first_row).run()
+        return self
+
+
+def _select(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> KeyedJaggedTensor:
+    """The given rows of the given keys, in that order; a row may be taken many times."""
+    first_of_key = torch.tensor([kjt.keys().index(key) * kjt.stride() for key in keys], device=rows.device)
+    lists = (first_of_key[:, None] + rows).flatten().long()
+    lengths = kjt.lengths()[lists]
+    ends = torch.cumsum(lengths, 0)
+    # Where an entry goes, less where its list goes, plus where its list comes from.
+    shift = torch.repeat_interleave(kjt.offsets()[lists] - (ends - lengths), lengths)
+    values = kjt.values()[torch.arange(shift.numel(), device=rows.device) + shift]
+    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=rows.numel())
+
+
+class _Rows:
+    """Reads the columns of a table, one row per request, as the parts of a batch."""
+
+    def __init__(
+        self, table: pa.Table, schema: RequestSchema, history_length: int | None, source: str, first_row: int
+    ) -> None:
+        self.table = table.combine_chunks()
+        self.schema = schema
+        self.types = schema.arrow_schema()
+        self.history_length = history_length
+        self.source = source
+        self.first_row = first_row
+        labels = {f.source for f in schema.of("candidate", "label")}
+        scoring = not labels & set(table.column_names)
+        needed = [f.source for f in schema.features if not (scoring and f.source in labels)]
+        refuse_missing([*needed, *(["time"] if schema.needs_time else [])], table.column_names, source)
+        self.num_candidates = self._lengths("candidate_item")
+
+    def _array(self, column: str) -> pa.Array:
+        chunked = self.table.column(column)
+        array = chunked.chunk(0) if chunked.num_chunks else pa.array([], chunked.type)
+        expected = self.types.field(column).type
+        if not array.type.equals(expected):
+            try:
+                array = array.cast(expected)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise InputError(
+                    f"{self.source}: column {column!r} is {array.type}, not {expected}: {error}"
+                ) from error
+        if array.null_count:
+            row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+            raise InputError(f"{self._at(row)}: {column} is null: write an empty list or a value")
+        return array
+
+    def _at(self, row: int) -> str:
+        return f"{self.source}: request {self.first_row + row}"
+
+    def scalars(self, column: str) -> np.ndarray:
+        return self._array(column).to_numpy()
+
+    def _lengths(self, column: str) -> np.ndarray:
+        return self._array(column).value_lengths().to_numpy()
+
+    def _lists(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values and lengths of a column of lists."""
+        return _flat_values(self._array(column), column, self.source), self._lengths(column)
+
+    def _refuse_other_lengths(self, column: str, lengths: np.ndarray, other: str) -> None:
+        expected = self._lengths(other)
+        if len(wrong := np.flatnonzero(lengths != expected)):
+            row = int(wrong[0])
+            raise InputError(
+                f"{self._at(row)}: {column} lists {lengths[row]} entries but {other} lists {expected[row]}: "
+                "they need one entry for each"
+            )
+
+    def _candidates(self, column: str) -> pa.Array:
+        """The entries of a candidate column, one per candidate of all requests."""
+        array = self._array(column)
+        self._refuse_other_lengths(column, array.value_lengths().to_numpy(), "candidate_item")
+        return array.flatten()
+
+    def _entries(self, feature: Feature) -> pa.Array:
+        """The entries of a feature: one per request, or one per candidate."""
+        return self._array(feature.source) if feature.side == "request" else self._candidates(feature.source)
+
+    def stack(self, features: Sequence[Feature]) -> Tensor:
+        """Float columns side by side: [rows, len(features)]."""
+        columns = [_numbers(self._entries(f), f.source, self.source) for f in features]
+        return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32, copy=False))
+
+    def dense(self, side: Side) -> Tensor:
+        if features := self.schema.of(side, "dense"):
+            return self.stack(features)
+        return torch.empty(self._stride(side), 0)
+
+    def _stride(self, side: Side) -> int:
+        return self.table.num_rows if side == "request" else int(self.num_candidates.sum())
+
+    def sparse(self, side: Side) -> KeyedJaggedTensor:
+        values, lengths = [], []
+        features = self.schema.of(side, "id", "ids")
+        for feature in features:
+            entries = self._entries(feature)
+            if feature.kind == "ids":
+                lengths.append(entries.value_lengths().to_numpy())
+                values.append(_flat_values(entries, feature.source, self.source))
+            else:
+                lengths.append(np.ones(len(entries), dtype=np.int64))
+                values.append(_numbers(entries, feature.source, self.source))
+        return _keyed_jagged([f.name for f in features], values, lengths, self._stride(side))
+
+    def sequences(self) -> KeyedJaggedTensor:
+        features = self.schema.sequence_features
+        columns = [self._sequence(feature) for feature in features]
+        values, lengths = zip(*columns, strict=True)
+        return _keyed_jagged([f.name for f in features], values, lengths, self.table.num_rows)
+
+    def _sequence(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
+        values, lengths = self._lists(feature.source)
+        if feature.side == "candidate":
+            return values, lengths
+        self._refuse_other_lengths(feature.source, lengths, "history_item")
+        if feature.kind == "age":
+            values = self._age_buckets(values, lengths)
+        if self.history_length is None:
+            return values, lengths
+        recency = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(values))
+        return values[recency <= self.history_length], np.minimum(lengths, self.history_length)
+
+    def _age_buckets(self, event_times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        times = np.repeat(self.scalars("time"), lengths)
+        ages = times - event_times
+        if len(wrong := np.flatnonzero(ages < 0)):
+            event = int(wrong[0])
+            row = int(np.searchsorted(np.cumsum(lengths), event, side="right"))
+            raise InputError(
+                f"{self._at(row)}: history_time has an event at {event_times[event]}, after the request's "
+                f"time {times[event]}: a history is what was known at the request"
+            )
+        return np.frexp(ages.astype(np.float64))[1].astype(np.int64)
+
+
+def _numbers(array: pa.Array, column: str, source: str) -> np.ndarray:
+    if array.null_count:
+        raise InputError(f"{source}: {column} has {array.null_count} nulls in its lists: write values")
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _flat_values(array: pa.Array, column: str, source: str) -> np.ndarray:
+    return _numbers(array.flatten(), column, source)
+
+
+def _keyed_jagged(
+    keys: list[str], values: Sequence[np.ndarray], lengths: Sequence[np.ndarray], stride: int
+) -> KeyedJaggedTensor:
+    empty = np.empty(0, dtype=np.int64)
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.from_numpy(np.concatenate([empty, *values]).astype(np.int64, copy=False)),
+        lengths=torch.from_numpy(np.concatenate([empty, *lengths]).astype(np.int64, copy=False)),
+        stride=stride,
+    )
+
+
+class _Check:
+    """The checks of `RequestBatch.validate`, in the order in which one makes the next meaningful."""
+
+    def __init__(
+        self, batch: RequestBatch, table_sizes: Mapping[str, int], source: str, first_row: int
+    ) -> None:
+        self.batch = batch
+        self.table_sizes = table_sizes
+        self.source = source
+        self.first_row = first_row
+
+    def run(self) -> None:
+        self._counts()
+        self._rows()
+        for name, kjt, per_candidate in (
+            ("request_sparse", self.batch.request_sparse, False),
+            ("candidate_sparse", self.batch.candidate_sparse, True),
+            ("sequences", self.batch.sequences, False),
+        ):
+            self._lengths(name, kjt)
+            self._ids(name, kjt, per_candidate)
+        self._sequence_lengths()
+        self._finite("request_dense", self.batch.request_dense, False)
+        self._finite("candidate_dense", self.batch.candidate_dense, True)
+        if self.batch.labels is not None:
+            self._finite("labels", self.batch.labels, True)
+
+    def _request(self, row: int) -> str:
+        return f"{self.source}: request {self.first_row + row}"
+
+    def _candidate(self, candidate: int) -> str:
+        ends_B = torch.cumsum(self.batch.num_candidates.cpu(), 0)
+        row = int(torch.searchsorted(ends_B, candidate, right=True))
+        start = int(ends_B[row]) - int(self.batch.num_candidates[row])
+        return f"{self._request(row)}, candidate {candidate - start}"
+
+    def _counts(self) -> None:
+        counts = self.batch.num_candidates
+        if counts.dim() != 1 or counts.dtype != torch.int64:
+            raise InputError(
+                f"{self.source}: num_candidates is {counts.dtype} with shape {tuple(counts.shape)}, not int64 [B]"
+            )
+        if len(empty := torch.nonzero(counts < 1)):
+            row = int(empty[0])
+            raise InputError(
+                f"{self._request(row)}: num_candidates is {int(counts[row])}, not 1 or more: leave the request out"
+            )
+
+    def _rows(self) -> None:
+        batch, requests = self.batch, len(self.batch)
+        candidates = int(batch.num_candidates.sum())
+        rows = {
+            "request_dense": (batch.request_dense.shape[0], requests),
+            "request_sparse": (batch.request_sparse.stride(), requests),
+            "sequences": (batch.sequences.stride(), requests),
+            "candidate_dense": (batch.candidate_dense.shape[0], candidates),
+            "candidate_sparse": (batch.candidate_sparse.stride(), candidates),
+        }
+        if batch.users is not None:
+            rows["users"] = (batch.users.shape[0], requests)
+        if batch.labels is not None:
+            rows["labels"] = (batch.labels.shape[0], candidates)
+        for name, (have, expected) in rows.items():
+            if have != expected:
+                raise InputError(
+                    f"{self.source}: {name} has {have} rows, but num_candidates tells of {requests} requests "
+                    f"and {candidates} candidates, so {expected} are needed"
+                )
+
+    def _lengths(self, name: str, kjt: KeyedJaggedTensor) -> None:
+        expected = len(kjt.keys()) * kjt.stride()
+        if kjt.lengths().numel() != expected:
+            raise InputError(
+                f"{self.source}: {name} has {kjt.lengths().numel()} lengths for {len(kjt.keys())} keys of "
+                f"{kjt.stride()} rows, not {expected}"
+            )
+        lengths = kjt.lengths().view(len(kjt.keys()), kjt.stride())
+        if len(negative := torch.nonzero(lengths < 0)):
+            key, row = negative[0].tolist()
+            raise InputError(
+                f"{self._request(row)}: {name}[{kjt.keys()[key]!r}] has length {int(lengths[key, row])}, below 0"
+            )
+        if int(lengths.sum()) != kjt.values().numel():
+            raise InputError(
+                f"{self.source}: the lengths of {name} add up to {int(lengths.sum())}, "
+                f"but it has {kjt.values().numel()} values"
+            )
+
+    def _ids(self, name: str, kjt: KeyedJaggedTensor, per_candidate: bool) -> None:
+        lengths = kjt.lengths().view(len(kjt.keys()), kjt.stride())
+        ids_of_key = kjt.values().split(lengths.sum(1).tolist())
+        for key, ids, lengths_of_key in zip(kjt.keys(), ids_of_key, lengths, strict=True):
+            size = self.table_sizes.get(key)
+            wrong = (ids < 0) if size is None else (ids < 0) | (ids >= size)
+            if wrong.any():
+                position = int(torch.nonzero(wrong)[0])
+                row = int(torch.searchsorted(torch.cumsum(lengths_of_key, 0), position, right=True))
+                where = self._candidate(row) if per_candidate else self._request(row)
+                limit = "0 or more" if size is None else f"0 to {size - 1}, the rows of its table"
+                raise InputError(
+                    f"{where}: {name}[{key!r}] has id {int(ids[position])}, not {limit}: map the id or enlarge "
+                    "the table"
+                )
+
+    def _sequence_lengths(self) -> None:
+        sequences = self.batch.sequences
+        for key in sequences.keys():
+            candidate = key == "candidate_item"
+            expected = self.batch.num_candidates if candidate else sequences["history_item"].lengths()
+            other = "num_candidates" if candidate else "sequences['history_item']"
+            have = sequences[key].lengths()
+            if len(wrong := torch.nonzero(have != expected)):
+                row = int(wrong[0])
+                raise InputError(
+                    f"{self._request(row)}: sequences[{key!r}] has {int(have[row])} entries, "
+                    f"but {other} tells of {int(expected[row])}"
+                )
+
+    def _finite(self, name: str, values: Tensor, per_candidate: bool) -> None:
+        if len(wrong := torch.nonzero(~torch.isfinite(values))):
+            row, column = wrong[0].tolist()
+            where = self._candidate(row) if per_candidate else self._request(row)
+            raise InputError(f"{where}: {name} column {column} is {float(values[row, column])}, not a finite number")
+

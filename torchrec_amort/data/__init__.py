@@ -1,0 +1,1 @@
+"""From logs to request-level Parquet to RequestBatch."""

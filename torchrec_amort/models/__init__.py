@@ -1,0 +1,1 @@
+"""Modules put together with TorchRec into models."""

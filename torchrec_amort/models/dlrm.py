@@ -1,0 +1,189 @@
+"""AmortizedDLRM: a TorchRec DLRM that reads user history at the price of one encoding per request.
+
+Shape suffixes: B requests; C candidates, all requests together; D embedding dimension; F features;
+I dense inputs; T tasks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch, SparseArch
+from torchrec.modules.crossnet import LowRankCrossNet
+
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.history import AmortizedHistoryArch
+
+
+class AmortizedDLRM(nn.Module):
+    """A DLRM whose interaction has one slot more: what the candidate makes of its request's history.
+
+    Request ids are looked up once per request, candidate ids once per candidate, and the items of
+    histories and candidates in one collection of sequences; request features are expanded to candidates
+    after lookup. Dense, interaction and over arch are TorchRec's own.
+
+    Args:
+        candidate_embedding_bag_collection: tables of the candidates' ids (`batch.candidate_sparse`).
+        request_embedding_bag_collection: tables of the requests' ids (`batch.request_sparse`), or None if
+            requests have no ids.
+        dense_in_features: I, dense inputs of a request and a candidate together. If 0, the dense arch
+            reads a constant 1.
+        dense_arch_layer_sizes: layer sizes of the `DenseArch`; the last one is D.
+        over_arch_layer_sizes: layer sizes of the `OverArch`; the last one is T.
+        history_embedding_collection: tables of history events and of `candidate_item`
+            (`batch.sequences`); None, with the next two, for the control without history.
+        event_encoder: makes one vector of each history event.
+        history_arch: makes one vector of each candidate and its request's history.
+        interaction: `"dot"` (`InteractionArch`) or `"dcn"` (`InteractionDCNArch`).
+        dcn_num_layers: cross layers of the DCN interaction.
+        dcn_low_rank_dim: rank of the cross layers.
+        dense_device: where to put all weights but the tables.
+
+    Raises:
+        ValueError: some but not all of the history's three parts are given, or an embedding dimension is
+            not D.
+
+    Example::
+
+        model = AmortizedDLRM(
+            candidate_embedding_bag_collection=candidate_ebc,
+            request_embedding_bag_collection=request_ebc,
+            dense_in_features=0,
+            dense_arch_layer_sizes=[32],
+            over_arch_layer_sizes=[64, 1],
+            history_embedding_collection=history_ec,
+            event_encoder=EventEncoder(["history_item"], embedding_dim=32, max_length=100),
+            history_arch=AmortizedHistoryArch(embedding_dim=32),
+        )
+        logits_CT = model(batch)
+    """
+
+    def __init__(
+        self,
+        *,
+        candidate_embedding_bag_collection: EmbeddingBagCollection,
+        request_embedding_bag_collection: EmbeddingBagCollection | None,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        history_embedding_collection: EmbeddingCollection | None = None,
+        event_encoder: EventEncoder | None = None,
+        history_arch: AmortizedHistoryArch | None = None,
+        interaction: str = "dot",
+        dcn_num_layers: int = 2,
+        dcn_low_rank_dim: int = 32,
+        dense_device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        history_parts = (history_embedding_collection, event_encoder, history_arch)
+        if any(part is None for part in history_parts) and any(part is not None for part in history_parts):
+            raise ValueError(
+                "history_embedding_collection, event_encoder and history_arch go together: give all or none"
+            )
+        embedding_dim = dense_arch_layer_sizes[-1]
+        tables = candidate_embedding_bag_collection.embedding_bag_configs()
+        if request_embedding_bag_collection is not None:
+            tables = tables + request_embedding_bag_collection.embedding_bag_configs()
+        if history_embedding_collection is not None:
+            tables = tables + history_embedding_collection.embedding_configs()
+        for table in tables:
+            if table.embedding_dim != embedding_dim:
+                raise ValueError(
+                    f"table {table.name!r} has embedding_dim {table.embedding_dim}, but the dense arch ends in "
+                    f"{embedding_dim}: all vectors of the interaction need one size"
+                )
+
+        self.sparse_arch = SparseArch(candidate_embedding_bag_collection)
+        self.request_sparse_arch = (
+            None if request_embedding_bag_collection is None else SparseArch(request_embedding_bag_collection)
+        )
+        self.history_embedding_collection = history_embedding_collection
+        self.event_encoder = event_encoder
+        self.history_arch = history_arch
+        self.dense_in_features = dense_in_features
+        self.dense_arch = DenseArch(max(1, dense_in_features), dense_arch_layer_sizes, device=dense_device)
+
+        num_slots = self.sparse_arch.F + (history_arch is not None)
+        if self.request_sparse_arch is not None:
+            num_slots += self.request_sparse_arch.F
+        self.inter_arch: nn.Module
+        if interaction == "dot":
+            self.inter_arch = InteractionArch(num_slots).to(dense_device)
+            over_in_features = embedding_dim + num_slots * (num_slots + 1) // 2
+        elif interaction == "dcn":
+            over_in_features = (num_slots + 1) * embedding_dim
+            crossnet = LowRankCrossNet(over_in_features, dcn_num_layers, dcn_low_rank_dim)
+            self.inter_arch = InteractionDCNArch(num_slots, crossnet).to(dense_device)
+        else:
+            raise ValueError(f"interaction is {interaction!r}, not 'dot' or 'dcn'")
+        self.over_arch = OverArch(over_in_features, over_arch_layer_sizes, device=dense_device)
+
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Score every candidate of every request.
+
+        Args:
+            batch: B requests with C candidates.
+
+        Returns:
+            Tensor: logits [C, T].
+        """
+        slots_CFD = [self.sparse_arch(batch.candidate_sparse)]
+        if self.request_sparse_arch is not None:
+            request_BFD = self.request_sparse_arch(batch.request_sparse)
+            slots_CFD.insert(0, self._expand(request_BFD, batch))
+        if self.history_embedding_collection is not None:
+            embeddings = self.history_embedding_collection(batch.sequences)
+            history_CD = self.history_arch(self.event_encoder(embeddings), embeddings["candidate_item"])
+            slots_CFD.append(history_CD.unsqueeze(1))
+        dense_CD = self.dense_arch(self._dense(batch))
+        return self.over_arch(self.inter_arch(dense_CD, torch.cat(slots_CFD, dim=1)))
+
+    def _dense(self, batch: RequestBatch) -> Tensor:
+        """Dense inputs of each candidate and its request: [C, I], or [C, 1] of ones."""
+        if self.dense_in_features == 0:
+            return batch.candidate_dense.new_ones(batch.candidate_dense.shape[0], 1)
+        return torch.cat([self._expand(batch.request_dense, batch), batch.candidate_dense], dim=1)
+
+    def _expand(self, per_request: Tensor, batch: RequestBatch) -> Tensor:
+        """Rows of requests, repeated for each of their candidates."""
+        return torch.repeat_interleave(
+            per_request, batch.num_candidates, dim=0, output_size=batch.candidate_dense.shape[0]
+        )
+
+
+class AmortizedDLRMTrain(nn.Module):
+    """AmortizedDLRM with its loss, for TorchRec's train pipelines.
+
+    Args:
+        model: the model to train.
+
+    Example::
+
+        loss, (detached_loss, logits_CT, labels_CT) = AmortizedDLRMTrain(model)(batch)
+    """
+
+    def __init__(self, model: AmortizedDLRM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Score the batch and compare with its labels.
+
+        Args:
+            batch: B requests with C candidates and their labels.
+
+        Returns:
+            tuple: the mean binary cross entropy over all labels, and (the same detached, logits [C, T]
+            detached, labels [C, T] detached).
+
+        Raises:
+            ValueError: the batch has no labels.
+        """
+        if batch.labels is None:
+            raise ValueError("the batch has no labels: training needs them")
+        logits_CT = self.model(batch)
+        loss = F.binary_cross_entropy_with_logits(logits_CT.float(), batch.labels)
+        return loss, (loss.detach(), logits_CT.detach(), batch.labels.detach())

@@ -1,0 +1,1 @@
+"""The mathematics: tensors and jagged tensors, no files, no process groups."""

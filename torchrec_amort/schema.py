@@ -1,0 +1,209 @@
+"""What a request is made of: features, kinds, table sizes, file format version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+SCHEMA_FILE = "schema.json"
+
+Side = Literal["request", "candidate", "event"]
+Kind = Literal["id", "ids", "item", "age", "dense", "label"]
+
+# What may stand on which side; `item` is the one id that history and candidates share a table for.
+KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
+    "request": ("id", "ids", "dense"),
+    "candidate": ("item", "id", "ids", "dense", "label"),
+    "event": ("item", "id", "age"),
+}
+KINDS_WITH_TABLE = ("id", "ids", "item", "age")
+
+# An age of s seconds falls into bucket s.bit_length(): one bucket an octave, and 63 holds any int64.
+AGE_BUCKETS = 64
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: where, which field, the two numbers that disagree, what to do."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input of the model, or one label.
+
+    Args:
+        name: key of the feature in a batch, and of its embedding table.
+        side: whose feature it is: the request's, each candidate's, or each history event's.
+        kind: `id` (one id), `ids` (a list of ids, pooled), `item` (the item id, looked up in the table
+            that history and candidates share), `age` (read from an event time in seconds, becomes the
+            bucketed time from the event to the request), `dense` (a float) or `label`.
+        table_size: number of rows of the embedding table; ids run from 0 to `table_size - 1`.
+            Only for kinds that are looked up.
+        column: the column it is read from, if not `name`.
+
+    Raises:
+        InputError: the kind does not exist on that side, or the table size is missing or not positive.
+    """
+
+    name: str
+    side: Side
+    kind: Kind
+    table_size: int | None = None
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.side not in get_args(Side) or self.kind not in KINDS_OF_SIDE[self.side]:
+            raise InputError(
+                f"feature {self.name!r}: no kind {self.kind!r} on side {self.side!r}; "
+                f"the kinds of each side are {KINDS_OF_SIDE}"
+            )
+        if self.kind in KINDS_WITH_TABLE and (self.table_size is None or self.table_size < 1):
+            raise InputError(f"feature {self.name!r} of kind {self.kind!r} needs a table_size of 1 or more")
+        if self.kind not in KINDS_WITH_TABLE and self.table_size is not None:
+            raise InputError(f"feature {self.name!r} of kind {self.kind!r} has no table: leave out table_size")
+
+    @property
+    def source(self) -> str:
+        """The column the feature is read from."""
+        return self.column or self.name
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """The Arrow type of the feature's column, one row per request."""
+        scalar = pa.float32() if self.kind in ("dense", "label") else pa.int64()
+        per_row = pa.list_(scalar) if self.kind == "ids" else scalar
+        return per_row if self.side == "request" else pa.list_(per_row)
+
+
+@dataclass(frozen=True)
+class RequestSchema:
+    """The features of a data set, in the order the model reads them.
+
+    Args:
+        dataset: name of the data set, for people.
+        features: all features. A schema has exactly one `item` feature on the candidate side, named
+            `candidate_item`; event features, if there are any, include the `item` feature
+            `history_item`, with the same table size.
+        format_version: version of the file format this schema was written with.
+
+    Raises:
+        InputError: two features have one name, an item feature is missing or its table sizes differ.
+
+    Example::
+
+        schema = RequestSchema(
+            dataset="films",
+            features=(
+                Feature("user_id", "request", "id", table_size=100),
+                Feature("candidate_item", "candidate", "item", table_size=50),
+                Feature("history_item", "event", "item", table_size=50),
+                Feature("liked", "candidate", "label"),
+            ),
+        )
+        schema.table_sizes["history_item"]  # 50
+    """
+
+    dataset: str
+    features: tuple[Feature, ...]
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        names = [feature.name for feature in self.features]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"schema {self.dataset!r}: feature {twice[0]!r} is there twice; rename one")
+        items = {f.name: f.table_size for f in self.features if f.kind == "item"}
+        expected = {"candidate_item", "history_item"} if self.of("event") else {"candidate_item"}
+        if set(items) != expected:
+            raise InputError(
+                f"schema {self.dataset!r}: the features of kind 'item' are {sorted(items)}, not {sorted(expected)}"
+            )
+        if len(set(items.values())) != 1:
+            raise InputError(
+                f"schema {self.dataset!r}: one table serves history and candidates, but table_size is "
+                f"{items['history_item']} for history_item and {items['candidate_item']} for candidate_item"
+            )
+
+    def of(self, side: Side, *kinds: Kind) -> tuple[Feature, ...]:
+        """The features of one side, in order; of the given kinds only, if any are given."""
+        return tuple(f for f in self.features if f.side == side and (not kinds or f.kind in kinds))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels: the T tasks."""
+        return tuple(f.name for f in self.of("candidate", "label"))
+
+    @property
+    def sequence_features(self) -> tuple[Feature, ...]:
+        """The keys of `RequestBatch.sequences`: all event features, then `candidate_item`."""
+        return self.of("event") + self.of("candidate", "item")
+
+    @property
+    def table_sizes(self) -> dict[str, int]:
+        """Rows of the embedding table of each feature that is looked up."""
+        return {f.name: f.table_size for f in self.features if f.table_size is not None}
+
+    @property
+    def needs_time(self) -> bool:
+        """Whether the request's time is read: to tell how old its events are."""
+        return bool(self.of("event", "age"))
+
+    def arrow_schema(self) -> pa.Schema:
+        """The columns of a request-level Parquet file: one row per request."""
+        columns = {"request_id": pa.int64(), "user": pa.int64(), "time": pa.int64()}
+        columns |= {f.source: f.arrow_type for f in self.features}
+        return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+    def to_json(self) -> str:
+        """The schema as readable JSON, features without their empty fields."""
+        record = asdict(self)
+        record["features"] = [{k: v for k, v in f.items() if v is not None} for f in record["features"]]
+        return json.dumps(record, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "schema") -> RequestSchema:
+        """Read a schema back from `to_json`.
+
+        Args:
+            text: the JSON.
+            source: where it comes from, for error messages.
+
+        Raises:
+            InputError: not such JSON, or written by a newer version of the format.
+        """
+        try:
+            record: dict[str, Any] = json.loads(text)
+            version = record["format_version"]
+            if version > FORMAT_VERSION:
+                raise InputError(
+                    f"{source}: format_version is {version}, this torchrec-amort reads up to "
+                    f"{FORMAT_VERSION}: upgrade it, or prepare the data again"
+                )
+            features = tuple(Feature(**feature) for feature in record.pop("features"))
+            return cls(features=features, **record)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{source}: not a request schema ({error}): prepare the data again") from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RequestSchema:
+        """Read `schema.json` of a prepared data folder.
+
+        Raises:
+            InputError: the folder has none, or one that cannot be read.
+        """
+        path = Path(folder) / SCHEMA_FILE
+        if not path.is_file():
+            raise InputError(f"{path}: no such file: prepare the data first (torchrec-amort prepare --help)")
+        return cls.from_json(path.read_text(encoding="utf-8"), source=str(path))
+
+
+def refuse_missing(columns: Iterable[str], present: Iterable[str], source: str) -> None:
+    """Raise an `InputError` that names the first of `columns` that is not `present`."""
+    have = list(present)
+    for column in columns:
+        if column not in have:
+            raise InputError(f"{source}: column {column!r} is missing (there are {have}): prepare the data again")

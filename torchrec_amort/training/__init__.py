@@ -1,0 +1,1 @@
+"""Sharding plan, optimizers, loop, checkpoint, metrics."""
