@@ -73,5 +73,5 @@ def _of_size(tables: Iterable[pa.Table], size: int) -> Iterable[pa.Table]:
             for start in range(0, joined.num_rows - size + 1, size):
                 yield joined.slice(start, size)
             pending = [joined.slice(joined.num_rows - joined.num_rows % size)]
-    if joined_rows := sum(t.num_rows for t in pending):
-        yield pa.concat_tables(pending).slice(0, joined_rows)
+    if any(table.num_rows for table in pending):
+        yield pa.concat_tables(pending)

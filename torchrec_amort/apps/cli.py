@@ -1,0 +1,27 @@
+"""The console command: `torchrec-amort COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "prepare": "write a public data set as request-level Parquet",
+    "train": "train a model with or without history, on any number of ranks",
+    "evaluate": "AUC, GAUC and NE of a trained model on a split",
+    "benchmark": "time the same weights amortized and impression by impression",
+}
+
+
+def main() -> None:
+    """Hand the arguments to the module of the command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] not in COMMANDS:
+        asked_for_help = arguments[:1] in (["-h"], ["--help"])
+        lines = ["usage: torchrec-amort COMMAND [--help] ...", ""]
+        lines += [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+        if arguments and not asked_for_help:
+            lines.append(f"\nerror: no command {arguments[0]!r}")
+        print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)
+        sys.exit(0 if asked_for_help else 2)
+    importlib.import_module(f"torchrec_amort.apps.{arguments[0]}").main(arguments[1:])

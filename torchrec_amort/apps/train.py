@@ -1,0 +1,156 @@
+"""`torchrec-amort train`: one training run, on this process alone or as one rank of torchrun."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from torchrec_amort.apps.command import CONFIG_FILE, load_config, parse, refuse_other_schema, run_command, save_config
+from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.data.writer import COUNTS_FILE
+from torchrec_amort.files import write_json, write_text
+from torchrec_amort.models.build import ModelConfig, build_model
+from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.training.checkpoint import Position, last_checkpoint, load_checkpoint
+from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, train
+from torchrec_amort.training.processes import is_first, process_group
+from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Train a model on the train split of a prepared data folder.
+
+    Args:
+        data: prepared data folder.
+        run_folder: folder for config, plan, checkpoints, metrics and TensorBoard events.
+        model: size and kind of the model.
+        optimizer: learning rates.
+        loop: how long and how.
+        batch_size: requests in a global batch, all ranks together.
+        seed: of the initial weights and the order of the data.
+        unknown_rate: for a request id, the share of training requests in which it is replaced by 0, the
+            unknown id.
+        num_workers: processes of each rank that read data.
+        resume: go on from the run's last checkpoint if it has one; without it, a run that has one is
+            refused.
+    """
+
+    data: str
+    run_folder: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    batch_size: int = 32
+    seed: int = 0
+    unknown_rate: dict[str, float] = field(default_factory=dict)
+    num_workers: int = 0
+    resume: bool = False
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: the command line; the process' own if None.
+
+    Example::
+
+        main(["--data", "data/movielens-1m", "--run_folder", "runs/first", "--loop.epochs", "1"])
+    """
+    config = parse(TrainConfig, "train", args)
+    run_command(lambda: _train(config))
+
+
+def _train(config: TrainConfig) -> None:
+    with process_group() as device:
+        rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.run_folder)
+        dataset = RequestDataset(
+            config.data,
+            "train",
+            batch_size=config.batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            history_length=config.model.history_length,
+            unknown_rate=config.unknown_rate,
+        )
+        resuming = _refuse_or_resume(config, run)
+        model = _sharded_model(config, dataset.schema, device)
+        # No rank may write before all have looked at what is there.
+        dist.barrier()
+        start = load_checkpoint(run, model) if resuming else Position()
+        if is_first():
+            _write_run(config, run, dataset.schema, model)
+        dist.barrier()
+        data = DataLoader(
+            dataset, batch_size=None, num_workers=config.num_workers, pin_memory=device.type == "cuda"
+        )
+        result = train(model, data, config.loop, run, start)
+        if is_first():
+            speed = result.candidates / max(result.seconds, 1e-9)
+            record = {
+                **asdict(result),
+                "candidates_per_second": speed,
+                "world_size": world_size,
+                "threads_per_rank": torch.get_num_threads(),
+                "device": device.type,
+                "torch": torch.__version__,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            write_json(run / "train.json", record)
+            last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
+            print(
+                f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {world_size} ranks of "
+                f"{torch.get_num_threads()} threads ({device.type}), {result.seconds:.0f} s; "
+                f"checkpoint {last_checkpoint(run).name}"
+            )
+
+
+def _refuse_or_resume(config: TrainConfig, run: Path) -> bool:
+    """Whether the run goes on; refuses to mix it with another run or another model."""
+    has_checkpoint = (run / CONFIG_FILE).exists() and any((run / "checkpoints").glob("step-*"))
+    if has_checkpoint and not config.resume:
+        raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
+    if has_checkpoint:
+        saved = load_config(run, TrainConfig, "train")
+        for name, value in asdict(saved.model).items():
+            if value != getattr(config.model, name):
+                raise InputError(
+                    f"{run}: its checkpoint is of a model with model.{name}={value}, the config says "
+                    f"{getattr(config.model, name)}: use the same, or choose another run folder"
+                )
+        refuse_other_schema(run, config.data)
+    return has_checkpoint
+
+
+def _sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
+    world_size = dist.get_world_size()
+    counts = json.loads((Path(config.data) / COUNTS_FILE).read_text())["train"]
+    events = {feature.name: float(config.model.history_length) for feature in schema.of("event")}
+    candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
+    return shard(
+        GlobalBatchTrain(build_model(schema, config.model, seed=config.seed), config.loop.precision),
+        device=device,
+        optimizer=config.optimizer,
+        batch_size=-(-config.batch_size // world_size),
+        ids_per_request=events | candidates | {"item": float(config.model.history_length)},
+    )
+
+
+def _write_run(config: TrainConfig, run: Path, schema: RequestSchema, model: ShardedModel) -> None:
+    save_config(run, config, "train")
+    write_text(run / SCHEMA_FILE, schema.to_json())
+    write_text(run / "plan.txt", f"{model.plan}\n")
+    print(model.plan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Reads request-level Parquet into RequestBatches: sharded, shuffled, the same steps on every rank.
+
+The requests of a split are dealt to a fixed number of *lanes*, and every global batch takes its share from
+each lane. Ranks own lanes, so a rank reads its part of the files only, and yet the global batches do not
+depend on how many ranks or workers there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.data import IterableDataset, get_worker_info
+
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.schema import InputError, RequestSchema, refuse_missing
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows `start` to `stop` of one row group of a file."""
+
+    path: Path
+    row_group: int
+    first_row: int
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+
+class RequestDataset(IterableDataset[RequestBatch]):
+    """The requests of one split, in batches.
+
+    Every rank and every epoch has `len(dataset)` steps; every request is in exactly one batch of an epoch.
+    The steps are evened out: a global batch has `batch_size` requests, or one or two more or fewer. Which
+    requests depends on the seed, the epoch, `batch_size` and `num_lanes`, not on ranks or workers.
+
+    Memory is bounded by `shuffle_rows` requests and one row group for each of the rank's lanes.
+
+    Args:
+        folder: a prepared data folder.
+        split: `train`, `validation` or `test`.
+        batch_size: requests in a global batch, all ranks together.
+        rank: this process.
+        world_size: all processes; at most `num_lanes` and at most `batch_size`.
+        seed: shuffles row groups, and the rows of `shuffle_rows` neighbours; in file order if None.
+        history_length: keep at most this many events of each history, the latest ones; all if None.
+        unknown_rate: for a request id feature, the share of requests whose id is replaced by 0, the
+            unknown id, so that the model learns to score those it will not know. Needs a seed.
+        num_lanes: lanes that the requests are dealt to.
+        shuffle_rows: requests that are shuffled at once, all lanes together.
+
+    Raises:
+        InputError: the folder, split or a file is missing or damaged, a column is missing, or there are
+            fewer requests, lanes or places in a batch than ranks.
+
+    Example::
+
+        dataset = RequestDataset("data/movielens-1m", "train", batch_size=32, seed=0)
+        dataset.set_position(epoch=1)
+        for batch in DataLoader(dataset, batch_size=None):
+            ...
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int | None = None,
+        history_length: int | None = None,
+        unknown_rate: Mapping[str, float] | None = None,
+        num_lanes: int = 12,
+        shuffle_rows: int = 65_536,
+    ) -> None:
+        self.schema = RequestSchema.load(folder)
+        self.batch_size = batch_size
+        self.history_length = history_length
+        self.seed = seed
+        self.unknown_rate = self._unknown_rate_of_column(unknown_rate or {})
+        self._row_groups = _row_groups(Path(folder) / split, self.schema)
+        num_requests = sum(piece.num_rows for piece in self._row_groups)
+        self._num_lanes = min(num_lanes, batch_size, num_requests)
+        if not 0 <= rank < world_size <= self._num_lanes:
+            raise InputError(
+                f"{folder}/{split}: {num_requests} requests in batches of {batch_size} and {num_lanes} lanes "
+                f"cannot be shared by {world_size} ranks: use at most {self._num_lanes} ranks, or raise "
+                "batch_size and num_lanes"
+            )
+        self._lanes = range(rank, self._num_lanes, world_size)
+        self.num_requests = num_requests
+        self._num_steps = min(-(-num_requests // batch_size), num_requests // self._num_lanes)
+        self._window_rows = max(1, shuffle_rows // self._num_lanes)
+        self.set_position(epoch=0)
+
+    def set_position(self, *, epoch: int, step: int = 0) -> None:
+        """Choose the epoch to iterate, and the step to start from."""
+        self._epoch, self._first_step = epoch, step
+
+    def __len__(self) -> int:
+        """Steps in an epoch, the same on every rank."""
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[RequestBatch]:
+        worker = get_worker_info()
+        first, stride = self._first_step, 1
+        if worker is not None:
+            first, stride = first + worker.id, worker.num_workers
+        pieces = self._ordered_pieces()
+        lanes = [self._lane_steps(pieces, lane) for lane in self._lanes]
+        steps = zip(*lanes, strict=True)
+        for tables in itertools.islice(steps, first, None, stride):
+            yield RequestBatch.from_arrow(pa.concat_tables(tables), self.schema, self.history_length)
+
+    def _unknown_rate_of_column(self, unknown_rate: Mapping[str, float]) -> dict[str, float]:
+        columns = {feature.name: feature.source for feature in self.schema.of("request", "id")}
+        for name, rate in unknown_rate.items():
+            if name not in columns or not 0 <= rate <= 1:
+                raise InputError(
+                    f"unknown_rate: {name}={rate} is not a share from 0 to 1 of one of the request ids {list(columns)}"
+                )
+        if unknown_rate and self.seed is None:
+            raise InputError("unknown_rate: which requests it picks is drawn at random: give a seed")
+        return {columns[name]: rate for name, rate in unknown_rate.items()}
+
+    def _ordered_pieces(self) -> list[_Piece]:
+        if self.seed is None:
+            return self._row_groups
+        order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self._row_groups))
+        return [self._row_groups[place] for place in order]
+
+    def _lane_steps(self, pieces: Sequence[_Piece], lane: int) -> Iterator[pa.Table]:
+        """For each step, the lane's requests of that step."""
+        first, stop = (self.num_requests * bound // self._num_lanes for bound in (lane, lane + 1))
+        windows = self._windows(_cut(pieces, first, stop), lane)
+        num_rows = stop - first
+        pending = next(windows)
+        for step in range(self._num_steps):
+            size = num_rows * (step + 1) // self._num_steps - num_rows * step // self._num_steps
+            while pending.num_rows < size:
+                pending = pa.concat_tables([pending, next(windows)])
+            yield pending.slice(0, size)
+            pending = pending.slice(size)
+
+    def _windows(self, pieces: Iterator[_Piece], lane: int) -> Iterator[pa.Table]:
+        """The lane's requests, shuffled within windows of several pieces."""
+        random = None if self.seed is None else np.random.default_rng([self.seed, self._epoch, lane])
+        window: list[_Piece] = []
+        for piece in itertools.chain(pieces, [None]):
+            if window and (piece is None or sum(p.num_rows for p in window) >= self._window_rows):
+                table = pa.concat_tables(self._read(p) for p in window)
+                yield table if random is None else self._shuffled(table, random)
+                window = []
+            if piece is not None:
+                window.append(piece)
+
+    def _shuffled(self, table: pa.Table, random: np.random.Generator) -> pa.Table:
+        table = table.take(random.permutation(table.num_rows))
+        for column, rate in self.unknown_rate.items():
+            ids = np.where(random.random(table.num_rows) < rate, 0, table[column].to_numpy())
+            table = table.set_column(table.column_names.index(column), table.field(column), pa.array(ids))
+        return table
+
+    def _read(self, piece: _Piece) -> pa.Table:
+        try:
+            with pq.ParquetFile(piece.path) as file:
+                table = file.read_row_group(piece.row_group, columns=self._columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"{piece.path}: request {piece.first_row} and the next cannot be read ({_line(error)}): "
+                "copy the file again, or prepare the data again"
+            ) from error
+        table = table.slice(piece.start, piece.num_rows)
+        # Checked here, where file and row are known; a batch mixes requests of many files.
+        RequestBatch.from_arrow(table, self.schema, source=str(piece.path), first_row=piece.first_row + piece.start)
+        return table.cast(self.schema.arrow_schema())
+
+    @property
+    def _columns(self) -> list[str]:
+        return self.schema.arrow_schema().names
+
+
+def _row_groups(folder: Path, schema: RequestSchema) -> list[_Piece]:
+    """All row groups of a split, from the footers of its files."""
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
+        raise InputError(f"{folder}: no Parquet files: prepare the data first (torchrec-amort prepare --help)")
+    pieces = []
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                metadata, names = file.metadata, file.schema_arrow.names
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"{path}: not a complete Parquet file ({_line(error)}): copy it again, or prepare the data again"
+            ) from error
+        refuse_missing(schema.arrow_schema().names, names, str(path))
+        row = 0
+        for group in range(metadata.num_row_groups):
+            num_rows = metadata.row_group(group).num_rows
+            pieces.append(_Piece(path, group, row, 0, num_rows))
+            row += num_rows
+    return pieces
+
+
+def _line(error: Exception) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())
+
+
+def _cut(pieces: Sequence[_Piece], first: int, stop: int) -> Iterator[_Piece]:
+    """The parts of the pieces that hold rows `first` to `stop` of all of them, one after the other."""
+    row = 0
+    for piece in pieces:
+        low, high = max(first - row, 0), min(stop - row, piece.num_rows)
+        if low < high:
+            yield _Piece(piece.path, piece.row_group, piece.first_row, piece.start + low, piece.start + high)
+        row += piece.num_rows

@@ -1,0 +1,92 @@
+"""Exact ranking metrics over all predictions of a split.
+
+TorchRec's AUC puts equal scores in the order in which they came, and its grouped AUC weighs every group the
+same; a report needs ties counted as half, and users weighted by their impressions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def normalized_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Log loss as a share of the log loss of always predicting the positive rate (He et al., ADKDD 2014, 3).
+
+    Args:
+        logits: [R].
+        labels: [R], 0 or 1.
+
+    Returns:
+        float: 0 is perfect, 1 is no better than the positive rate.
+
+    Raises:
+        ValueError: all labels are the same: their entropy is 0.
+
+    Example::
+
+        normalized_entropy(np.array([2.0, -2.0]), np.array([1.0, 0.0]))  # 0.18
+    """
+    rate = float(labels.mean(dtype=np.float64))
+    if rate in (0.0, 1.0):
+        raise ValueError(f"all {len(labels)} labels are {rate:.0f}: normalized entropy needs both kinds")
+    return log_loss(logits, labels) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+
+
+def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean binary cross entropy, in nats."""
+    logits, labels = logits.astype(np.float64), labels.astype(np.float64)
+    return float(np.mean(np.logaddexp(0.0, logits) - labels * logits))
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The chance that a positive scores above a negative, ties counted as half.
+
+    Args:
+        scores: [R].
+        labels: [R], 0 or 1.
+
+    Raises:
+        ValueError: all labels are the same.
+
+    Example::
+
+        auc(np.array([0.1, 0.5, 0.5]), np.array([0.0, 1.0, 0.0]))  # 0.75
+    """
+    return grouped_auc(scores, labels, np.zeros(len(scores), dtype=np.int64))
+
+
+def grouped_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
+    """AUC of each group, averaged with the groups' numbers of rows as weights.
+
+    Groups whose labels are all the same have no AUC and no weight (GAUC: Zhou et al., arXiv 1706.06978, 5.2).
+
+    Args:
+        scores: [R].
+        labels: [R], 0 or 1.
+        groups: [R], whose row it is.
+
+    Raises:
+        ValueError: no group has both labels, or a score is not finite.
+
+    Example::
+
+        grouped_auc(scores, labels, users)
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")
+    _, group = np.unique(groups, return_inverse=True)
+    order = np.lexsort((scores, group))
+    group, scores, positive = group[order], scores[order], labels[order].astype(np.float64)
+    rows = np.bincount(group)
+    starts = np.cumsum(rows) - rows
+    is_new = np.append(True, (scores[1:] != scores[:-1]) | (group[1:] != group[:-1]))
+    ties = np.bincount(np.cumsum(is_new) - 1)
+    # Rows of one score share the mean of their ranks, 1 for the lowest of the group.
+    ranks = np.repeat(np.flatnonzero(is_new) + (ties + 1) / 2, ties) - starts[group]
+    positives = np.bincount(group, positive)
+    negatives = rows - positives
+    wins = np.bincount(group, ranks * positive) - positives * (positives + 1) / 2
+    both = (positives > 0) & (negatives > 0)
+    if not both.any():
+        raise ValueError(f"none of {len(rows)} groups has both labels: there is no AUC to report")
+    return float(np.average(wins[both] / (positives * negatives)[both], weights=rows[both]))

@@ -1,0 +1,55 @@
+"""The processes of a job: one rank each, under torchrun or alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the job's process group: nccl on GPUs, gloo on CPUs.
+
+    Under torchrun the ranks are those of its environment; without it, this process is the only one.
+
+    Yields:
+        torch.device: this rank's device.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, the one that talks and writes."""
+    return dist.get_rank() == 0
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on each of them."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_on_first(record: Any) -> list[Any]:
+    """What every rank gives, in order of rank, on rank 0; nothing on the others."""
+    records: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
+    dist.gather_object(record, records)
+    return records or []
