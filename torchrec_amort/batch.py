@@ -73,15 +73,9 @@ class RequestBatch(Pipelineable):
         known = schema.arrow_schema()
         if not requests:
             raise InputError("requests: an empty list: a batch needs at least 1 request")
-        columns = {}
-        for name in [name for name in known.names if any(name in request for request in requests)]:
-            for row, request in enumerate(requests):
-                refuse_missing([name], request, f"requests: request {row}")
-            try:
-                columns[name] = pa.array([request[name] for request in requests], known.field(name).type)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-                raise InputError(f"requests: {name} is not {known.field(name).type}: {error}") from error
-        return cls.from_arrow(pa.table(columns), schema, history_length)
+        present = [name for name in known.names if any(name in request for request in requests)]
+        rows = [_to_arrow(request, present, known, row) for row, request in enumerate(requests)]
+        return cls.from_arrow(pa.concat_tables(rows), schema, history_length)
 
     @classmethod
     def from_arrow(
@@ -127,7 +121,8 @@ class RequestBatch(Pipelineable):
 
     def _map(self, function: Callable[[Any], Any]) -> RequestBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return RequestBatch(**{name: None if v is None else function(v) for name, v in values.items()})
+        moved: dict[str, Any] = {name: None if v is None else function(v) for name, v in values.items()}
+        return RequestBatch(**moved)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
         """Copy the batch to a device."""
@@ -203,6 +198,19 @@ class RequestBatch(Pipelineable):
         return self
 
 
+def _to_arrow(request: Mapping[str, Any], columns: Sequence[str], types: pa.Schema, row: int) -> pa.Table:
+    """One request as a table of one row."""
+    refuse_missing(columns, request, f"requests: request {row}")
+    arrays = {}
+    for column in columns:
+        try:
+            # Asked for integers, Arrow would cut the fraction off a float; a cast refuses.
+            arrays[column] = pa.array([request[column]]).cast(types.field(column).type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+            raise InputError(f"requests: request {row}: {column} is not {types.field(column).type}: {error}") from error
+    return pa.table(arrays)
+
+
 def _select(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> KeyedJaggedTensor:
     """The given rows of the given keys, in that order; a row may be taken many times."""
     first_of_key = torch.tensor([kjt.keys().index(key) * kjt.stride() for key in keys], device=rows.device)
@@ -227,6 +235,7 @@ class _Rows:
         self.history_length = history_length
         self.source = source
         self.first_row = first_row
+        self._arrays: dict[str, pa.Array] = {}
         labels = {f.source for f in schema.of("candidate", "label")}
         scoring = not labels & set(table.column_names)
         needed = [f.source for f in schema.features if not (scoring and f.source in labels)]
@@ -234,20 +243,24 @@ class _Rows:
         self.num_candidates = self._lengths("candidate_item")
 
     def _array(self, column: str) -> pa.Array:
+        """A column as one array of the schema's type, without nulls."""
+        if column not in self._arrays:
+            self._arrays[column] = self._read(column)
+        return self._arrays[column]
+
+    def _read(self, column: str) -> pa.Array:
         chunked = self.table.column(column)
         array = chunked.chunk(0) if chunked.num_chunks else pa.array([], chunked.type)
         expected = self.types.field(column).type
-        if not array.type.equals(expected):
-            try:
-                array = array.cast(expected)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise InputError(
-                    f"{self.source}: column {column!r} is {array.type}, not {expected}: {error}"
-                ) from error
-        if array.null_count:
-            row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-            raise InputError(f"{self._at(row)}: {column} is null: write an empty list or a value")
-        return array
+        if (row := _first_null(array)) is not None:
+            what = "is null" if array[row].as_py() is None else "has a null"
+            raise InputError(f"{self._at(row)}: {column} {what}: write values, or an empty list")
+        if array.type.equals(expected):
+            return array
+        try:
+            return array.cast(expected)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(f"{self.source}: column {column!r} is {array.type}, not {expected}: {error}") from error
 
     def _at(self, row: int) -> str:
         return f"{self.source}: request {self.first_row + row}"
@@ -260,7 +273,7 @@ class _Rows:
 
     def _lists(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Values and lengths of a column of lists."""
-        return _flat_values(self._array(column), column, self.source), self._lengths(column)
+        return self._array(column).flatten().to_numpy(), self._lengths(column)
 
     def _refuse_other_lengths(self, column: str, lengths: np.ndarray, other: str) -> None:
         expected = self._lengths(other)
@@ -283,7 +296,7 @@ class _Rows:
 
     def stack(self, features: Sequence[Feature]) -> Tensor:
         """Float columns side by side: [rows, len(features)]."""
-        columns = [_numbers(self._entries(f), f.source, self.source) for f in features]
+        columns = [self._entries(feature).to_numpy() for feature in features]
         return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32, copy=False))
 
     def dense(self, side: Side) -> Tensor:
@@ -301,10 +314,10 @@ class _Rows:
             entries = self._entries(feature)
             if feature.kind == "ids":
                 lengths.append(entries.value_lengths().to_numpy())
-                values.append(_flat_values(entries, feature.source, self.source))
+                values.append(entries.flatten().to_numpy())
             else:
                 lengths.append(np.ones(len(entries), dtype=np.int64))
-                values.append(_numbers(entries, feature.source, self.source))
+                values.append(entries.to_numpy())
         return _keyed_jagged([f.name for f in features], values, lengths, self._stride(side))
 
     def sequences(self) -> KeyedJaggedTensor:
@@ -338,14 +351,13 @@ class _Rows:
         return np.frexp(ages.astype(np.float64))[1].astype(np.int64)
 
 
-def _numbers(array: pa.Array, column: str, source: str) -> np.ndarray:
+def _first_null(array: pa.Array) -> int | None:
+    """The first row that is null or has a null in its list."""
     if array.null_count:
-        raise InputError(f"{source}: {column} has {array.null_count} nulls in its lists: write values")
-    return array.to_numpy(zero_copy_only=False)
-
-
-def _flat_values(array: pa.Array, column: str, source: str) -> np.ndarray:
-    return _numbers(array.flatten(), column, source)
+        return int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+    if pa.types.is_list(array.type) and (entry := _first_null(array.flatten())) is not None:
+        return int(np.searchsorted(np.cumsum(array.value_lengths().to_numpy()), entry, side="right"))
+    return None
 
 
 def _keyed_jagged(
@@ -363,9 +375,7 @@ def _keyed_jagged(
 class _Check:
     """The checks of `RequestBatch.validate`, in the order in which one makes the next meaningful."""
 
-    def __init__(
-        self, batch: RequestBatch, table_sizes: Mapping[str, int], source: str, first_row: int
-    ) -> None:
+    def __init__(self, batch: RequestBatch, table_sizes: Mapping[str, int], source: str, first_row: int) -> None:
         self.batch = batch
         self.table_sizes = table_sizes
         self.source = source
@@ -483,4 +493,3 @@ class _Check:
             row, column = wrong[0].tolist()
             where = self._candidate(row) if per_candidate else self._request(row)
             raise InputError(f"{where}: {name} column {column} is {float(values[row, column])}, not a finite number")
-

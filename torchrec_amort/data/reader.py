@@ -40,7 +40,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
     """The requests of one split, in batches.
 
     Every rank and every epoch has `len(dataset)` steps; every request is in exactly one batch of an epoch.
-    The steps are evened out: a global batch has `batch_size` requests, or one or two more or fewer. Which
+    The global batches of an epoch have as equal a number of requests, about `batch_size`, as can be. Which
     requests depends on the seed, the epoch, `batch_size` and `num_lanes`, not on ranks or workers.
 
     Memory is bounded by `shuffle_rows` requests and one row group for each of the rank's lanes.
@@ -147,28 +147,35 @@ class RequestDataset(IterableDataset[RequestBatch]):
         num_rows = stop - first
         pending = next(windows)
         for step in range(self._num_steps):
-            size = num_rows * (step + 1) // self._num_steps - num_rows * step // self._num_steps
+            size = self._bound(num_rows, lane, step + 1) - self._bound(num_rows, lane, step)
             while pending.num_rows < size:
                 pending = pa.concat_tables([pending, next(windows)])
             yield pending.slice(0, size)
             pending = pending.slice(size)
 
+    def _bound(self, num_rows: int, lane: int, step: int) -> int:
+        """Rows of a lane before a step: an equal share, rounded so that all lanes together come out even.
+
+        By Hermite's identity the lanes' floor(x + lane / lanes) add up to floor(lanes * x).
+        """
+        return (num_rows * step * self._num_lanes + lane * self._num_steps) // (self._num_steps * self._num_lanes)
+
     def _windows(self, pieces: Iterator[_Piece], lane: int) -> Iterator[pa.Table]:
         """The lane's requests, shuffled within windows of several pieces."""
-        random = None if self.seed is None else np.random.default_rng([self.seed, self._epoch, lane])
+        order, unknown = (np.random.default_rng([self.seed or 0, self._epoch, lane, draw]) for draw in (0, 1))
         window: list[_Piece] = []
         for piece in itertools.chain(pieces, [None]):
             if window and (piece is None or sum(p.num_rows for p in window) >= self._window_rows):
                 table = pa.concat_tables(self._read(p) for p in window)
-                yield table if random is None else self._shuffled(table, random)
+                yield table if self.seed is None else self._shuffled(table, order, unknown)
                 window = []
             if piece is not None:
                 window.append(piece)
 
-    def _shuffled(self, table: pa.Table, random: np.random.Generator) -> pa.Table:
-        table = table.take(random.permutation(table.num_rows))
+    def _shuffled(self, table: pa.Table, order: np.random.Generator, unknown: np.random.Generator) -> pa.Table:
+        table = table.take(order.permutation(table.num_rows))
         for column, rate in self.unknown_rate.items():
-            ids = np.where(random.random(table.num_rows) < rate, 0, table[column].to_numpy())
+            ids = np.where(unknown.random(table.num_rows) < rate, 0, table[column].to_numpy())
             table = table.set_column(table.column_names.index(column), table.field(column), pa.array(ids))
         return table
 

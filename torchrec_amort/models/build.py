@@ -103,9 +103,7 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
         over_arch_layer_sizes=[*config.over_layers, len(schema.labels)],
         history_embedding_collection=_sequences(schema, dim, device) if has_history else None,
         event_encoder=(
-            EventEncoder(event_features, dim, config.history_length, config.dropout, device)
-            if has_history
-            else None
+            EventEncoder(event_features, dim, config.history_length, config.dropout, device) if has_history else None
         ),
         history_arch=(
             AmortizedHistoryArch(

@@ -134,7 +134,7 @@ class AmortizedDLRM(nn.Module):
         if self.request_sparse_arch is not None:
             request_BFD = self.request_sparse_arch(batch.request_sparse)
             slots_CFD.insert(0, self._expand(request_BFD, batch))
-        if self.history_embedding_collection is not None:
+        if self.history_embedding_collection and self.event_encoder and self.history_arch:
             embeddings = self.history_embedding_collection(batch.sequences)
             history_CD = self.history_arch(self.event_encoder(embeddings), embeddings["candidate_item"])
             slots_CFD.append(history_CD.unsqueeze(1))

@@ -56,7 +56,9 @@ class HistoryState:
 
     def _map(self, function: Callable[[Tensor], Tensor], lengths: Tensor) -> HistoryState:
         return HistoryState(
-            tuple(function(key) for key in self.keys), tuple(function(value) for value in self.values), lengths
+            tuple(function(key) for key in self.keys),
+            tuple(function(value) for value in self.values),
+            lengths,
         )
 
     def __getitem__(self, index: int | slice) -> HistoryState:
@@ -222,10 +224,8 @@ class AmortizedHistoryArch(nn.Module):
             raise ValueError(f"history_attention is {history_attention!r}, not 'full' or 'causal'")
         self.embedding_dim = embedding_dim
         self.is_causal = history_attention == "causal"
-        self.layers = nn.ModuleList(
-            AmortizedHistoryLayer(
-                embedding_dim, num_heads, feedforward_dim or 2 * embedding_dim, dropout, device
-            )
+        self.layers: Sequence[AmortizedHistoryLayer] = nn.ModuleList(  # type: ignore[assignment]
+            AmortizedHistoryLayer(embedding_dim, num_heads, feedforward_dim or 2 * embedding_dim, dropout, device)
             for _ in range(num_layers)
         )
         self.output_norm = nn.LayerNorm(embedding_dim, device=device)

@@ -39,9 +39,7 @@ class Padding:
         if self._rows_N is None:
             return rows_ND.view(self.num_requests, self.max_length, *trailing)
         padded_PD = rows_ND.new_zeros(self.num_requests * self.max_length, *trailing)
-        return padded_PD.index_copy(0, self._rows_N, rows_ND).view(
-            self.num_requests, self.max_length, *trailing
-        )
+        return padded_PD.index_copy(0, self._rows_N, rows_ND).view(self.num_requests, self.max_length, *trailing)
 
     def unpad(self, padded_BSD: Tensor) -> Tensor:
         """[B, S, D] to [N, D]: what `pad` was given."""

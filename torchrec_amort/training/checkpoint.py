@@ -69,6 +69,8 @@ def load_checkpoint(run: str | Path, model: ShardedModel) -> Position:
     Raises:
         InputError: there is no checkpoint, or it is of another model.
     """
+    # AdamW has no state to load into before its first step, so TorchRec makes one with gradients of zero.
+    model.optimizer.init_state()
     state: dict[str, Any] = {**_state(model), "position": vars(Position())}
     _load(last_checkpoint(run), state)
     model.module.load_state_dict(state["model"])

@@ -198,9 +198,7 @@ class _Report:
 
     def write(self, total_steps: int, progress: tqdm[Any]) -> float:
         seconds = time.perf_counter() - self.since
-        candidates = int(
-            sum_over_ranks(torch.tensor([self.candidates - self.candidates_before], device=self.device))
-        )
+        candidates = int(sum_over_ranks(torch.tensor([self.candidates - self.candidates_before], device=self.device)))
         record = {
             "step": total_steps,
             "loss": float(self.loss) / self.steps,

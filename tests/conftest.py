@@ -1,0 +1,100 @@
+"""Requests, schemas and small data folders that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import settings
+
+from torchrec_amort.data.writer import write_requests
+from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
+
+settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("default")
+torch.set_num_threads(2)
+
+NUM_ITEMS = 40
+MAX_HISTORY = 8
+
+SCHEMA = RequestSchema(
+    dataset="films",
+    features=(
+        Feature("user_id", "request", "id", table_size=20),
+        Feature("interests", "request", "ids", table_size=7),
+        Feature("hour", "request", "dense"),
+        Feature("movie_id", "candidate", "id", table_size=NUM_ITEMS, column="candidate_item"),
+        Feature("genres", "candidate", "ids", table_size=5),
+        Feature("price", "candidate", "dense"),
+        Feature("candidate_item", "candidate", "item", table_size=NUM_ITEMS),
+        Feature("history_item", "event", "item", table_size=NUM_ITEMS),
+        Feature("history_action", "event", "id", table_size=6),
+        Feature("history_age", "event", "age", table_size=AGE_BUCKETS, column="history_time"),
+        Feature("liked", "candidate", "label"),
+        Feature("bought", "candidate", "label"),
+    ),
+)
+
+
+def make_request(random: np.random.Generator, events: int, candidates: int) -> dict[str, Any]:
+    """A random request with as many events and candidates as wanted."""
+    time = 1_000_000
+    return {
+        "request_id": int(random.integers(2**40)),
+        "user": int(random.integers(10)),
+        "time": time,
+        "user_id": int(random.integers(20)),
+        "interests": random.integers(7, size=random.integers(4)).tolist(),
+        "hour": float(random.random()),
+        "candidate_item": random.integers(NUM_ITEMS, size=candidates).tolist(),
+        "genres": [random.integers(5, size=random.integers(4)).tolist() for _ in range(candidates)],
+        "price": random.random(candidates).tolist(),
+        "history_item": random.integers(NUM_ITEMS, size=events).tolist(),
+        "history_action": random.integers(6, size=events).tolist(),
+        "history_time": sorted((time - random.integers(1, 10**6, size=events)).tolist()),
+        "liked": random.integers(2, size=candidates).astype(float).tolist(),
+        "bought": random.integers(2, size=candidates).astype(float).tolist(),
+    }
+
+
+def make_requests(shapes: list[tuple[int, int]], seed: int = 0) -> list[dict[str, Any]]:
+    """Random requests of the given numbers of events and candidates."""
+    random = np.random.default_rng(seed)
+    return [make_request(random, events, candidates) for events, candidates in shapes]
+
+
+def make_table(num_requests: int, seed: int = 0) -> pa.Table:
+    """A table of random requests with request ids 0, 1, ..."""
+    random = np.random.default_rng(seed)
+    shapes = [(int(random.integers(MAX_HISTORY + 1)), int(random.integers(1, 5))) for _ in range(num_requests)]
+    requests = [{**r, "request_id": i} for i, r in enumerate(make_requests(shapes, seed))]
+    return pa.Table.from_pylist(requests, SCHEMA.arrow_schema())
+
+
+@pytest.fixture
+def schema() -> RequestSchema:
+    return SCHEMA
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of random requests."""
+    folder = tmp_path_factory.mktemp("data") / "films"
+    sizes = {"train": 600, "validation": 60, "test": 90}
+    write_requests(folder, SCHEMA, {split: [make_table(n, seed)] for seed, (split, n) in enumerate(sizes.items())})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data sets, where the machine has one: `TORCHREC_AMORT_DATA`, or beside the clone."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TORCHREC_AMORT_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no public data at {folder}; set TORCHREC_AMORT_DATA")
+    return folder

@@ -1,0 +1,231 @@
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tests.conftest import NUM_ITEMS, SCHEMA, make_requests
+from torchrec_amort import InputError, RequestBatch
+
+shapes = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=5)
+
+
+def lists(kjt: KeyedJaggedTensor) -> dict[str, list[list[int]]]:
+    return {key: [row.tolist() for row in kjt[key].values().split(kjt[key].lengths().tolist())] for key in kjt.keys()}
+
+
+@given(shapes, st.integers(0, 2**20))
+def test_holds_what_the_requests_say(sizes: list[tuple[int, int]], seed: int) -> None:
+    requests = make_requests(sizes, seed)
+    batch = RequestBatch.from_requests(requests, SCHEMA)
+    assert len(batch) == len(requests)
+    assert batch.num_candidates.tolist() == [m for _, m in sizes]
+    assert lists(batch.request_sparse) == {
+        "user_id": [[r["user_id"]] for r in requests],
+        "interests": [r["interests"] for r in requests],
+    }
+    assert lists(batch.candidate_sparse) == {
+        "movie_id": [[item] for r in requests for item in r["candidate_item"]],
+        "genres": [genres for r in requests for genres in r["genres"]],
+    }
+    assert lists(batch.sequences) == {
+        "history_item": [r["history_item"] for r in requests],
+        "history_action": [r["history_action"] for r in requests],
+        "history_age": [[(r["time"] - t).bit_length() for t in r["history_time"]] for r in requests],
+        "candidate_item": [r["candidate_item"] for r in requests],
+    }
+    assert batch.request_dense.flatten().tolist() == pytest.approx([r["hour"] for r in requests])
+    assert batch.candidate_dense.flatten().tolist() == pytest.approx([p for r in requests for p in r["price"]])
+    assert batch.labels is not None
+    assert batch.labels[:, 1].tolist() == [b for r in requests for b in r["bought"]]
+    assert batch.users is not None
+    assert batch.users.tolist() == [r["user"] for r in requests]
+
+
+@given(shapes, st.integers(0, 2**20))
+def test_impressions_are_the_requests_one_candidate_each(sizes: list[tuple[int, int]], seed: int) -> None:
+    requests = make_requests(sizes, seed)
+    per_candidate = ("candidate_item", "genres", "price", "liked", "bought")
+    alone = [
+        {**r, **{name: [r[name][c]] for name in per_candidate}}
+        for r in requests
+        for c in range(len(r["candidate_item"]))
+    ]
+    assert_same(
+        RequestBatch.from_requests(requests, SCHEMA).to_impressions(),
+        RequestBatch.from_requests(alone, SCHEMA),
+    )
+
+
+def assert_same(batch: RequestBatch, expected: RequestBatch) -> None:
+    for field in dataclasses.fields(RequestBatch):
+        value, other = getattr(batch, field.name), getattr(expected, field.name)
+        if isinstance(value, KeyedJaggedTensor):
+            assert value.stride() == other.stride(), field.name
+            assert lists(value) == lists(other), field.name
+        else:
+            assert torch.equal(value, other), field.name
+
+
+def test_impressions_of_a_batch_without_request_features() -> None:
+    schema = dataclasses.replace(SCHEMA, features=tuple(f for f in SCHEMA.features if f.side != "request"))
+    batch = RequestBatch.from_requests(make_requests([(2, 3), (0, 1)]), schema)
+    impressions = batch.to_impressions().validate(schema.table_sizes)
+    assert impressions.request_sparse.stride() == 4
+    assert impressions.request_dense.shape == (4, 0)
+
+
+def test_keeps_the_latest_events_of_a_long_history() -> None:
+    requests = make_requests([(6, 1), (2, 2), (0, 1)])
+    batch = RequestBatch.from_requests(requests, SCHEMA, history_length=4)
+    assert lists(batch.sequences)["history_item"] == [r["history_item"][-4:] for r in requests]
+    assert lists(batch.sequences)["candidate_item"] == [r["candidate_item"] for r in requests]
+
+
+def test_scoring_needs_no_labels_no_user_and_no_request_id() -> None:
+    spare = ("liked", "bought", "user", "request_id")
+    requests = [{k: v for k, v in r.items() if k not in spare} for r in make_requests([(2, 3)])]
+    batch = RequestBatch.from_requests(requests, SCHEMA)
+    assert batch.labels is None
+    assert batch.users is None
+    assert batch.to_impressions().labels is None
+
+
+def test_moves_as_a_whole() -> None:
+    batch = RequestBatch.from_requests(make_requests([(2, 3), (0, 1)]), SCHEMA)
+    assert_same(batch.to(torch.device("cpu"), non_blocking=True), batch)
+    moved = batch.to(torch.device("meta"))
+    devices = {getattr(moved, f.name).device for f in dataclasses.fields(moved) if "sp" not in f.name}
+    assert {str(d() if callable(d) else d) for d in devices} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pins_and_moves_to_a_gpu() -> None:
+    batch = RequestBatch.from_requests(make_requests([(2, 3), (0, 1)]), SCHEMA)
+    moved = batch.pin_memory().to(torch.device("cuda"), non_blocking=True)
+    moved.record_stream(torch.cuda.current_stream())
+    assert_same(moved.to(torch.device("cpu")), batch)
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    return {**make_requests([(3, 2)])[0], **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"candidate_item": [], "genres": [], "price": [], "liked": [], "bought": []},
+            "num_candidates is 0, not 1",
+        ),
+        ({"genres": [[1]]}, "genres lists 1 entries but candidate_item lists 2"),
+        ({"history_action": [1, 2]}, "history_action lists 2 entries but history_item lists 3"),
+        (
+            {"candidate_item": [1, NUM_ITEMS]},
+            r"candidate 1: candidate_sparse\['movie_id'\] has id 40, not 0 to 39",
+        ),
+        ({"user_id": 20}, r"request_sparse\['user_id'\] has id 20, not 0 to 19"),
+        ({"history_item": [1, 2, -1]}, r"sequences\['history_item'\] has id -1, not 0 to 39"),
+        ({"genres": [[0], [5]]}, r"candidate 1: candidate_sparse\['genres'\] has id 5, not 0 to 4"),
+        ({"history_time": [1, 2, 1_000_001]}, "event at 1000001, after the request's time 1000000"),
+        ({"price": [0.5, float("nan")]}, "candidate 1: candidate_dense column 0 is nan"),
+        ({"liked": [0.0, float("inf")]}, "candidate 1: labels column 0 is inf"),
+        ({"hour": float("inf")}, "request_dense column 0 is inf"),
+        ({"user_id": "seven"}, "user_id is not int64.*seven"),
+        ({"user_id": 3.5}, "user_id is not int64"),
+        ({"history_item": None}, "history_item is null"),
+        ({"history_item": [1, None, 2]}, "history_item has a null"),
+        ({"genres": [[1], [None]]}, "genres has a null"),
+    ],
+)
+def test_bad_requests_are_refused_with_field_request_and_numbers(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"request 1.*{message}"):
+        RequestBatch.from_requests([request(), request(**changes)], SCHEMA)
+
+
+def test_a_missing_column_is_named() -> None:
+    incomplete = {k: v for k, v in request().items() if k != "genres"}
+    with pytest.raises(InputError, match="request 1: column 'genres' is missing"):
+        RequestBatch.from_requests([request(), incomplete], SCHEMA)
+    with pytest.raises(InputError, match="column 'genres' is missing"):
+        RequestBatch.from_requests([incomplete], SCHEMA)
+    with pytest.raises(InputError, match="column 'bought' is missing"):
+        RequestBatch.from_requests([{k: v for k, v in request().items() if k != "bought"}], SCHEMA)
+    with pytest.raises(InputError, match="an empty list"):
+        RequestBatch.from_requests([], SCHEMA)
+
+
+def test_a_table_of_other_integers_is_taken_but_no_fraction() -> None:
+    requests = make_requests([(2, 1)])
+    table = pa.Table.from_pylist(requests, SCHEMA.arrow_schema())
+    place = table.column_names.index("history_item")
+    small = table.set_column(place, "history_item", table["history_item"].cast(pa.list_(pa.int16())))
+    assert_same(RequestBatch.from_arrow(small, SCHEMA), RequestBatch.from_arrow(table, SCHEMA))
+    fractions = table.set_column(place, "history_item", pa.array([[0.5, 1.0]]))
+    with pytest.raises(InputError, match="column 'history_item' is list<.*double"):
+        RequestBatch.from_arrow(fractions, SCHEMA)
+
+
+def broken(field: str, value: Any) -> RequestBatch:
+    batch = RequestBatch.from_requests(make_requests([(2, 3), (1, 1)]), SCHEMA)
+    return dataclasses.replace(batch, **{field: value})
+
+
+def kjt(values: list[int], lengths: list[int], keys: list[str], stride: int) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(keys=keys, values=torch.tensor(values), lengths=torch.tensor(lengths), stride=stride)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_candidates", torch.tensor([3, 0]), "request 1: num_candidates is 0"),
+        ("num_candidates", torch.tensor([3.0, 1.0]), "num_candidates is torch.float32"),
+        ("num_candidates", torch.tensor([2, 1]), "candidate_dense has 4 rows.*3 candidates"),
+        ("request_dense", torch.zeros(3, 1), "request_dense has 3 rows.*2 requests"),
+        ("labels", torch.zeros(5, 2), "labels has 5 rows.*4 candidates"),
+        ("users", torch.zeros(1), "users has 1 rows"),
+        ("request_sparse", kjt([1, 2, 3], [1, 1, 1], ["user_id"], 3), "request_sparse has 3 rows"),
+        (
+            "request_sparse",
+            kjt([1, 2], [1, 2], ["user_id"], 2),
+            "lengths of request_sparse add up to 3, but it has 2",
+        ),
+        ("request_sparse", kjt([1, 2], [3, -1], ["user_id"], 2), "request 1: request_sparse.*length -1"),
+        (
+            "request_sparse",
+            kjt([1, 2], [1, 1, 0], ["user_id"], 2),
+            "request_sparse has 3 lengths for 1 keys of 2",
+        ),
+        (
+            "sequences",
+            kjt([1, 1, 1, 1, 1], [0, 1, 2, 2], ["history_item", "candidate_item"], 2),
+            r"request 0: sequences\['candidate_item'\] has 2 entries, but num_candidates tells of 3",
+        ),
+    ],
+)
+def test_malformed_batches_are_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        broken(field, value).validate(SCHEMA.table_sizes)
+
+
+def test_an_error_names_the_source_and_counts_rows_from_its_first() -> None:
+    table = pa.Table.from_pylist([request(), request(user_id=99)], SCHEMA.arrow_schema())
+    with pytest.raises(InputError, match=re.escape("part-0.parquet: request 101: request_sparse['user_id']")):
+        RequestBatch.from_arrow(table, SCHEMA, source="part-0.parquet", first_row=100)
+
+
+def test_ages_fall_into_octaves_without_a_limit() -> None:
+    ages = [0, 1, 2, 3, 4, 2**31 - 1, 2**31, 2**50]
+    requests = [
+        request(time=2**51, history_item=[1] * 8, history_action=[1] * 8, history_time=[2**51 - a for a in ages])
+    ]
+    batch = RequestBatch.from_requests(requests, SCHEMA)
+    assert lists(batch.sequences)["history_age"] == [[a.bit_length() for a in ages]]
+    assert np.all(np.array(lists(batch.sequences)["history_age"]) < 64)

@@ -1,0 +1,67 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrec_amort.training.metrics import auc, grouped_auc, log_loss, normalized_entropy
+
+rows = st.lists(
+    st.tuples(st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0]), st.booleans(), st.integers(0, 3)), min_size=2, max_size=30
+)
+
+
+def auc_by_pairs(pairs: list[tuple[float, bool]]) -> float | None:
+    wins = [
+        1.0 if positive > negative else 0.5 if positive == negative else 0.0
+        for positive, is_positive in pairs
+        if is_positive
+        for negative, other in pairs
+        if not other
+    ]
+    return sum(wins) / len(wins) if wins else None
+
+
+@given(rows)
+def test_equals_counting_pairs(data: list[tuple[float, bool, int]]) -> None:
+    scores, labels, groups = (np.array(column) for column in zip(*data, strict=True))
+    expected = auc_by_pairs([(score, label) for score, label, _ in data])
+    if expected is None:
+        for metric in (lambda: auc(scores, labels), lambda: grouped_auc(scores, labels, groups)):
+            with pytest.raises(ValueError, match="has both labels"):
+                metric()
+        return
+    assert auc(scores, labels) == pytest.approx(expected, abs=1e-12)
+    by_group = {group: auc_by_pairs([(s, y) for s, y, g in data if g == group]) for group in {g for _, _, g in data}}
+    sizes = {group: sum(g == group for _, _, g in data) for group in by_group}
+    both = [group for group, value in by_group.items() if value is not None]
+    if not both:
+        with pytest.raises(ValueError, match="has both labels"):
+            grouped_auc(scores, labels, groups)
+        return
+    weighted = sum(sizes[group] * (by_group[group] or 0.0) for group in both) / sum(sizes[group] for group in both)
+    assert grouped_auc(scores, labels, groups) == pytest.approx(weighted, abs=1e-12)
+
+
+@given(rows)
+def test_normalized_entropy_equals_its_definition(data: list[tuple[float, bool, int]]) -> None:
+    logits, labels, _ = (np.array(column) for column in zip(*data, strict=True))
+    labels = labels.astype(np.float32)
+    rate = labels.mean()
+    if rate in (0, 1):
+        with pytest.raises(ValueError, match="needs both kinds"):
+            normalized_entropy(logits, labels)
+        return
+    losses = [
+        -math.log(1 / (1 + math.exp(-x)) if y else 1 / (1 + math.exp(x))) for x, y in zip(logits, labels, strict=True)
+    ]
+    entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+    assert log_loss(logits, labels) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert normalized_entropy(logits, labels) == pytest.approx(sum(losses) / len(losses) / entropy, rel=1e-6)
+
+
+def test_sure_and_wrong_has_a_finite_loss_and_nan_is_refused() -> None:
+    assert log_loss(np.array([-1000.0]), np.array([1.0])) == 1000.0
+    with pytest.raises(ValueError, match="1 of 2 scores are not finite"):
+        auc(np.array([0.0, np.nan]), np.array([0.0, 1.0]))

@@ -1,0 +1,182 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchrec.distributed.train_pipeline import TrainPipelineBase
+
+from tests.launch import torchrun
+from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestSchema, build_model
+from torchrec_amort.apps import evaluate, train
+from torchrec_amort.training.checkpoint import load_weights
+
+MODEL = ["--model.embedding_dim=8", "--model.history_length=8", "--model.over_layers=[16]", "--model.dense_layers=[]"]
+
+
+def arguments(data: Path, run: Path, *more: str) -> list[str]:
+    common = ["--data", str(data), "--run_folder", str(run), "--batch_size=24", "--loop.log_every=1", "--loop.epochs=1"]
+    return [*common, *MODEL, *more]
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+
+
+def weights(data: Path, run: Path) -> dict[str, torch.Tensor]:
+    config = ModelConfig(embedding_dim=8, history_length=8, over_layers=[16], dense_layers=[])
+    model = AmortizedDLRMTrain(build_model(RequestSchema.load(data), config))
+    load_weights(run, model)
+    return model.state_dict()
+
+
+def quality(run: Path, split: str = "test") -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((run / f"evaluate-{split}.json").read_text())
+    return record
+
+
+def test_two_ranks_train_as_one_on_the_same_global_batches(data_folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main(arguments(data_folder, one))
+    output = torchrun(2, "train", *arguments(data_folder, two)).stdout
+    assert "row_wise" in output or "table_wise" in output
+    expected = losses(one)
+    assert len(expected) == 25
+    # Sums are in another order, and the optimizers carry the difference on: 1e-4 after 25 steps.
+    assert losses(two) == pytest.approx(expected, rel=1e-4)
+    assert min(expected.values()) < expected[1]
+    whole = weights(data_folder, one)
+    for name, value in weights(data_folder, two).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
+    evaluate.main(["--run_folder", str(one)])
+    torchrun(2, "evaluate", "--run_folder", str(two))
+    first, second = quality(one), quality(two)
+    assert (first["world_size"], second["world_size"]) == (1, 2)
+    for count in ("requests", "candidates", "users"):
+        assert first[count] == second[count]
+    for task in ("liked", "bought"):
+        assert second["tasks"][task] == pytest.approx(first["tasks"][task], rel=1e-3)
+    assert {file.name for file in one.iterdir()} >= {
+        "config.yaml",
+        "schema.json",
+        "plan.txt",
+        "train.json",
+        "tensorboard",
+    }
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    more = ["--loop.epochs=2", "--loop.checkpoint_every=10", "--unknown_rate.user_id=0.5"]
+    train.main(arguments(data_folder, whole, *more))
+    steps = iter(range(38))
+    original = TrainPipelineBase.progress
+
+    def progress(pipeline: Any, batches: Any) -> Any:
+        if next(steps, None) is None:
+            raise RuntimeError("the machine is gone")
+        return original(pipeline, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is gone"):
+        patch.setattr(TrainPipelineBase, "progress", progress)
+        train.main(arguments(data_folder, stopped, *more))
+    assert [folder.name for folder in (stopped / "checkpoints").iterdir()] == ["step-000000030"]
+    train.main(arguments(data_folder, stopped, *more, "--resume=true"))
+    assert losses(stopped) == losses(whole)
+    assert len(losses(whole)) == 50
+    finished = weights(data_folder, stopped)
+    assert all(torch.equal(value, finished[name]) for name, value in weights(data_folder, whole).items())
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_on_one(data_folder: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    torchrun(2, "train", *arguments(data_folder, run))
+    train.main(arguments(data_folder, run, "--loop.epochs=2", "--resume=true"))
+    train.main(arguments(data_folder, whole, "--loop.epochs=2"))
+    assert losses(run) == pytest.approx(losses(whole), rel=2e-3)
+
+
+def test_bfloat16_autocast_learns_what_float32_does(data_folder: Path, tmp_path: Path) -> None:
+    for precision in ("float32", "bfloat16"):
+        train.main(arguments(data_folder, tmp_path / precision, f"--loop.precision={precision}"))
+    low, full = losses(tmp_path / "bfloat16"), losses(tmp_path / "float32")
+    assert low != full
+    assert low == pytest.approx(full, rel=0.02)
+
+
+def test_workers_and_the_control_train(data_folder: Path, tmp_path: Path) -> None:
+    train.main(arguments(data_folder, tmp_path / "workers", "--num_workers=2"))
+    train.main(arguments(data_folder, tmp_path / "no_workers"))
+    assert losses(tmp_path / "workers") == losses(tmp_path / "no_workers")
+    train.main(arguments(data_folder, tmp_path / "control", "--model.history=none", "--model.interaction=dcn"))
+    assert losses(tmp_path / "control")[25] < losses(tmp_path / "control")[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the loss is nan: lower the learning rates"):
+        train.main(arguments(data_folder, tmp_path / "run", "--optimizer.table_lr=1e30", "--optimizer.dense_lr=1e30"))
+
+
+@pytest.fixture(scope="module")
+def trained(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    train.main(arguments(data_folder, run))
+    return run
+
+
+def refused(capsys: pytest.CaptureFixture[str], main: Any, args: list[str]) -> str:
+    """The one line with which a command ends on bad input."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_run_is_not_overwritten_nor_mixed_with_another(
+    data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, train.main, arguments(data_folder, trained))
+    assert re.search(r"trained: has a checkpoint already: go on with --resume", line)
+    other = arguments(data_folder, trained, "--resume=true", "--model.history_layers=3")
+    line = refused(capsys, train.main, other)
+    assert "model.history_layers=2, the config says 3" in line
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train.main(arguments(data_folder, run))
+    config = run / "config.yaml"
+    original = config.read_text()
+    for old, new in (("embedding_dim: 8", "embedding_dim: 16"), ("history_layers: 2", "history_layers: 3")):
+        assert old in original
+        config.write_text(original.replace(old, new))
+        line = refused(capsys, evaluate.main, ["--run_folder", str(run)])
+        assert "step-000000025: the checkpoint does not fit the model" in line
+        assert "use the config it was trained with" in line
+    assert not (run / "evaluate-test.json").exists()
+
+
+def test_a_damaged_config_and_a_missing_run_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "not the folder of a training run" in refused(capsys, evaluate.main, ["--run_folder", str(tmp_path)])
+    (tmp_path / "config.yaml").write_text("model: 3\n")
+    assert "not a config of this version" in refused(capsys, evaluate.main, ["--run_folder", str(tmp_path)])
+
+
+def test_data_with_other_features_is_refused(
+    data_folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = (data_folder / "schema.json").read_text()
+    (tmp_path / "schema.json").write_text(schema.replace('"table_size": 20', '"table_size": 21'))
+    line = refused(capsys, evaluate.main, ["--run_folder", str(trained), "--data", str(tmp_path)])
+    assert "name='user_id'" in line
+    assert "table_size=20" in line

@@ -1,0 +1,63 @@
+"""Requests of a wanted shape, made of real ones: for benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from torchrec_amort.schema import InputError, RequestSchema
+
+
+def sample_requests(
+    folder: str | Path, split: str, *, num_requests: int, num_candidates: int, history_length: int, seed: int
+) -> pa.Table:
+    """Real requests with long enough histories, each with candidates drawn from those of the whole split.
+
+    Args:
+        folder: prepared data folder.
+        split: of it.
+        num_requests: rows of the table.
+        num_candidates: candidates of each request.
+        history_length: least number of events of each history.
+        seed: of the draw.
+
+    Returns:
+        pa.Table: columns of the schema, without labels.
+
+    Raises:
+        InputError: too few requests have a history that long.
+
+    Example::
+
+        table = sample_requests(
+            "data/movielens-1m", "test", num_requests=100, num_candidates=128, history_length=100, seed=0
+        )
+    """
+    schema = RequestSchema.load(folder)
+    path = Path(folder) / split
+    if not path.is_dir():
+        raise InputError(f"{path}: no such split: prepare the data first (torchrec-amort prepare --help)")
+    table = ds.dataset(path, format="parquet").to_table().combine_chunks()
+    random = np.random.default_rng(seed)
+    features = [f for f in schema.features if f.kind != "label"]
+    pools = {f.source: pc.list_flatten(table[f.source]).combine_chunks() for f in features if f.side == "candidate"}
+    long_enough = np.arange(table.num_rows)
+    if schema.of("event"):
+        long_enough = np.flatnonzero(pc.list_value_length(table["history_item"]).to_numpy() >= history_length)
+    if len(long_enough) < num_requests:
+        raise InputError(
+            f"{path}: {len(long_enough)} requests have {history_length} events or more, not {num_requests}: "
+            "ask for fewer requests or shorter histories"
+        )
+    table = table.take(np.sort(random.choice(long_enough, num_requests, replace=False)))
+    pool_size = len(pools["candidate_item"])
+    drawn = random.integers(pool_size, size=num_requests * num_candidates)
+    offsets = pa.array(np.arange(num_requests + 1) * num_candidates, pa.int32())
+    columns = {name: table[name] for name in schema.arrow_schema().names if name not in schema.labels}
+    for name, pool in pools.items():
+        columns[name] = pa.ListArray.from_arrays(offsets, pool.take(drawn))
+    return pa.table({name: column for name, column in columns.items()})
