@@ -1,7 +1,7 @@
 """The whole road on MovieLens-1M: prepare, train with and without history, evaluate, benchmark, compare.
 
 Training and evaluation are launched by TorchX on two local ranks. Leaves `summary.json` and `summary.png`
-in `runs/demo`. Run by `make demo`; takes some minutes on two cores.
+in `runs/demo`. Run by `make demo`, from the root of the clone; takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torchrec_amort.schema import SCHEMA_FILE
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"no_history": ["--model.history", "none"], "history": []}
 RANKS = 2
 
@@ -46,13 +45,13 @@ def demo(
     """
     started = time.perf_counter()
     if not (Path(data) / SCHEMA_FILE).exists():
-        _command("prepare", "movielens-1m", "--out", data, *(["--source", source] if source else []))
+        _run("torchrec-amort", "prepare", "movielens-1m", "--out", data, *(["--source", source] if source else []))
     shutil.rmtree(out, ignore_errors=True)
     for model, overrides in MODELS.items():
         run = ["--run_folder", f"{out}/{model}"]
         _torchx("train", "--config", config, "--data", data, *run, *overrides)
         _torchx("evaluate", *run)
-    _command("benchmark", "--run_folder", f"{out}/history")
+    _run("torchrec-amort", "benchmark", "--run_folder", f"{out}/history")
     summary = _summary(Path(data), Path(out))
     summary["seconds"] = round(time.perf_counter() - started)
     write_json(Path(out) / "summary.json", summary)
@@ -61,17 +60,12 @@ def demo(
     print(f"written to {out}/summary.json and {out}/summary.png, {summary['seconds']} s in all")
 
 
-def _command(command: str, *args: str) -> None:
-    _run([sys.executable, "-m", f"torchrec_amort.apps.{command}", *args])
-
-
 def _torchx(component: str, *args: str) -> None:
-    launcher = [str(Path(sys.executable).parent / "torchx")]
-    file = ROOT / "torchx_components" / "amort.py"
-    _run([*launcher, "run", "-s", "local_cwd", f"{file}:{component}", "-j", f"1x{RANKS}", "--", *args])
+    file = f"torchx_components/amort.py:{component}"
+    _run("torchx", "run", "-s", "local_cwd", file, "-j", f"1x{RANKS}", "--", *args)
 
 
-def _run(command: list[str]) -> None:
+def _run(*command: str) -> None:
     """Run a command with this environment's programs first on the path; its failure ends the demo."""
     print(f"\n$ {' '.join(command)}", flush=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "torchrec_amort"
 FLOORS = {
     "schema": 0,
     "files": 1,
+    "progress": 0,
     "batch": 1,
     "data": 2,
     "modules": 2,

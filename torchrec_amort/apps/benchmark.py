@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torchrec_amort.apps.command import load_config, parse, refuse_other_schema, run_command
 from torchrec_amort.apps.train import TrainConfig
@@ -22,6 +21,7 @@ from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
+from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.checkpoint import load_weights
 
@@ -139,17 +139,20 @@ def time_both_ways(model: AmortizedDLRM, batches: Sequence[RequestBatch], *, war
     """
     matrix = torch.randn(1024, 1024)
     seconds: dict[str, list[float]] = {"impressions": [], "amortized": [], "gemm": []}
-    difference = 0.0
-    for turn, batch in enumerate(tqdm([*batches[:warmup], *batches], desc="benchmark", unit=" requests")):
-        impressions = batch.to_impressions()
-        taken = {}
-        amortized_CT, taken["amortized"] = _timed(partial(model, batch))
-        impressions_CT, taken["impressions"] = _timed(partial(model, impressions))
-        _, taken["gemm"] = _timed(partial(torch.mm, matrix, matrix))
-        difference = max(difference, _difference(amortized_CT, impressions_CT))
-        if turn >= min(warmup, len(batches)):
-            for method, value in taken.items():
-                seconds[method].append(value)
+    differences: list[float] = []
+    warmup = min(warmup, len(batches))
+    with progress(total=warmup + len(batches), desc="benchmark", unit="requests") as bar:
+        for turn, batch in enumerate([*batches[:warmup], *batches]):
+            impressions = batch.to_impressions()
+            taken = {}
+            amortized_CT, taken["amortized"] = _timed(partial(model, batch))
+            impressions_CT, taken["impressions"] = _timed(partial(model, impressions))
+            _, taken["gemm"] = _timed(partial(torch.mm, matrix, matrix))
+            differences.append(_difference(amortized_CT, impressions_CT))
+            if turn >= warmup:
+                for method, value in taken.items():
+                    seconds[method].append(value)
+            bar.update()
     medians = {method: float(np.median(values)) for method, values in seconds.items()}
     return {
         "latency_ms": {
@@ -160,7 +163,7 @@ def time_both_ways(model: AmortizedDLRM, batches: Sequence[RequestBatch], *, war
             for method in ("impressions", "amortized")
         },
         "speedup_p50": medians["impressions"] / medians["amortized"],
-        "max_score_difference": difference,
+        "max_score_difference": float(np.max(differences)),
         "gemm_gflops": 2 * 1024**3 / medians["gemm"] / 1e9,
     }
 

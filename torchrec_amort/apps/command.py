@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +79,10 @@ def refuse_other_schema(run: str | Path, data: str | Path) -> None:
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a command; bad input ends it with one line and exit status 2."""
+    # What TorchRec and torch deprecate of each other is not for who runs a command.
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
     try:
         command()
     except InputError as error:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from torchrec_amort.data.writer import write_requests
+from torchrec_amort.progress import progress
 from torchrec_amort.schema import AGE_BUCKETS, Feature, InputError, RequestSchema
 
 NUM_RATINGS = 1_000_209
@@ -282,14 +282,14 @@ def _tables(
     """Tables of the given requests, some thousand at a time."""
     size = 4096
     arrow_schema = SCHEMA.arrow_schema()
-    with tqdm(total=len(requests), desc=split, unit=" requests") as progress:
+    with progress(total=len(requests), desc=split, unit="requests") as bar:
         for start in range(0, len(requests), size):
             some = requests[start : start + size]
             rows = [_row(ratings, request, known_users) for request in some]
             ids = pa.array(range(first_id + start, first_id + start + len(some)), pa.int64())
             columns = {name: [row[name] for row in rows] for name in rows[0]}
             yield pa.table({"request_id": ids, **columns}, arrow_schema)
-            progress.update(len(some))
+            bar.update(len(some))
 
 
 def _row(ratings: Ratings, request: _Request, known_users: set[int]) -> dict[str, object]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
+from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.checkpoint import Position, save_checkpoint
 from torchrec_amort.training.metrics import auc, grouped_auc, log_loss, normalized_entropy
@@ -124,26 +125,25 @@ def train(
     report = _Report(run, dataset.schema, dataset.batch_size, device, start.total_steps)
     model.module.train()
     started = time.perf_counter()
-    with tqdm(
+    with progress(
         total=config.epochs * steps_per_epoch,
         initial=start.total_steps,
         desc="train",
-        unit=" steps",
+        unit="steps",
         disable=not is_first(),
-        mininterval=1.0,
-    ) as progress:
+    ) as bar:
         while position.epoch < config.epochs:
             dataset.set_position(epoch=position.epoch, step=position.step)
             batches = iter(data)
             for step in range(position.step, steps_per_epoch):
                 report.add(*pipeline.progress(batches))
-                progress.update()
+                bar.update()
                 position = Position(position.epoch, step + 1, position.total_steps + 1)
                 ended = step + 1 == steps_per_epoch
                 if ended:
                     position = Position(position.epoch + 1, 0, position.total_steps)
                 if ended or position.total_steps % config.log_every == 0:
-                    result.losses.append(report.write(position.total_steps, progress))
+                    result.losses.append(report.write(position.total_steps, bar))
                 if ended or position.total_steps % (config.checkpoint_every or math.inf) == 0:
                     save_checkpoint(run, model, position)
             pipeline.reset()
@@ -196,7 +196,7 @@ class _Report:
             weights={task: torch.ones_like(labels_CT[:, t]) for t, task in enumerate(self.tasks)},
         )
 
-    def write(self, total_steps: int, progress: tqdm[Any]) -> float:
+    def write(self, total_steps: int, bar: tqdm[Any]) -> float:
         seconds = time.perf_counter() - self.since
         candidates = int(sum_over_ranks(torch.tensor([self.candidates - self.candidates_before], device=self.device)))
         record = {
@@ -218,7 +218,7 @@ class _Report:
             with self.file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         shown = {"loss": f"{record['loss']:.4f}", "cand/s": f"{record['candidates_per_second']:.0f}"}
-        progress.set_postfix(shown | {k: f"{v:.4f}" for k, v in record.items() if k.startswith("ne/")})
+        bar.set_postfix(shown | {k: f"{v:.4f}" for k, v in record.items() if k.startswith("ne/")}, refresh=False)
         self._restart()
         return record["loss"]
 
@@ -277,12 +277,12 @@ def predict(module: torch.nn.Module, data: DataLoader[RequestBatch], device: tor
     module.eval()
     mine: list[tuple[np.ndarray, ...]] = []
     dataset: Any = data.dataset
-    with tqdm(total=len(dataset), desc="evaluate", unit=" steps", disable=not is_first()) as progress:
+    with progress(total=len(dataset), desc="evaluate", unit="steps", disable=not is_first()) as bar:
         for batch in data:
             _, (_, logits_CT, labels_CT) = module(batch.to(device))
             users_C = batch.users.repeat_interleave(batch.num_candidates)
             mine.append((logits_CT.float().cpu().numpy(), labels_CT.cpu().numpy(), users_C.numpy()))
-            progress.update()
+            bar.update()
     logits, labels, users = (np.concatenate(parts) for parts in zip(*mine, strict=True))
     everyone = gather_on_first((logits, labels, users))
     if not is_first():

@@ -1,0 +1,120 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import launch, torchrun
+from torchrec_amort.apps import benchmark, cli, evaluate, prepare, train
+
+MODEL = ["--model.embedding_dim=8", "--model.history_length=8"]
+
+
+@pytest.fixture(scope="module")
+def trained(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    train.main(["--data", str(data_folder), "--run_folder", str(run), "--loop.epochs=1", *MODEL])
+    return run
+
+
+def test_the_benchmark_compares_the_same_weights_both_ways(
+    data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--run_folder", str(trained), "--requests=10", "--candidates=6", "--history_length=5", "--threads=1"]
+    benchmark.main(args)
+    record = json.loads((trained / "benchmark.json").read_text())
+    assert (record["requests"], record["candidates"], record["history_length"]) == (10, 6, 5)
+    assert record["threads"] == 1
+    assert 0 < record["max_score_difference"] <= 1e-5
+    for method in ("impressions", "amortized"):
+        assert 0 < record["latency_ms"][method]["p50"] <= record["latency_ms"][method]["p95"]
+    medians = {method: times["p50"] for method, times in record["latency_ms"].items()}
+    assert record["speedup_p50"] == pytest.approx(medians["impressions"] / medians["amortized"])
+    assert record["gemm_gflops"] > 0
+    shown = capsys.readouterr().out
+    assert "10 requests of 6 candidates and 5 events, one at a time, 1 threads, float32" in shown
+
+
+def test_a_benchmark_of_longer_histories_than_there_are_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--run_folder", str(trained), "--history_length=9"])
+    assert stop.value.code == 2
+    assert "0 requests have 9 events or more, not 100" in capsys.readouterr().err
+
+
+def test_evaluation_says_what_was_measured_and_on_what(
+    data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main(["--run_folder", str(trained), "--split=validation"])
+    record: dict[str, Any] = json.loads((trained / "evaluate-validation.json").read_text())
+    counts = json.loads((data_folder / "counts.json").read_text())["validation"]
+    assert {name: record[name] for name in counts} == counts
+    assert set(record["tasks"]) == {"liked", "bought"}
+    assert set(record["tasks"]["liked"]) == {"auc", "gauc", "ne", "log_loss", "positive_rate"}
+    shown = capsys.readouterr().out
+    assert f"(60 requests, {counts['candidates']} candidates), bought: AUC" in shown
+
+
+def test_a_config_file_and_the_command_line_give_the_config(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"data: {data_folder}\nrun_folder: {tmp_path / 'run'}\nmodel:\n  embedding_dim: 64\n  dropout: 0.1\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(file), "--model.embedding_dim=16", "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for line in ("embedding_dim: 16", "dropout: 0.1", f"data: {data_folder}", "table_lr:"):
+        assert line in printed
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(file), "--model.embedding_dim=wide"])
+    assert stop.value.code == 2
+
+
+def test_bad_data_ends_every_command_with_one_line(tmp_path: Path) -> None:
+    done = launch(
+        "torchrec-amort", "train", "--data", str(tmp_path), "--run_folder", str(tmp_path / "run"), check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/schema.json: no such file: prepare the data")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_ends_all_ranks(data_folder: Path, tmp_path: Path) -> None:
+    args = ["--data", str(data_folder), "--run_folder", str(tmp_path / "run"), "--batch_size=1"]
+    done = torchrun(2, "train", *args, check=False)
+    assert done.returncode != 0
+    assert "in batches of 1 and 12 lanes cannot be shared by 2 ranks" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepare_refuses_what_is_not_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source, message in ((tmp_path / "nothing.zip", "no such file"), (tmp_path, "is missing")):
+        with pytest.raises(SystemExit) as stop:
+            prepare.main(["movielens-1m", "--source", str(source), "--out", str(tmp_path / "out")])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        prepare.main(["movielens-20m"])
+
+
+def test_the_console_command_lists_and_finds_its_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, code in (["--help"], 0), ([], 2), (["fly"], 2), (["train", "--help"], 0):
+        monkeypatch.setattr(sys, "argv", ["torchrec-amort", *argv])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == code, argv
+    captured = capsys.readouterr()
+    assert "no command 'fly'" in captured.err
+    for command in cli.COMMANDS:
+        assert command in captured.out
+    assert "--model.embedding_dim" in captured.out
