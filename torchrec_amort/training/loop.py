@@ -148,8 +148,7 @@ def train(
                     save_checkpoint(run, model, position)
             pipeline.reset()
     result.seconds = time.perf_counter() - started
-    result.steps, result.candidates = position.total_steps, report.candidates
-    report.close()
+    result.steps, result.candidates = position.total_steps, report.close()
     return result
 
 
@@ -222,10 +221,11 @@ class _Report:
         self._restart()
         return record["loss"]
 
-    def close(self) -> None:
-        self.candidates = int(sum_over_ranks(torch.tensor([self.candidates], device=self.device)))
+    def close(self) -> int:
+        """Candidates seen by all ranks."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        return int(sum_over_ranks(torch.tensor([self.candidates], device=self.device)))
 
 
 @dataclass(frozen=True)
