@@ -137,6 +137,7 @@ def request(**changes: Any) -> dict[str, Any]:
         ({"history_time": [1, 2, 1_000_001]}, "event at 1000001, after the request's time 1000000"),
         ({"price": [0.5, float("nan")]}, "candidate 1: candidate_dense column 0 is nan"),
         ({"liked": [0.0, float("inf")]}, "candidate 1: labels column 0 is inf"),
+        ({"liked": [0.0, 2.0]}, "candidate 1: labels column 0 is 2.0, not a number from 0 to 1"),
         ({"hour": float("inf")}, "request_dense column 0 is inf"),
         ({"user_id": "seven"}, "user_id is not int64.*seven"),
         ({"user_id": 3.5}, "user_id is not int64"),

@@ -395,7 +395,8 @@ class _Check:
         self._finite("request_dense", self.batch.request_dense, False)
         self._finite("candidate_dense", self.batch.candidate_dense, True)
         if self.batch.labels is not None:
-            self._finite("labels", self.batch.labels, True)
+            labels = self.batch.labels
+            self._refuse("labels", labels, ~((labels >= 0) & (labels <= 1)), True, "a number from 0 to 1")
 
     def _request(self, row: int) -> str:
         return f"{self.source}: request {self.first_row + row}"
@@ -489,7 +490,11 @@ class _Check:
                 )
 
     def _finite(self, name: str, values: Tensor, per_candidate: bool) -> None:
-        if len(wrong := torch.nonzero(~torch.isfinite(values))):
-            row, column = wrong[0].tolist()
+        self._refuse(name, values, ~torch.isfinite(values), per_candidate, "a finite number")
+
+    def _refuse(self, name: str, values: Tensor, wrong: Tensor, per_candidate: bool, expected: str) -> None:
+        """Refuse the first of the values [rows, columns] that is wrong."""
+        if wrong.any():
+            row, column = torch.nonzero(wrong)[0].tolist()
             where = self._candidate(row) if per_candidate else self._request(row)
-            raise InputError(f"{where}: {name} column {column} is {float(values[row, column])}, not a finite number")
+            raise InputError(f"{where}: {name} column {column} is {float(values[row, column])}, not {expected}")

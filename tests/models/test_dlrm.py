@@ -2,7 +2,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -47,6 +47,8 @@ def make_batch(requests: list[dict[str, Any]]) -> RequestBatch:
 
 
 @given(shapes, interactions, attentions, st.integers(0, 2**20))
+@example([(0, 1), (MAX_HISTORY, 5)], "dot", "full", 0)
+@example([(1, 1), (0, 3), (MAX_HISTORY, 1)], "dcn", "causal", 0)
 def test_scores_are_one_function_of_history_and_candidate(
     sizes: list[tuple[int, int]], interaction: Interaction, attention: str, seed: int
 ) -> None:

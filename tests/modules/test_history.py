@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -52,6 +52,8 @@ def score_alone(arch: AmortizedHistoryArch, history: JaggedTensor, candidates: J
 
 
 @given(shapes, attentions, seeds)
+@example([(0, 1), (1, 1), (LIMIT, 6)], "full", 0)
+@example([(0, 1), (1, 1), (LIMIT, 6)], "causal", 0)
 def test_equals_the_oracle_of_plain_loops(sizes: list[tuple[int, int]], attention: HistoryAttention, seed: int) -> None:
     arch = make_arch(attention, seed)
     history = make_rows([n for n, _ in sizes], seed)

@@ -20,9 +20,9 @@ def arguments(data: Path, run: Path, *more: str) -> list[str]:
     return [*common, *MODEL, *more]
 
 
-def losses(run: Path) -> dict[int, float]:
+def losses(run: Path, metric: str = "loss") -> dict[int, float]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+    return {record["step"]: record[metric] for record in map(json.loads, lines)}
 
 
 def weights(data: Path, run: Path) -> dict[str, torch.Tensor]:
@@ -47,6 +47,8 @@ def test_two_ranks_train_as_one_on_the_same_global_batches(data_folder: Path, tm
     # Sums are in another order, and the optimizers carry the difference on: 1e-4 after 25 steps.
     assert losses(two) == pytest.approx(expected, rel=1e-4)
     assert min(expected.values()) < expected[1]
+    for task in ("liked", "bought"):
+        assert losses(two, f"ne/{task}") == pytest.approx(losses(one, f"ne/{task}"), rel=1e-4)
     whole = weights(data_folder, one)
     for name, value in weights(data_folder, two).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
@@ -171,8 +173,16 @@ def test_a_damaged_config_and_a_missing_run_are_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "not the folder of a training run" in refused(capsys, evaluate.main, ["--run_folder", str(tmp_path)])
-    (tmp_path / "config.yaml").write_text("model: 3\n")
-    assert "not a config of this version" in refused(capsys, evaluate.main, ["--run_folder", str(tmp_path)])
+    config = (trained / "config.yaml").read_text()
+    for text in (
+        "model: 3\n",
+        "model: {wide: true}\n",
+        "{",
+        config.replace("seed: 0", "seed: none"),
+        config + "new: 1\n",
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        assert "not a config of this version" in refused(capsys, evaluate.main, ["--run_folder", str(tmp_path)])
 
 
 def test_data_with_other_features_is_refused(

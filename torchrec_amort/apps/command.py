@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from torchrec_amort.files import write_text
 from torchrec_amort.schema import InputError, RequestSchema
@@ -58,7 +58,7 @@ def load_config(run: str | Path, config_class: type[Config], command: str) -> Co
     parser.exit_on_error = False
     try:
         return _config(parser.parse_path(str(path)), config_class, command)
-    except Exception as error:
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a config of this version: {error}") from error
 
 

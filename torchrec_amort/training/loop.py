@@ -21,6 +21,7 @@ from torchrec.metrics.ne import NEMetric
 from tqdm import tqdm
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.files import write_text
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
@@ -177,7 +178,7 @@ class _Report:
     def _forget_after(self, total_steps: int) -> None:
         """Drop what a run that was resumed from an earlier checkpoint had already reported."""
         lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-        self.file.write_text("".join(line for line in lines if json.loads(line)["step"] <= total_steps))
+        write_text(self.file, "".join(line for line in lines if json.loads(line)["step"] <= total_steps))
 
     def _restart(self) -> None:
         self.ne.reset()

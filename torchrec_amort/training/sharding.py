@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -128,7 +129,11 @@ def _plan(
         for table in _tables(collection)
     }
     planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=dist.get_world_size(), compute_device=device.type),
+        topology=Topology(
+            world_size=dist.get_world_size(),
+            local_world_size=get_local_size(dist.get_world_size()),
+            compute_device=device.type,
+        ),
         batch_size=batch_size,
         constraints=constraints,
     )
