@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.processes import is_first
@@ -45,7 +49,8 @@ def save_checkpoint(run: str | Path, model: ShardedModel, position: Position) ->
     if is_first():
         shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
-    dcp.save({**_state(model), "position": vars(position)}, checkpoint_id=temporary)
+    state = {**_optimizer_states(model), "model": model.module.state_dict(), "position": _to_tensors(position)}
+    dcp.save(_flat(state), checkpoint_id=temporary, planner=DefaultSavePlanner(flatten_state_dict=False))
     if is_first():
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -71,12 +76,13 @@ def load_checkpoint(run: str | Path, model: ShardedModel) -> Position:
     """
     # AdamW has no state to load into before its first step, so TorchRec makes one with gradients of zero.
     model.optimizer.init_state()
-    state: dict[str, Any] = {**_state(model), "position": vars(Position())}
-    _load(last_checkpoint(run), state)
-    model.module.load_state_dict(state["model"])
-    model.module.fused_optimizer.load_state_dict(state["table_optimizer"])
-    model.optimizer.load_state_dict(state["dense_optimizer"])
-    return Position(**state["position"])
+    optimizers, position = _optimizer_states(model), _to_tensors(Position())
+    _load(last_checkpoint(run), model.module, {**optimizers, "position": position})
+    model.module.fused_optimizer.load_state_dict(
+        {**model.module.fused_optimizer.state_dict(), "state": optimizers["table_optimizer"]}
+    )
+    model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": optimizers["dense_optimizer"]})
+    return Position(**{name: int(value) for name, value in position.items()})
 
 
 def load_weights(run: str | Path, model: nn.Module) -> None:
@@ -89,9 +95,7 @@ def load_weights(run: str | Path, model: nn.Module) -> None:
     Raises:
         InputError: there is no checkpoint, or it is of another model.
     """
-    state = {"model": model.state_dict()}
-    _load(last_checkpoint(run), state)
-    model.load_state_dict(state["model"])
+    _load(last_checkpoint(run), model, {})
 
 
 def last_checkpoint(run: str | Path) -> Path:
@@ -106,20 +110,49 @@ def last_checkpoint(run: str | Path) -> Path:
     return folders[-1]
 
 
-def _state(model: ShardedModel) -> dict[str, Any]:
+def _to_tensors(position: Position) -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for name, value in vars(position).items()}
+
+
+def _optimizer_states(model: ShardedModel) -> dict[str, Any]:
+    """For each optimizer, parameter and name, a tensor; this rank has those of its own tables only."""
     return {
-        "model": model.module.state_dict(),
-        "table_optimizer": model.module.fused_optimizer.state_dict(),
-        "dense_optimizer": model.optimizer.state_dict(),
+        "table_optimizer": model.module.fused_optimizer.state_dict()["state"],
+        "dense_optimizer": model.optimizer.state_dict()["state"],
     }
 
 
-def _load(folder: Path, state: dict[str, Any]) -> None:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tensors of a tree of mappings by their paths.
+
+    torch flattens too, but takes a rank that does not have all of a checkpoint's keys, as one without another
+    rank's table has not, for one that reads an old format.
+    """
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def _load(folder: Path, module: nn.Module, others: dict[str, Any]) -> None:
+    """Load a module's weights, and other tensors in place."""
+    weights = module.state_dict()
+    state = _flat({**others, "model": weights})
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reasons = [line for line in str(error).splitlines() if "Error" in line or "mismatch" in line]
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        if unknown := sorted(key for key in saved if key.startswith("model/") and key not in state):
+            raise ValueError(f"it has {unknown[0]}, which the model has not")
+        dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{folder}: the checkpoint does not fit the model ({(reasons or [str(error)])[-1].strip()}): "
+            f"{folder}: the checkpoint is damaged or does not fit the model ({_reason(error)}): "
             "use the config it was trained with, or another run"
         ) from error
+    module.load_state_dict(weights)
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of the innermost message of an error."""
+    lines = [line for line in str(error).splitlines() if "Error" in line or "mismatch" in line] or [str(error)]
+    return lines[-1].strip().split(". ")[0].rstrip(".")
