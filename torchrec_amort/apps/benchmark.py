@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_amort.apps.command import load_config, parse, refuse_other_schema, run_command
-from torchrec_amort.apps.train import TrainConfig
+from torchrec_amort.apps.command import parse, run_command
+from torchrec_amort.apps.train import TrainConfig, load_run
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.files import write_json
@@ -72,10 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _benchmark(config: BenchmarkConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    trained = load_config(config.run_folder, TrainConfig, "train")
-    data = config.data or trained.data
-    refuse_other_schema(config.run_folder, data)
-    schema = RequestSchema.load(config.run_folder)
+    trained, data, schema = load_run(config.run_folder, config.data)
     model = _trained_model(config.run_folder, trained, schema)
     table = sample_requests(
         data,

@@ -11,12 +11,11 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from torchrec_amort.apps.command import load_config, parse, refuse_other_schema, run_command
-from torchrec_amort.apps.train import TrainConfig
+from torchrec_amort.apps.command import parse, run_command
+from torchrec_amort.apps.train import load_run
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
-from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.checkpoint import last_checkpoint, load_weights
 from torchrec_amort.training.loop import GlobalBatchTrain, predict
 from torchrec_amort.training.processes import process_group
@@ -56,10 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _evaluate(config: EvaluateConfig) -> None:
     with process_group() as device:
-        trained = load_config(config.run_folder, TrainConfig, "train")
-        data = config.data or trained.data
-        refuse_other_schema(config.run_folder, data)
-        schema = RequestSchema.load(config.run_folder)
+        trained, data, schema = load_run(config.run_folder, config.data)
         dataset = RequestDataset(
             data,
             config.split,

@@ -25,7 +25,7 @@ from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.files import write_json, write_text
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
-from torchrec_amort.training.checkpoint import Position, last_checkpoint, load_checkpoint
+from torchrec_amort.training.checkpoint import CHECKPOINTS, Position, last_checkpoint, load_checkpoint
 from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, train
 from torchrec_amort.training.processes import is_first, process_group
 from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
@@ -119,9 +119,28 @@ def _train(config: TrainConfig) -> None:
             )
 
 
+def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, RequestSchema]:
+    """What a run was trained with, and the data folder to use it on.
+
+    Args:
+        run_folder: folder of a training run.
+        data: prepared data folder; the one it was trained on if None.
+
+    Returns:
+        tuple: the run's config, the data folder and the schema of both.
+
+    Raises:
+        InputError: it is no such folder, or the data has other features.
+    """
+    trained = load_config(run_folder, TrainConfig, "train")
+    data = data or trained.data
+    refuse_other_schema(run_folder, data)
+    return trained, data, RequestSchema.load(run_folder)
+
+
 def _refuse_or_resume(config: TrainConfig, run: Path) -> bool:
     """Whether the run goes on; refuses to mix it with another run or another model."""
-    has_checkpoint = (run / CONFIG_FILE).exists() and any((run / "checkpoints").glob("step-*"))
+    has_checkpoint = (run / CONFIG_FILE).exists() and any((run / CHECKPOINTS).glob("step-*"))
     if has_checkpoint and not config.resume:
         raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
     if has_checkpoint:

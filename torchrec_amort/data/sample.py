@@ -57,7 +57,8 @@ def sample_requests(
     pool_size = len(pools["candidate_item"])
     drawn = random.integers(pool_size, size=num_requests * num_candidates)
     offsets = pa.array(np.arange(num_requests + 1) * num_candidates, pa.int32())
-    columns = {name: table[name] for name in schema.arrow_schema().names if name not in schema.labels}
+    labels = {f.source for f in schema.of("candidate", "label")}
+    columns = {name: table[name] for name in schema.arrow_schema().names if name not in labels}
     for name, pool in pools.items():
         columns[name] = pa.ListArray.from_arrays(offsets, pool.take(drawn))
-    return pa.table({name: column for name, column in columns.items()})
+    return pa.table(columns)
