@@ -230,3 +230,24 @@ def test_ages_fall_into_octaves_without_a_limit() -> None:
     batch = RequestBatch.from_requests(requests, SCHEMA)
     assert lists(batch.sequences)["history_age"] == [[a.bit_length() for a in ages]]
     assert np.all(np.array(lists(batch.sequences)["history_age"]) < 64)
+
+
+@given(shapes, st.integers(0, 7))
+def test_keeping_the_latest_events_is_as_if_there_had_been_no_others(
+    sizes: list[tuple[int, int]], history_length: int
+) -> None:
+    requests = make_requests(sizes)
+    batch = RequestBatch.from_requests(requests, SCHEMA)
+    for request in requests:
+        for column in ("history_item", "history_action", "history_time"):
+            request[column] = request[column][max(0, len(request[column]) - history_length) :]
+    expected = RequestBatch.from_requests(requests, SCHEMA)
+    kept = batch.keep_latest(history_length)
+    assert kept.sequences.keys() == expected.sequences.keys()
+    assert torch.equal(kept.sequences.lengths(), expected.sequences.lengths())
+    assert torch.equal(kept.sequences.values(), expected.sequences.values())
+
+
+def test_a_history_of_fewer_than_no_events_is_refused() -> None:
+    with pytest.raises(InputError, match="history_length is -1"):
+        RequestBatch.from_requests(make_requests([(2, 1)]), SCHEMA).keep_latest(-1)

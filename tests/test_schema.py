@@ -11,15 +11,16 @@ from torchrec_amort import Feature, InputError, RequestSchema
 PACKAGE = Path(__file__).resolve().parents[1] / "torchrec_amort"
 FLOORS = {
     "schema": 0,
-    "files": 1,
     "progress": 0,
-    "batch": 1,
-    "data": 2,
-    "modules": 2,
-    "models": 3,
-    "training": 4,
-    "inference": 4,
-    "apps": 5,
+    "files": 1,
+    "rows": 1,
+    "batch": 2,
+    "data": 3,
+    "modules": 3,
+    "models": 4,
+    "training": 5,
+    "inference": 5,
+    "apps": 6,
 }
 STRANGERS = [{"data", "models"}, {"data", "modules"}, {"data", "training"}, {"training", "inference"}]
 

@@ -6,17 +6,17 @@ Shape suffixes: B requests; C candidates, N history events, all requests togethe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from torchrec_amort.schema import Feature, InputError, RequestSchema, Side, refuse_missing
+from torchrec_amort.rows import Rows
+from torchrec_amort.schema import InputError, RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class RequestBatch(Pipelineable):
             InputError: a column is missing or has nulls, lists of one request differ in length, or what
                 `validate` refuses.
         """
-        rows = _Rows(table, schema, history_length, source, first_row)
+        rows = Rows(table, schema, source, first_row)
         labels = [f for f in schema.of("candidate", "label") if f.source in table.column_names]
         batch = cls(
             request_dense=rows.dense("request"),
@@ -109,11 +109,12 @@ class RequestBatch(Pipelineable):
             request_sparse=rows.sparse("request"),
             candidate_sparse=rows.sparse("candidate"),
             sequences=rows.sequences(),
-            num_candidates=torch.from_numpy(rows.num_candidates.astype(np.int64)),
+            num_candidates=torch.tensor(rows.num_candidates, dtype=torch.int64),
             labels=rows.stack(schema.of("candidate", "label")) if labels else None,
             users=torch.from_numpy(rows.scalars("user").copy()) if "user" in table.column_names else None,
         )
-        return batch.validate(schema.table_sizes, source=source, first_row=first_row)
+        batch.validate(schema.table_sizes, source=source, first_row=first_row)
+        return batch if history_length is None else batch.keep_latest(history_length)
 
     def __len__(self) -> int:
         """The number of requests, B."""
@@ -138,6 +139,29 @@ class RequestBatch(Pipelineable):
             value = getattr(self, field.name)
             if value is not None:
                 value.record_stream(stream)
+
+    def keep_latest(self, history_length: int) -> RequestBatch:
+        """The same requests with at most `history_length` events in each history, the latest ones.
+
+        A model may be served with shorter histories than it was trained with.
+
+        Raises:
+            InputError: `history_length` is below 0.
+
+        Example::
+
+            logits_CT = model(batch.keep_latest(50))
+        """
+        if history_length < 0:
+            raise InputError(f"history_length is {history_length}, not 0 or more")
+        keys, lengths = self.sequences.keys(), self.sequences.lengths()
+        is_event = torch.tensor([key != "candidate_item" for key in keys], device=lengths.device)
+        limited = lengths.clamp(max=history_length)
+        kept = torch.where(is_event.repeat_interleave(len(self)), limited, lengths)
+        ends = torch.cumsum(lengths, 0).repeat_interleave(lengths)
+        recency = ends - 1 - torch.arange(ends.numel(), device=ends.device)
+        values = self.sequences.values()[recency < kept.repeat_interleave(lengths)]
+        return replace(self, sequences=KeyedJaggedTensor(keys=keys, values=values, lengths=kept, stride=len(self)))
 
     def to_impressions(self) -> RequestBatch:
         """The same data as C requests of one candidate each: what an ordinary DLRM scores.
@@ -223,155 +247,6 @@ def _select(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> KeyedJ
     return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=rows.numel())
 
 
-class _Rows:
-    """Reads the columns of a table, one row per request, as the parts of a batch."""
-
-    def __init__(
-        self, table: pa.Table, schema: RequestSchema, history_length: int | None, source: str, first_row: int
-    ) -> None:
-        self.table = table.combine_chunks()
-        self.schema = schema
-        self.types = schema.arrow_schema()
-        self.history_length = history_length
-        self.source = source
-        self.first_row = first_row
-        self._arrays: dict[str, pa.Array] = {}
-        labels = {f.source for f in schema.of("candidate", "label")}
-        scoring = not labels & set(table.column_names)
-        needed = [f.source for f in schema.features if not (scoring and f.source in labels)]
-        refuse_missing([*needed, *(["time"] if schema.needs_time else [])], table.column_names, source)
-        self.num_candidates = self._lengths("candidate_item")
-
-    def _array(self, column: str) -> pa.Array:
-        """A column as one array of the schema's type, without nulls."""
-        if column not in self._arrays:
-            self._arrays[column] = self._read(column)
-        return self._arrays[column]
-
-    def _read(self, column: str) -> pa.Array:
-        chunked = self.table.column(column)
-        array = chunked.chunk(0) if chunked.num_chunks else pa.array([], chunked.type)
-        expected = self.types.field(column).type
-        if (row := _first_null(array)) is not None:
-            what = "is null" if array[row].as_py() is None else "has a null"
-            raise InputError(f"{self._at(row)}: {column} {what}: write values, or an empty list")
-        if array.type.equals(expected):
-            return array
-        try:
-            return array.cast(expected)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise InputError(f"{self.source}: column {column!r} is {array.type}, not {expected}: {error}") from error
-
-    def _at(self, row: int) -> str:
-        return f"{self.source}: request {self.first_row + row}"
-
-    def scalars(self, column: str) -> np.ndarray:
-        return self._array(column).to_numpy()
-
-    def _lengths(self, column: str) -> np.ndarray:
-        return self._array(column).value_lengths().to_numpy()
-
-    def _lists(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Values and lengths of a column of lists."""
-        return self._array(column).flatten().to_numpy(), self._lengths(column)
-
-    def _refuse_other_lengths(self, column: str, lengths: np.ndarray, other: str) -> None:
-        expected = self._lengths(other)
-        if len(wrong := np.flatnonzero(lengths != expected)):
-            row = int(wrong[0])
-            raise InputError(
-                f"{self._at(row)}: {column} lists {lengths[row]} entries but {other} lists {expected[row]}: "
-                "they need one entry for each"
-            )
-
-    def _candidates(self, column: str) -> pa.Array:
-        """The entries of a candidate column, one per candidate of all requests."""
-        array = self._array(column)
-        self._refuse_other_lengths(column, array.value_lengths().to_numpy(), "candidate_item")
-        return array.flatten()
-
-    def _entries(self, feature: Feature) -> pa.Array:
-        """The entries of a feature: one per request, or one per candidate."""
-        return self._array(feature.source) if feature.side == "request" else self._candidates(feature.source)
-
-    def stack(self, features: Sequence[Feature]) -> Tensor:
-        """Float columns side by side: [rows, len(features)]."""
-        columns = [self._entries(feature).to_numpy() for feature in features]
-        return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32, copy=False))
-
-    def dense(self, side: Side) -> Tensor:
-        if features := self.schema.of(side, "dense"):
-            return self.stack(features)
-        return torch.empty(self._stride(side), 0)
-
-    def _stride(self, side: Side) -> int:
-        return self.table.num_rows if side == "request" else int(self.num_candidates.sum())
-
-    def sparse(self, side: Side) -> KeyedJaggedTensor:
-        values, lengths = [], []
-        features = self.schema.of(side, "id", "ids")
-        for feature in features:
-            entries = self._entries(feature)
-            if feature.kind == "ids":
-                lengths.append(entries.value_lengths().to_numpy())
-                values.append(entries.flatten().to_numpy())
-            else:
-                lengths.append(np.ones(len(entries), dtype=np.int64))
-                values.append(entries.to_numpy())
-        return _keyed_jagged([f.name for f in features], values, lengths, self._stride(side))
-
-    def sequences(self) -> KeyedJaggedTensor:
-        features = self.schema.sequence_features
-        columns = [self._sequence(feature) for feature in features]
-        values, lengths = zip(*columns, strict=True)
-        return _keyed_jagged([f.name for f in features], values, lengths, self.table.num_rows)
-
-    def _sequence(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
-        values, lengths = self._lists(feature.source)
-        if feature.side == "candidate":
-            return values, lengths
-        self._refuse_other_lengths(feature.source, lengths, "history_item")
-        if feature.kind == "age":
-            values = self._age_buckets(values, lengths)
-        if self.history_length is None:
-            return values, lengths
-        recency = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(values))
-        return values[recency <= self.history_length], np.minimum(lengths, self.history_length)
-
-    def _age_buckets(self, event_times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        times = np.repeat(self.scalars("time"), lengths)
-        ages = times - event_times
-        if len(wrong := np.flatnonzero(ages < 0)):
-            event = int(wrong[0])
-            row = int(np.searchsorted(np.cumsum(lengths), event, side="right"))
-            raise InputError(
-                f"{self._at(row)}: history_time has an event at {event_times[event]}, after the request's "
-                f"time {times[event]}: a history is what was known at the request"
-            )
-        return np.frexp(ages.astype(np.float64))[1].astype(np.int64)
-
-
-def _first_null(array: pa.Array) -> int | None:
-    """The first row that is null or has a null in its list."""
-    if array.null_count:
-        return int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-    if pa.types.is_list(array.type) and (entry := _first_null(array.flatten())) is not None:
-        return int(np.searchsorted(np.cumsum(array.value_lengths().to_numpy()), entry, side="right"))
-    return None
-
-
-def _keyed_jagged(
-    keys: list[str], values: Sequence[np.ndarray], lengths: Sequence[np.ndarray], stride: int
-) -> KeyedJaggedTensor:
-    empty = np.empty(0, dtype=np.int64)
-    return KeyedJaggedTensor(
-        keys=keys,
-        values=torch.from_numpy(np.concatenate([empty, *values]).astype(np.int64, copy=False)),
-        lengths=torch.from_numpy(np.concatenate([empty, *lengths]).astype(np.int64, copy=False)),
-        stride=stride,
-    )
-
-
 class _Check:
     """The checks of `RequestBatch.validate`, in the order in which one makes the next meaningful."""
 
@@ -433,6 +308,10 @@ class _Check:
             rows["users"] = (batch.users.shape[0], requests)
         if batch.labels is not None:
             rows["labels"] = (batch.labels.shape[0], candidates)
+        for name in ("request_sparse", "candidate_sparse"):
+            # Without keys there is nothing of which a row could be missing.
+            if not getattr(batch, name).keys():
+                del rows[name]
         for name, (have, expected) in rows.items():
             if have != expected:
                 raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -151,6 +151,22 @@ class RequestSchema:
     def needs_time(self) -> bool:
         """Whether the request's time is read: to tell how old its events are."""
         return bool(self.of("event", "age"))
+
+    def without(self, names: Iterable[str]) -> RequestSchema:
+        """The schema less some features.
+
+        Raises:
+            InputError: there is no such feature, or it cannot be left out: a batch has items, dense features and
+                labels in any case.
+        """
+        left_out = set(names)
+        optional = {f.name for f in self.features if f.kind in ("id", "ids", "age")}
+        if unknown := sorted(left_out - optional):
+            raise InputError(
+                f"schema {self.dataset!r}: {unknown[0]!r} cannot be left out: the features that can are "
+                f"{sorted(optional)}"
+            )
+        return replace(self, features=tuple(f for f in self.features if f.name not in left_out))
 
     def arrow_schema(self) -> pa.Schema:
         """The columns of a request-level Parquet file: one row per request."""

@@ -1,0 +1,171 @@
+"""From the columns of a table to the tensors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_amort.schema import Feature, InputError, RequestSchema, Side, refuse_missing
+
+
+class Rows:
+    """Reads the columns of a table, one row per request, as the parts of a batch.
+
+    Args:
+        table: the columns of `schema.arrow_schema()`; see `RequestBatch.from_arrow` for those that may be absent.
+        schema: what the requests are made of.
+        source: where the table comes from, for error messages.
+        first_row: number of the table's first row there, for error messages.
+
+    Raises:
+        InputError: a column is missing. Its parts raise it for nulls and for lists of one request that differ in
+            length.
+    """
+
+    def __init__(self, table: pa.Table, schema: RequestSchema, source: str, first_row: int) -> None:
+        self.table = table.combine_chunks()
+        self.schema = schema
+        self.types = schema.arrow_schema()
+        self.source = source
+        self.first_row = first_row
+        self._arrays: dict[str, pa.Array] = {}
+        labels = {f.source for f in schema.of("candidate", "label")}
+        scoring = not labels & set(table.column_names)
+        needed = [f.source for f in schema.features if not (scoring and f.source in labels)]
+        refuse_missing([*needed, *(["time"] if schema.needs_time else [])], table.column_names, source)
+        self.num_candidates = self._lengths("candidate_item")
+
+    def _array(self, column: str) -> pa.Array:
+        """A column as one array of the schema's type, without nulls."""
+        if column not in self._arrays:
+            self._arrays[column] = self._read(column)
+        return self._arrays[column]
+
+    def _read(self, column: str) -> pa.Array:
+        chunked = self.table.column(column)
+        array = chunked.chunk(0) if chunked.num_chunks else pa.array([], chunked.type)
+        expected = self.types.field(column).type
+        if (row := _first_null(array)) is not None:
+            what = "is null" if array[row].as_py() is None else "has a null"
+            raise InputError(f"{self._at(row)}: {column} {what}: write values, or an empty list")
+        if array.type.equals(expected):
+            return array
+        try:
+            return array.cast(expected)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(f"{self.source}: column {column!r} is {array.type}, not {expected}: {error}") from error
+
+    def _at(self, row: int) -> str:
+        return f"{self.source}: request {self.first_row + row}"
+
+    def scalars(self, column: str) -> np.ndarray:
+        """A column with one value per request."""
+        return self._array(column).to_numpy()
+
+    def _lengths(self, column: str) -> np.ndarray:
+        return self._array(column).value_lengths().to_numpy()
+
+    def _lists(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values and lengths of a column of lists."""
+        return self._array(column).flatten().to_numpy(), self._lengths(column)
+
+    def _refuse_other_lengths(self, column: str, lengths: np.ndarray, other: str) -> None:
+        expected = self._lengths(other)
+        if len(wrong := np.flatnonzero(lengths != expected)):
+            row = int(wrong[0])
+            raise InputError(
+                f"{self._at(row)}: {column} lists {lengths[row]} entries but {other} lists {expected[row]}: "
+                "they need one entry for each"
+            )
+
+    def _candidates(self, column: str) -> pa.Array:
+        """The entries of a candidate column, one per candidate of all requests."""
+        array = self._array(column)
+        self._refuse_other_lengths(column, array.value_lengths().to_numpy(), "candidate_item")
+        return array.flatten()
+
+    def _entries(self, feature: Feature) -> pa.Array:
+        """The entries of a feature: one per request, or one per candidate."""
+        return self._array(feature.source) if feature.side == "request" else self._candidates(feature.source)
+
+    def stack(self, features: Sequence[Feature]) -> Tensor:
+        """Float columns side by side: [rows, len(features)]."""
+        columns = [self._entries(feature).to_numpy() for feature in features]
+        return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32, copy=False))
+
+    def dense(self, side: Side) -> Tensor:
+        """The dense features of a side: [rows, features]; it may have none."""
+        if features := self.schema.of(side, "dense"):
+            return self.stack(features)
+        return torch.empty(self._stride(side), 0)
+
+    def _stride(self, side: Side) -> int:
+        return self.table.num_rows if side == "request" else int(self.num_candidates.sum())
+
+    def sparse(self, side: Side) -> KeyedJaggedTensor:
+        """The ids of a side."""
+        values, lengths = [], []
+        features = self.schema.of(side, "id", "ids")
+        for feature in features:
+            entries = self._entries(feature)
+            if feature.kind == "ids":
+                lengths.append(entries.value_lengths().to_numpy())
+                values.append(entries.flatten().to_numpy())
+            else:
+                lengths.append(np.ones(len(entries), dtype=np.int64))
+                values.append(entries.to_numpy())
+        return _keyed_jagged([f.name for f in features], values, lengths, self._stride(side))
+
+    def sequences(self) -> KeyedJaggedTensor:
+        """The events' features and the candidates' items."""
+        features = self.schema.sequence_features
+        columns = [self._sequence(feature) for feature in features]
+        values, lengths = zip(*columns, strict=True)
+        return _keyed_jagged([f.name for f in features], values, lengths, self.table.num_rows)
+
+    def _sequence(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
+        values, lengths = self._lists(feature.source)
+        if feature.side == "candidate":
+            return values, lengths
+        self._refuse_other_lengths(feature.source, lengths, "history_item")
+        if feature.kind == "age":
+            values = self._age_buckets(values, lengths)
+        return values, lengths
+
+    def _age_buckets(self, event_times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        times = np.repeat(self.scalars("time"), lengths)
+        ages = times - event_times
+        if len(wrong := np.flatnonzero(ages < 0)):
+            event = int(wrong[0])
+            row = int(np.searchsorted(np.cumsum(lengths), event, side="right"))
+            raise InputError(
+                f"{self._at(row)}: history_time has an event at {event_times[event]}, after the request's "
+                f"time {times[event]}: a history is what was known at the request"
+            )
+        return np.frexp(ages.astype(np.float64))[1].astype(np.int64)
+
+
+def _first_null(array: pa.Array) -> int | None:
+    """The first row that is null or has a null in its list."""
+    if array.null_count:
+        return int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+    if pa.types.is_list(array.type) and (entry := _first_null(array.flatten())) is not None:
+        return int(np.searchsorted(np.cumsum(array.value_lengths().to_numpy()), entry, side="right"))
+    return None
+
+
+def _keyed_jagged(
+    keys: list[str], values: Sequence[np.ndarray], lengths: Sequence[np.ndarray], stride: int
+) -> KeyedJaggedTensor:
+    empty = np.empty(0, dtype=np.int64)
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=torch.from_numpy(np.concatenate([empty, *values]).astype(np.int64, copy=False)),
+        lengths=torch.from_numpy(np.concatenate([empty, *lengths]).astype(np.int64, copy=False)),
+        stride=stride,
+    )
