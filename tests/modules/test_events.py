@@ -3,7 +3,6 @@ import torch
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import EventEncoder
-from torchrec_amort.modules.padding import Padding
 
 LENGTHS = torch.tensor([3, 0, 1])
 
@@ -17,6 +16,7 @@ def test_an_event_is_its_features_and_its_place_from_the_latest() -> None:
     encoder = EventEncoder(["history_item", "history_action"], embedding_dim=6, max_length=3)
     given = embeddings()
     history = encoder(given)
+    assert encoder.recency is not None
     for row, place in enumerate([2, 1, 0, 0]):
         expected = sum(jt.values()[row] for jt in given.values()) + encoder.recency.weight[place]
         torch.testing.assert_close(history.values()[row], expected)
@@ -37,19 +37,8 @@ def test_a_history_over_the_limit_is_refused_by_name_and_numbers() -> None:
         encoder(embeddings())
 
 
-@pytest.mark.parametrize("lengths", [[3, 0, 2], [0, 0], [2, 2], [4], [0]])
-def test_padding_and_back(lengths: list[int]) -> None:
-    rows = torch.randn(sum(lengths), 5)
-    padding = Padding(torch.tensor(lengths))
-    padded = padding.pad(rows)
-    assert padded.shape == (len(lengths), max(1, *lengths, 0), 5)
-    assert torch.equal(padding.unpad(padded), rows)
-    for request, length in enumerate(lengths):
-        assert float(padded[request, length:].abs().sum()) == 0.0
-
-
-def test_no_mask_is_needed_where_nothing_is_padded() -> None:
-    assert Padding(torch.tensor([2, 2])).key_mask() is None
-    mask = Padding(torch.tensor([2, 0])).key_mask()
-    assert mask is not None
-    assert mask[:, 0, 0].tolist() == [[True, True], [True, True]]
+def test_without_places_a_history_may_have_any_length_and_any_order_of_time() -> None:
+    encoder = EventEncoder(["history_item"], embedding_dim=6)
+    rows = torch.randn(300, 6)
+    assert torch.equal(encoder({"history_item": JaggedTensor(rows, lengths=torch.tensor([300]))}).values(), rows)
+    assert list(encoder.parameters()) == []

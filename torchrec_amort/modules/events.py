@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from torchrec_amort.modules.jagged import expand, positions
+
 
 class EventEncoder(nn.Module):
     """An event is the sum of its features' embeddings and of its place, counted from the latest event.
@@ -18,7 +20,8 @@ class EventEncoder(nn.Module):
     Args:
         features: keys of the event features to add up (`history_item`, `history_action`, ...).
         embedding_dim: D.
-        max_length: events that a history may have; each place has a learned vector.
+        max_length: events that a history may have; each place has a learned vector. If None, places are left out and
+            a history may have any length.
         dropout: probability of dropping an entry of an event's vector, in training.
         device: where to put the weights.
 
@@ -32,14 +35,16 @@ class EventEncoder(nn.Module):
         self,
         features: Sequence[str],
         embedding_dim: int,
-        max_length: int,
+        max_length: int | None = None,
         dropout: float = 0.0,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.features = list(features)
-        self.recency = nn.Embedding(max_length, embedding_dim, device=device)
-        nn.init.normal_(self.recency.weight, std=embedding_dim**-0.5)
+        self.recency = None
+        if max_length is not None:
+            self.recency = nn.Embedding(max_length, embedding_dim, device=device)
+            nn.init.normal_(self.recency.weight, std=embedding_dim**-0.5)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, embeddings: Mapping[str, JaggedTensor]) -> JaggedTensor:
@@ -54,17 +59,16 @@ class EventEncoder(nn.Module):
         Raises:
             ValueError: a history is longer than `max_length`.
         """
-        first = embeddings[self.features[0]]
-        recency_N = recency(first.lengths(), first.values().shape[0])
-        self._refuse_too_long(first.lengths())
-        events_ND = self.recency(recency_N)
-        for feature in self.features:
-            events_ND = events_ND + embeddings[feature].values()
-        return JaggedTensor(self.dropout(events_ND), lengths=first.lengths())
+        lengths_B = embeddings[self.features[0]].lengths()
+        events_ND = torch.stack([embeddings[feature].values() for feature in self.features]).sum(0)
+        if self.recency is not None:
+            self._refuse_too_long(lengths_B, self.recency.num_embeddings)
+            events_ND = events_ND + self.recency(recency(lengths_B, events_ND.shape[0]))
+        return JaggedTensor(self.dropout(events_ND), lengths=lengths_B)
 
-    def _refuse_too_long(self, lengths_B: Tensor) -> None:
-        max_length = self.recency.num_embeddings
-        if lengths_B.numel() and int(lengths_B.max()) > max_length:
+    def _refuse_too_long(self, lengths_B: Tensor, max_length: int) -> None:
+        # To a compiler the lengths are not known; what is too long is out of the table's range there.
+        if not torch.compiler.is_compiling() and lengths_B.numel() and int(lengths_B.max()) > max_length:
             request = int(lengths_B.argmax())
             raise ValueError(
                 f"request {request} has a history of {int(lengths_B[request])} events, but the encoder knows "
@@ -74,5 +78,4 @@ class EventEncoder(nn.Module):
 
 def recency(lengths_B: Tensor, num_events: int) -> Tensor:
     """int64 [N]: how many later events each event has in its history; 0 for the latest."""
-    ends_N = torch.repeat_interleave(torch.cumsum(lengths_B, 0), lengths_B, output_size=num_events)
-    return ends_N - 1 - torch.arange(num_events, device=lengths_B.device)
+    return expand(lengths_B, lengths_B, num_events) - 1 - positions(lengths_B, num_events)

@@ -1,100 +1,49 @@
 """AmortizedHistoryArch: a history encoded once per request, read by every candidate.
 
-Shape suffixes: B requests; N history events and C candidates, all requests together; S rows of the longest
-request; D model dimension; H attention heads of dimension K.
+Shape suffixes: B requests; N rows of histories, C candidates and R rows of either, all requests together; D model
+dimension; H attention heads of dimension K; S vectors of a candidate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.modules.padding import Padding
+from torchrec_amort.modules.attention import Backend, JaggedAttention
+from torchrec_amort.modules.compression import HistoryCompression
+from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
+from torchrec_amort.modules.jagged import expand, mean_by_request, positions
 
 HistoryAttention = Literal["full", "causal"]
 
+ROTARY_BASE = 10_000.0
 
-@dataclass(frozen=True, eq=False)
-class HistoryState:
-    """Keys and values of B encoded histories: all that a candidate needs of them.
+
+class Rotation:
+    """Turns queries and keys by angles that grow with their places.
+
+    Their products then depend on the distance of their places alone (rotary positions, Su et al., arXiv 2104.09864,
+    section 3.2.2).
 
     Args:
-        keys: for each layer, [N, H, K].
-        values: for each layer, [N, H, K].
-        lengths: int64 [B], events of each history.
-
-    Example::
-
-        state = arch.encode_history(history)
-        first_two = state[:2]
-        again = HistoryState.cat([first_two, state[2:]])
+        positions_R: int64 [R].
+        head_dim: K, even.
+        dtype: of the rows to turn.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    lengths: Tensor
+    def __init__(self, positions_R: Tensor, head_dim: int, dtype: torch.dtype) -> None:
+        steps = torch.arange(0, head_dim, 2, device=positions_R.device, dtype=torch.float64) / head_dim
+        angles_R1K = (positions_R[:, None] * ROTARY_BASE**-steps)[:, None, :]
+        self.cos, self.sin = angles_R1K.cos().to(dtype), angles_R1K.sin().to(dtype)
 
-    def __len__(self) -> int:
-        """The number of requests, B."""
-        return self.lengths.numel()
-
-    @property
-    def offsets(self) -> Tensor:
-        """int64 [B + 1]: where each history starts among the N events, and where the last one ends."""
-        return F.pad(torch.cumsum(self.lengths, 0), (1, 0))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys, the values and the lengths."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values, self.lengths))
-
-    def _map(self, function: Callable[[Tensor], Tensor], lengths: Tensor) -> HistoryState:
-        return HistoryState(
-            tuple(function(key) for key in self.keys),
-            tuple(function(value) for value in self.values),
-            lengths,
-        )
-
-    def __getitem__(self, index: int | slice) -> HistoryState:
-        """The state of one request, or of a contiguous range of them; a view, not a copy."""
-        if isinstance(index, int):
-            position = range(len(self))[index]
-            index = slice(position, position + 1)
-        start, stop, step = index.indices(len(self))
-        if step != 1:
-            raise ValueError(f"a HistoryState is sliced by contiguous requests, not with step {step}")
-        offsets = self.offsets
-        first, last = int(offsets[start]), int(offsets[max(start, stop)])
-        return self._map(lambda rows_NHK: rows_NHK[first:last], self.lengths[index])
-
-    @classmethod
-    def cat(cls, states: Sequence[HistoryState]) -> HistoryState:
-        """Put states together, request after request.
-
-        Raises:
-            ValueError: no state is given, or they differ in their number of layers.
-        """
-        layers = {len(state.keys) for state in states}
-        if len(layers) != 1:
-            raise ValueError(f"states to put together need one number of layers, not {sorted(layers)}")
-        return cls(
-            tuple(torch.cat(rows) for rows in zip(*(state.keys for state in states), strict=True)),
-            tuple(torch.cat(rows) for rows in zip(*(state.values for state in states), strict=True)),
-            torch.cat([state.lengths for state in states]),
-        )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> HistoryState:
-        """Copy the state to a device."""
-        return self._map(
-            lambda rows_NHK: rows_NHK.to(device, non_blocking=non_blocking),
-            self.lengths.to(device, non_blocking=non_blocking),
-        )
+    def __call__(self, rows_RHK: Tensor) -> Tensor:
+        """Turn rows [R, H, K]."""
+        first, second = rows_RHK.chunk(2, dim=-1)
+        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
 
 
 class AmortizedHistoryLayer(nn.Module):
@@ -133,49 +82,68 @@ class AmortizedHistoryLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def keys_and_values(self, events_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of events [N, D], each [N, H, K]."""
-        keys_values_N2D = self.key_value(self.attention_norm(events_ND))
-        keys_ND, values_ND = keys_values_N2D.chunk(2, dim=-1)
-        return keys_ND.unflatten(-1, (self.num_heads, -1)), values_ND.unflatten(-1, (self.num_heads, -1))
+    def keys_and_values(self, rows_ND: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows [N, D], each [N, H, K]."""
+        keys_values_N2D = self.key_value(self.attention_norm(rows_ND))
+        keys_NHK, values_NHK = (rows.unflatten(-1, (self.num_heads, -1)) for rows in keys_values_N2D.chunk(2, dim=-1))
+        return keys_NHK if rotation is None else rotation(keys_NHK), values_NHK
 
     def forward(
         self,
         rows_RD: Tensor,
-        padding: Padding,
+        attention: JaggedAttention,
         keys_NHK: Tensor,
         values_NHK: Tensor,
-        history_padding: Padding,
-        is_causal: bool = False,
+        rotation: Rotation | None = None,
+        reads_itself: bool = False,
     ) -> Tensor:
-        """Let rows read the history's keys and values, each row those of its own request.
+        """Let rows read keys and values, each row those of its own request.
 
         Args:
             rows_RD: [R, D]: candidates, or the events themselves.
-            padding: of the rows.
+            attention: of these rows to these keys.
             keys_NHK: [N, H, K].
             values_NHK: [N, H, K].
-            history_padding: of the keys and values.
-            is_causal: row i of a request reads events 0 to i only; the rows are the events.
+            rotation: of the rows.
+            reads_itself: each row's own key and value are read, too.
 
         Returns:
             Tensor: [R, D].
         """
         queries_RHK = self.query(self.attention_norm(rows_RD)).unflatten(-1, (self.num_heads, -1))
-        # Under a causal mask no event reads a later row, hence none reads padding, which comes last.
-        attended_BHSK = F.scaled_dot_product_attention(
-            padding.pad(queries_RHK).transpose(1, 2),
-            history_padding.pad(keys_NHK).transpose(1, 2),
-            history_padding.pad(values_NHK).transpose(1, 2),
-            attn_mask=None if is_causal else history_padding.key_mask(),
-            is_causal=is_causal,
-        )
-        attended_RD = padding.unpad(attended_BHSK.transpose(1, 2)).flatten(1)
-        rows_RD = rows_RD + self.dropout(self.output(attended_RD))
+        if rotation is not None:
+            queries_RHK = rotation(queries_RHK)
+        own = self.keys_and_values(rows_RD, rotation) if reads_itself else None
+        read_RHK = attention(queries_RHK, keys_NHK, values_NHK, own)
+        rows_RD = rows_RD + self.dropout(self.output(read_RHK.flatten(1)))
         return rows_RD + self.dropout(self.feedforward(self.feedforward_norm(rows_RD)))
 
 
-class AmortizedHistoryArch(nn.Module):
+def history_layers(
+    embedding_dim: int,
+    num_layers: int,
+    num_heads: int,
+    feedforward_dim: int | None,
+    dropout: float,
+    device: torch.device | None,
+) -> Sequence[AmortizedHistoryLayer]:
+    """A module list of layers.
+
+    Raises:
+        ValueError: `embedding_dim` is not a multiple of `num_heads`, or `num_layers` is below 1.
+    """
+    if embedding_dim % num_heads:
+        raise ValueError(f"embedding_dim {embedding_dim} is not a multiple of num_heads {num_heads}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}, not 1 or more")
+    layers: Sequence[AmortizedHistoryLayer] = nn.ModuleList(  # type: ignore[assignment]
+        AmortizedHistoryLayer(embedding_dim, num_heads, feedforward_dim or 2 * embedding_dim, dropout, device)
+        for _ in range(num_layers)
+    )
+    return layers
+
+
+class AmortizedHistoryArch(AmortizableEncoder):
     """A Transformer over [history, candidates] whose keys and values come from the history alone.
 
     Hence a candidate's vector depends on its own embedding and the history, on nothing else in the batch;
@@ -191,10 +159,20 @@ class AmortizedHistoryArch(nn.Module):
             and older ones, so that a new event changes nothing for those before it.
         dropout: probability of dropping an entry of a residual branch, in training.
         device: where to put the weights.
+        reads_itself: a candidate's attention has one term more, its own key and value (the mask of M-FALCON,
+            Zhai et al., arXiv 2402.17152).
+        rotary: turn queries and keys by their places; candidates stand right after the latest event. D / H is even.
+        num_vectors: vectors that a candidate gets, each a slot of the interaction.
+        has_summary: the mean of the encoded events is one slot more, the same for all candidates of a request and
+            worked out once; it costs the last layer's work on events, which is not done otherwise.
+        recent_events: longer histories keep these latest events, and the older ones become `summary_tokens` rows,
+            so that the cost of a history is bounded; all events are kept if None.
+        summary_tokens: learned queries that read the older events.
+        backend: see `JaggedAttention`.
 
     Raises:
-        ValueError: `embedding_dim` is not a multiple of `num_heads`, `num_layers` is below 1, or
-            `history_attention` is neither word.
+        ValueError: `embedding_dim` is not a multiple of `num_heads`, `num_layers`, `num_vectors`, `recent_events` or
+            `summary_tokens` is below 1, `history_attention` is neither word, or `rotary` and D / H is odd.
 
     Example::
 
@@ -214,21 +192,43 @@ class AmortizedHistoryArch(nn.Module):
         history_attention: HistoryAttention = "full",
         dropout: float = 0.0,
         device: torch.device | None = None,
+        *,
+        reads_itself: bool = False,
+        rotary: bool = False,
+        num_vectors: int = 1,
+        has_summary: bool = False,
+        recent_events: int | None = None,
+        summary_tokens: int = 4,
+        backend: Backend = "packed",
     ) -> None:
-        super().__init__()
-        if embedding_dim % num_heads:
-            raise ValueError(f"embedding_dim {embedding_dim} is not a multiple of num_heads {num_heads}")
-        if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}, not 1 or more")
+        super().__init__(embedding_dim, num_vectors + has_summary)
         if history_attention not in ("full", "causal"):
             raise ValueError(f"history_attention is {history_attention!r}, not 'full' or 'causal'")
-        self.embedding_dim = embedding_dim
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors is {num_vectors}, not 1 or more")
+        self.layers = history_layers(embedding_dim, num_layers, num_heads, feedforward_dim, dropout, device)
+        if rotary and embedding_dim // num_heads % 2:
+            raise ValueError(f"rotary positions turn pairs, but a head has {embedding_dim // num_heads} entries")
+        self.head_dim = embedding_dim // num_heads
         self.is_causal = history_attention == "causal"
-        self.layers: Sequence[AmortizedHistoryLayer] = nn.ModuleList(  # type: ignore[assignment]
-            AmortizedHistoryLayer(embedding_dim, num_heads, feedforward_dim or 2 * embedding_dim, dropout, device)
-            for _ in range(num_layers)
+        self.reads_itself = reads_itself
+        self.is_rotary = rotary
+        self.has_summary = has_summary
+        self.backend: Backend = backend
+        self.compression = (
+            None
+            if recent_events is None
+            else HistoryCompression(embedding_dim, num_heads, recent_events, summary_tokens, device, backend)
         )
         self.output_norm = nn.LayerNorm(embedding_dim, device=device)
+        self.vectors = (
+            nn.Linear(embedding_dim, num_vectors * embedding_dim, device=device) if num_vectors > 1 else nn.Identity()
+        )
+
+    @property
+    def is_extendable(self) -> bool:
+        """Whether new events leave the keys and values of those before them as they are."""
+        return self.is_causal and self.compression is None and not self.has_summary
 
     def encode_history(self, history: JaggedTensor) -> HistoryState:
         """Phase one, once per request: the keys and values of its events in every layer.
@@ -239,17 +239,23 @@ class AmortizedHistoryArch(nn.Module):
         Returns:
             HistoryState: of B requests.
         """
+        if self.compression is not None:
+            history = self.compression(history)
         events_ND, lengths_B = history.values(), history.lengths()
-        padding = Padding(lengths_B)
+        attention = JaggedAttention(lengths_B, lengths_B, is_causal=self.is_causal, backend=self.backend)
+        rotation = None
+        if self.is_rotary:
+            rotation = Rotation(positions(lengths_B, events_ND.shape[0]), self.head_dim, events_ND.dtype)
         keys, values = [], []
         for depth, layer in enumerate(self.layers):
-            keys_NHK, values_NHK = layer.keys_and_values(events_ND)
+            keys_NHK, values_NHK = layer.keys_and_values(events_ND, rotation)
             keys.append(keys_NHK)
             values.append(values_NHK)
-            # Nothing reads the events after the last layer's keys and values.
-            if depth + 1 < len(self.layers):
-                events_ND = layer(events_ND, padding, keys_NHK, values_NHK, padding, self.is_causal)
-        return HistoryState(tuple(keys), tuple(values), lengths_B)
+            # Nothing but a summary reads the events after the last layer's keys and values.
+            if depth + 1 < len(self.layers) or self.has_summary:
+                events_ND = layer(events_ND, attention, keys_NHK, values_NHK, rotation)
+        summary = mean_by_request(self.output_norm(events_ND), lengths_B) if self.has_summary else None
+        return HistoryState(tuple(keys), tuple(values), lengths_B, summary)
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
         """Phase two: what each candidate makes of its request's history.
@@ -259,30 +265,21 @@ class AmortizedHistoryArch(nn.Module):
             candidates: values [C, D], one row of B per request.
 
         Returns:
-            Tensor: [C, D], the history vector of each candidate.
+            Tensor: [C, S D], the history vectors of each candidate, and then the summary if there is one.
 
         Raises:
             ValueError: state and candidates are of different numbers of requests.
         """
+        refuse_other_requests(state, candidates)
         vectors_CD, lengths_B = candidates.values(), candidates.lengths()
-        if len(state) != lengths_B.numel():
-            raise ValueError(
-                f"the state is of {len(state)} requests, the candidates of {lengths_B.numel()}: "
-                "they need one history each"
-            )
-        padding, history_padding = Padding(lengths_B), Padding(state.lengths)
+        num_candidates = vectors_CD.shape[0]
+        attention = JaggedAttention(lengths_B, state.lengths, backend=self.backend)
+        rotation = None
+        if self.is_rotary:
+            rotation = Rotation(expand(state.lengths, lengths_B, num_candidates), self.head_dim, vectors_CD.dtype)
         for layer, keys_NHK, values_NHK in zip(self.layers, state.keys, state.values, strict=True):
-            vectors_CD = layer(vectors_CD, padding, keys_NHK, values_NHK, history_padding)
-        return self.output_norm(vectors_CD)
-
-    def forward(self, history: JaggedTensor, candidates: JaggedTensor) -> Tensor:
-        """Phase one, then phase two.
-
-        Args:
-            history: values [N, D], one row of B per request, oldest event first.
-            candidates: values [C, D], one row of B per request.
-
-        Returns:
-            Tensor: [C, D].
-        """
-        return self.score_candidates(self.encode_history(history), candidates)
+            vectors_CD = layer(vectors_CD, attention, keys_NHK, values_NHK, rotation, self.reads_itself)
+        vectors_CSD = self.vectors(self.output_norm(vectors_CD))
+        if state.summary is None:
+            return vectors_CSD
+        return torch.cat([vectors_CSD, expand(state.summary, lengths_B, num_candidates)], dim=1)

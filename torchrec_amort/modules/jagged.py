@@ -1,0 +1,59 @@
+"""Where the rows of a jagged tensor stand: small helpers of the encoders.
+
+Shape suffixes: B requests; R rows of all requests together; C candidates; P pairs of a candidate and an event of
+its request's history; D any trailing dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def starts(lengths_B: Tensor) -> Tensor:
+    """int64 [B]: where each request's rows start."""
+    return torch.cumsum(lengths_B, 0) - lengths_B
+
+
+def requests(lengths_B: Tensor, num_rows: int) -> Tensor:
+    """int64 [R]: whose row each row is."""
+    # Unlike repeat_interleave, torch.export follows this for any B and R.
+    rows_R = torch.arange(num_rows, device=lengths_B.device)
+    return torch.searchsorted(torch.cumsum(lengths_B, 0), rows_R, right=True)
+
+
+def expand(per_request_BD: Tensor, lengths_B: Tensor, num_rows: int) -> Tensor:
+    """[B, D] to [R, D]: what belongs to a request, repeated for each of its rows."""
+    return per_request_BD.index_select(0, requests(lengths_B, num_rows))
+
+
+def positions(lengths_B: Tensor, num_rows: int) -> Tensor:
+    """int64 [R]: place of each row among its request's, from 0."""
+    return torch.arange(num_rows, device=lengths_B.device) - expand(starts(lengths_B), lengths_B, num_rows)
+
+
+def mean_by_request(rows_RD: Tensor, lengths_B: Tensor) -> Tensor:
+    """[R, D] to [B, D]: the mean of each request's rows; exactly zero where it has none."""
+    sums_BD = rows_RD.new_zeros(lengths_B.numel(), rows_RD.shape[1])
+    sums_BD = sums_BD.index_add(0, requests(lengths_B, rows_RD.shape[0]), rows_RD)
+    return sums_BD / lengths_B.clamp(min=1)[:, None]
+
+
+def pairs(history_lengths_B: Tensor, num_candidates_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every candidate beside every event of its request's history, candidate by candidate.
+
+    Returns:
+        tuple: the event of each pair, int64 [P]; its candidate, int64 [P]; events of each candidate, int64 [C].
+    """
+    num_candidates = int(num_candidates_B.sum())
+    lengths_C = expand(history_lengths_B, num_candidates_B, num_candidates)
+    starts_C = expand(starts(history_lengths_B), num_candidates_B, num_candidates)
+    num_pairs = int(lengths_C.sum())
+    candidates_P = expand(torch.arange(num_candidates, device=lengths_C.device), lengths_C, num_pairs)
+    return positions(lengths_C, num_pairs) + starts_C[candidates_P], candidates_P, lengths_C
+
+
+def offsets(lengths_B: Tensor) -> Tensor:
+    """int64 [B + 1]: where each request's rows start, and where the last one's end."""
+    return F.pad(torch.cumsum(lengths_B, 0), (1, 0))
