@@ -1,10 +1,12 @@
 """User history for TorchRec DLRMs, encoded once per request and read by every candidate."""
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.models.attach import attach_history
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
+from torchrec_amort.modules.encoder import HistoryEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
-from torchrec_amort.modules.history import AmortizedHistoryArch, HistoryState
+from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.schema import Feature, InputError, RequestSchema
 
 __all__ = [
@@ -13,7 +15,9 @@ __all__ = [
     "HistoryState",
     "AmortizedDLRM",
     "AmortizedDLRMTrain",
+    "attach_history",
     "EventEncoder",
+    "HistoryEncoder",
     "Feature",
     "InputError",
     "ModelConfig",

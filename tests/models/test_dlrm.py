@@ -16,11 +16,12 @@ from torchrec_amort import (
     RequestSchema,
     build_model,
 )
+from torchrec_amort.models.build import ENCODERS
 
 Interaction = Literal["dot", "dcn"]
 shapes = st.lists(st.tuples(st.integers(0, MAX_HISTORY), st.integers(1, 5)), min_size=1, max_size=4)
 interactions = st.sampled_from(["dot", "dcn"])
-attentions = st.sampled_from(["full", "causal"])
+encoders = st.sampled_from([word for word in ENCODERS if word != "none"])
 
 
 def make_model(**changes: Any) -> AmortizedDLRM:
@@ -46,13 +47,13 @@ def make_batch(requests: list[dict[str, Any]]) -> RequestBatch:
     return batch
 
 
-@given(shapes, interactions, attentions, st.integers(0, 2**20))
-@example([(0, 1), (MAX_HISTORY, 5)], "dot", "full", 0)
-@example([(1, 1), (0, 3), (MAX_HISTORY, 1)], "dcn", "causal", 0)
+@given(shapes, interactions, encoders, st.integers(0, 2**20))
+@example([(0, 1), (MAX_HISTORY, 5)], "dot", "append_cross", 0)
+@example([(1, 1), (0, 3), (MAX_HISTORY, 1)], "dcn", "append_cross_causal", 0)
 def test_scores_are_one_function_of_history_and_candidate(
-    sizes: list[tuple[int, int]], interaction: Interaction, attention: str, seed: int
+    sizes: list[tuple[int, int]], interaction: Interaction, encoder: str, seed: int
 ) -> None:
-    model = make_model(interaction=interaction, history_attention=attention)
+    model = make_model(interaction=interaction, history=encoder)
     requests = make_requests(sizes, seed)
     batch = make_batch(requests)
     together = model(batch)
@@ -62,12 +63,13 @@ def test_scores_are_one_function_of_history_and_candidate(
     torch.testing.assert_close(together, model(batch.to_impressions()), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("encoder", [word for word in ENCODERS if word != "none"])
 @pytest.mark.parametrize("interaction", ["dot", "dcn"])
-def test_training_on_impressions_has_the_same_gradients(interaction: Interaction) -> None:
+def test_training_on_impressions_has_the_same_gradients(interaction: Interaction, encoder: str) -> None:
     batch = make_batch(make_requests([(5, 3), (0, 2), (MAX_HISTORY, 1)]))
     gradients = []
     for form in (batch, batch.to_impressions()):
-        model = make_model(interaction=interaction)
+        model = make_model(interaction=interaction, history=encoder)
         loss, _ = AmortizedDLRMTrain(model)(form)
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

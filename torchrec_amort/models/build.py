@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -13,9 +13,23 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
-from torchrec_amort.modules.history import AmortizedHistoryArch, HistoryAttention
+from torchrec_amort.modules.history import AmortizedHistoryArch
+from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
 from torchrec_amort.schema import Feature, InputError, RequestSchema
+
+Encoder = Literal[
+    "none",
+    "mean_pooling",
+    "target_attention",
+    "append_self",
+    "append_candidate_self",
+    "append_cross",
+    "append_cross_causal",
+    "concatenation",
+]
+ENCODERS = get_args(Encoder)
 
 
 @dataclass(kw_only=True)
@@ -24,13 +38,23 @@ class ModelConfig:
 
     Args:
         embedding_dim: D, of all tables and of the history encoder.
-        history: the history encoder: `append_cross` (candidates appended, cross-attention to the
-            history), or `none` for the control.
-        history_attention: how events read each other: `full` or `causal`.
-        history_length: events that a history may have.
+        history: the history encoder. Candidates appended to the history, with cross-attention to it: `append_cross`,
+            or `append_cross_causal` if events read older ones only; with a candidate that reads itself, too:
+            `append_candidate_self`; `mean_pooling`; `target_attention`. These encode a history once per request.
+            Those that cannot: `append_self` (events read the candidate), `concatenation` (a candidate beside every
+            event). `none` is the control.
+        leave_out: ids and ages of the data set that the model does not read.
+        history_length: events that a history may have; the latest ones are kept.
         history_layers: layers of the history encoder.
         history_heads: its attention heads.
         history_feedforward_dim: width of its feed-forward networks; twice `embedding_dim` unless given.
+        positions: how an encoder knows the order of events: `recency` (a learned vector for each place, counted from
+            the latest event), `rotary` (append_cross and its kin only) or `none`.
+        history_vectors: vectors that append_cross and its kin make of each candidate, each a slot of the interaction.
+        history_summary: append_cross and its kin add the mean of the encoded events as one slot more.
+        recent_events: append_cross and its kin keep these latest events, and make `summary_tokens` rows of the older
+            ones; all events are kept unless given.
+        summary_tokens: rows that stand for the older events.
         dropout: dropout in the history encoder.
         interaction: `dot` or `dcn`.
         dcn_num_layers: cross layers of the DCN interaction.
@@ -40,12 +64,17 @@ class ModelConfig:
     """
 
     embedding_dim: int = 32
-    history: Literal["none", "append_cross"] = "append_cross"
-    history_attention: HistoryAttention = "full"
+    history: Encoder = "append_cross"
+    leave_out: list[str] = field(default_factory=list)
     history_length: int = 100
     history_layers: int = 2
     history_heads: int = 2
     history_feedforward_dim: int | None = None
+    positions: Literal["recency", "rotary", "none"] = "recency"
+    history_vectors: int = 1
+    history_summary: bool = False
+    recent_events: int | None = None
+    summary_tokens: int = 4
     dropout: float = 0.0
     interaction: Literal["dot", "dcn"] = "dot"
     dcn_num_layers: int = 2
@@ -73,12 +102,13 @@ def build_model(
         AmortizedDLRM: untrained.
 
     Raises:
-        InputError: the config asks for a history that the schema does not have.
+        InputError: the config asks for a history, or leaves out a feature, that the schema does not have.
 
     Example::
 
         model = build_model(RequestSchema.load("data/movielens-1m"), ModelConfig(), seed=0)
     """
+    schema = schema.without(config.leave_out)
     if config.history != "none" and not schema.of("event"):
         raise InputError(
             f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
@@ -93,7 +123,6 @@ def build_model(
 def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> AmortizedDLRM:
     dim = config.embedding_dim
     has_history = config.history != "none"
-    event_features = [feature.name for feature in schema.of("event")]
     request_ids = schema.of("request", "id", "ids")
     return AmortizedDLRM(
         candidate_embedding_bag_collection=_bags(schema.of("candidate", "id", "ids"), dim, device),
@@ -102,27 +131,78 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
         dense_arch_layer_sizes=[*config.dense_layers, dim],
         over_arch_layer_sizes=[*config.over_layers, len(schema.labels)],
         history_embedding_collection=_sequences(schema, dim, device) if has_history else None,
-        event_encoder=(
-            EventEncoder(event_features, dim, config.history_length, config.dropout, device) if has_history else None
-        ),
-        history_arch=(
-            AmortizedHistoryArch(
-                dim,
-                config.history_layers,
-                config.history_heads,
-                config.history_feedforward_dim,
-                config.history_attention,
-                config.dropout,
-                device,
-            )
-            if has_history
-            else None
-        ),
+        event_encoder=_event_encoder(schema, config, device) if has_history else None,
+        history_arch=build_encoder(config, device) if has_history else None,
         interaction=config.interaction,
         dcn_num_layers=config.dcn_num_layers,
         dcn_low_rank_dim=config.dcn_low_rank_dim,
         dense_device=device,
     )
+
+
+def _event_encoder(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> EventEncoder:
+    features = [feature.name for feature in schema.of("event")]
+    places = config.history_length if config.positions == "recency" else None
+    return EventEncoder(features, config.embedding_dim, places, config.dropout, device)
+
+
+def build_encoder(config: ModelConfig, device: torch.device | None = None) -> HistoryEncoder:
+    """The history encoder that a config asks for.
+
+    Args:
+        config: size and kind; its `history` is not `none`.
+        device: where to put the weights.
+
+    Raises:
+        InputError: the config asks for something that this encoder does not have.
+
+    Example::
+
+        encoder = build_encoder(ModelConfig(history="target_attention"))
+    """
+    dim = config.embedding_dim
+    if config.history in _APPEND_CROSS:
+        return AmortizedHistoryArch(
+            *_transformer(config),
+            "causal" if config.history == "append_cross_causal" else "full",
+            config.dropout,
+            device,
+            reads_itself=config.history == "append_candidate_self",
+            rotary=config.positions == "rotary",
+            num_vectors=config.history_vectors,
+            has_summary=config.history_summary,
+            recent_events=config.recent_events,
+            summary_tokens=config.summary_tokens,
+        )
+    _refuse_options_of_append_cross(config)
+    if config.history == "mean_pooling":
+        return MeanPooling(dim)
+    if config.history == "target_attention":
+        return TargetAttention(dim, config.history_feedforward_dim, device)
+    rival = AppendSelfAttention if config.history == "append_self" else Concatenation
+    return rival(*_transformer(config), config.dropout, device)
+
+
+_APPEND_CROSS = ("append_cross", "append_cross_causal", "append_candidate_self")
+
+
+def _transformer(config: ModelConfig) -> tuple[int, int, int, int | None]:
+    return config.embedding_dim, config.history_layers, config.history_heads, config.history_feedforward_dim
+
+
+def _refuse_options_of_append_cross(config: ModelConfig) -> None:
+    given = {
+        "positions": config.positions == "rotary",
+        "history_vectors": config.history_vectors != 1,
+        "history_summary": config.history_summary,
+        "recent_events": config.recent_events is not None,
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise InputError(
+                f"model.history is {config.history!r}, which has no model.{option}={getattr(config, option)}: "
+                f"leave it out, or choose one of {', '.join(_APPEND_CROSS)}"
+            )
 
 
 def _init(dim: int) -> partial[torch.Tensor]:

@@ -14,8 +14,8 @@ from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch,
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
-from torchrec_amort.modules.history import AmortizedHistoryArch
 
 
 class AmortizedDLRM(nn.Module):
@@ -71,7 +71,7 @@ class AmortizedDLRM(nn.Module):
         over_arch_layer_sizes: list[int],
         history_embedding_collection: EmbeddingCollection | None = None,
         event_encoder: EventEncoder | None = None,
-        history_arch: AmortizedHistoryArch | None = None,
+        history_arch: HistoryEncoder | None = None,
         interaction: str = "dot",
         dcn_num_layers: int = 2,
         dcn_low_rank_dim: int = 32,
@@ -106,7 +106,7 @@ class AmortizedDLRM(nn.Module):
         self.dense_in_features = dense_in_features
         self.dense_arch = DenseArch(max(1, dense_in_features), dense_arch_layer_sizes, device=dense_device)
 
-        num_slots = self.sparse_arch.F + (history_arch is not None)
+        num_slots = self.sparse_arch.F + (history_arch.num_slots if history_arch is not None else 0)
         if self.request_sparse_arch is not None:
             num_slots += self.request_sparse_arch.F
         self.inter_arch: nn.Module
@@ -137,7 +137,7 @@ class AmortizedDLRM(nn.Module):
         if self.history_embedding_collection and self.event_encoder and self.history_arch:
             embeddings = self.history_embedding_collection(batch.sequences)
             history_CD = self.history_arch(self.event_encoder(embeddings), embeddings["candidate_item"])
-            slots_CFD.append(history_CD.unsqueeze(1))
+            slots_CFD.append(history_CD.unflatten(1, (self.history_arch.num_slots, -1)))
         dense_CD = self.dense_arch(self._dense(batch))
         return self.over_arch(self.inter_arch(dense_CD, torch.cat(slots_CFD, dim=1)))
 

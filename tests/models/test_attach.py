@@ -1,0 +1,487 @@
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.distributed.train_pipeline.tracing import Tracer, _get_leaf_module_names
+from torchrec.distributed.types import ShardedModule
+from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
+from torchrec.modules.crossnet import CrossNet
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tests.launch import launch
+from torchrec_amort import (
+    AmortizedDLRM,
+    AmortizedDLRMTrain,
+    AmortizedHistoryArch,
+    EventEncoder,
+    RequestBatch,
+    attach_history,
+)
+from torchrec_amort.models.attach import AttachedDLRM
+from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.processes import gather_on_first, process_group
+from torchrec_amort.training.sharding import OptimizerConfig, shard
+
+KINDS = ["dot", "dcn"]
+NUM_ITEMS = 30
+SIZES = [(5, 3), (0, 2), (8, 1), (2, 4)]
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def make_dlrm(
+    kind: str = "dot",
+    dim: int = 8,
+    num_features: int = 2,
+    num_dense: int = 3,
+    layers: tuple[int, ...] = (16,),
+    device: torch.device | None = None,
+) -> DLRM:
+    # The first table has the name of one of the history's.
+    names = ["item", *(f"t{i}" for i in range(1, num_features))]
+    tables = [
+        EmbeddingBagConfig(name=names[i], feature_names=[f"f{i}"], num_embeddings=NUM_ITEMS, embedding_dim=dim)
+        for i in range(num_features)
+    ]
+    parts: dict[str, Any] = {
+        "embedding_bag_collection": EmbeddingBagCollection(tables=tables, device=device),
+        "dense_in_features": num_dense,
+        "dense_arch_layer_sizes": [7, dim],
+        "over_arch_layer_sizes": [*layers, 2],
+        "dense_device": device,
+    }
+    return DLRM(**parts) if kind == "dot" else DLRM_DCN(**parts, dcn_num_layers=2, dcn_low_rank_dim=3)
+
+
+def make_collection(
+    dim: int = 8, features: tuple[str, ...] = ("history_item", "candidate_item"), device: torch.device | None = None
+) -> EmbeddingCollection:
+    item = EmbeddingConfig(name="item", feature_names=[*features], num_embeddings=NUM_ITEMS, embedding_dim=dim)
+    action = EmbeddingConfig(name="action", feature_names=["history_action"], num_embeddings=4, embedding_dim=dim)
+    tables = [item, action] if "history_item" in features else [item]
+    return EmbeddingCollection(tables=tables, device=device)
+
+
+def attach(dlrm: DLRM, **options: Any) -> AttachedDLRM:
+    dim = dlrm.sparse_arch.D
+    return attach_history(dlrm, make_collection(dim), AmortizedHistoryArch(dim, num_heads=1, **options))
+
+
+def keyed(lists: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
+    rows = [row for of_key in lists.values() for row in of_key]
+    return KeyedJaggedTensor(
+        keys=list(lists),
+        values=torch.tensor([value for row in rows for value in row], dtype=torch.int64),
+        lengths=torch.tensor([len(row) for row in rows], dtype=torch.int64),
+        stride=len(next(iter(lists.values()))),
+    )
+
+
+def make_batch(sizes: list[tuple[int, int]], num_features: int = 2, num_dense: int = 3, seed: int = 0) -> RequestBatch:
+    """A random batch of requests with the given numbers of events and candidates."""
+    random = np.random.default_rng(seed)
+
+    def ids(limit: int, counts: list[int]) -> list[list[int]]:
+        return [random.integers(limit, size=count).tolist() for count in counts]
+
+    events, candidates = [n for n, _ in sizes], [m for _, m in sizes]
+    total = sum(candidates)
+    sequences = {
+        "history_item": ids(NUM_ITEMS, events),
+        "history_action": ids(4, events),
+        "candidate_item": ids(NUM_ITEMS, candidates),
+    }
+    bags = {f"f{i}": ids(NUM_ITEMS, random.integers(4, size=total).tolist()) for i in range(num_features)}
+    return RequestBatch(
+        request_dense=torch.from_numpy(random.random((len(sizes), 1), dtype=np.float32)),
+        candidate_dense=torch.from_numpy(random.random((total, num_dense), dtype=np.float32)),
+        request_sparse=keyed({"user_id": ids(9, [1] * len(sizes))}),
+        candidate_sparse=keyed(bags),
+        sequences=keyed(sequences),
+        num_candidates=torch.tensor(candidates),
+        labels=torch.from_numpy(random.integers(2, size=(total, 2)).astype(np.float32)),
+    ).validate()
+
+
+def old_scores(dlrm: DLRM, batch: RequestBatch) -> Tensor:
+    scores: Tensor = dlrm(batch.candidate_dense, batch.candidate_sparse)
+    return scores
+
+
+def disturb(parameters: Any) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
+
+def history_parameters(model: AttachedDLRM) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "history" in name}
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 90)), min_size=1, max_size=4),
+    st.integers(2, 33),
+    st.integers(1, 6),
+    st.integers(0, 13),
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@settings(max_examples=30)
+@example("dot", [(3, 1)], 2, 1, 1, [1], 1, False)
+@example("dcn", [(0, 1)], 2, 1, 1, [1], 1, False)
+@example("dot", [(9, 511)], 32, 26, 13, [64, 32], 2, True)
+@example("dcn", [(9, 511)], 32, 26, 13, [64, 32], 2, True)
+def test_scores_are_those_of_the_dlrm_to_the_last_bit(
+    kind: str,
+    sizes: list[tuple[int, int]],
+    dim: int,
+    num_features: int,
+    num_dense: int,
+    layers: list[int],
+    num_vectors: int,
+    has_summary: bool,
+) -> None:
+    dlrm = make_dlrm(kind, dim, num_features, num_dense, tuple(layers)).eval()
+    batch = make_batch(sizes, num_features, num_dense)
+    expected = old_scores(dlrm, batch)
+    attached = attach(dlrm, num_vectors=num_vectors, has_summary=has_summary)
+    assert torch.equal(attached(batch), expected)
+    assert torch.equal(old_scores(dlrm, batch), expected)
+
+
+@kinds
+def test_it_is_an_amortized_dlrm_with_the_old_names_shapes_and_weights(kind: str) -> None:
+    dlrm = make_dlrm(kind).eval()
+    old = {name: value.clone() for name, value in dlrm.state_dict().items()}
+    attached = attach(dlrm)
+    assert isinstance(attached, AmortizedDLRM)
+    assert [name for name, module in attached.named_modules() if module.training] == []
+    parameters = dict(attached.named_parameters())
+    for name, parameter in dlrm.named_parameters():
+        assert parameters[name] is parameter, name
+        assert torch.equal(parameter, old[name]), name
+    assert set(old) <= set(attached.state_dict())
+    assert all(module.training for module in attach(make_dlrm(kind).train()).modules())
+
+
+def widened(attached: AttachedDLRM, kind: str) -> AmortizedDLRM:
+    """The usual model with the history among its slots, its matrices put together of the attached one's."""
+    first = attached.over_arch.model[0]._mlp[0]._linear
+    dim, num_slots = attached.sparse_arch.D, attached.sparse_arch.F
+    wide = AmortizedDLRM(
+        candidate_embedding_bag_collection=attached.sparse_arch.embedding_bag_collection,
+        request_embedding_bag_collection=None,
+        dense_in_features=attached.dense_in_features,
+        dense_arch_layer_sizes=[7, dim],
+        over_arch_layer_sizes=[16, 2],
+        history_embedding_collection=attached.history_embedding_collection,
+        event_encoder=attached.event_encoder,
+        history_arch=attached.history_arch,
+        interaction=kind,
+        dcn_low_rank_dim=3,
+    )
+    state = {name: value for name, value in attached.state_dict().items() if name in wide.state_dict()}
+    columns = torch.cat([first.weight, attached.over_arch.history_columns.weight], dim=1)
+    if kind == "dot":
+        assert attached.history_arch is not None
+        num_vectors = 1 + num_slots + attached.history_arch.num_slots
+        pairs = [(i, j) for i in range(1 + num_slots) for j in range(i + 1, 1 + num_slots)]
+        pairs += [(i, j) for j in range(1 + num_slots, num_vectors) for i in range(j)]
+        order = [pairs.index((int(i), int(j))) for i, j in torch.triu_indices(num_vectors, num_vectors, 1).T]
+        columns = columns[:, [*range(dim), *(dim + place for place in order)]]
+    else:
+        crossnet: Any = attached.inter_arch.crossnet
+        for layer in range(2):
+            W, V = crossnet.history_W_kernels[layer], crossnet.history_V_kernels[layer]
+            prefix = "inter_arch.crossnet"
+            state[f"{prefix}.W_kernels.{layer}"] = torch.cat([crossnet.W_kernels[layer], W.weight])
+            state[f"{prefix}.V_kernels.{layer}"] = torch.cat([crossnet.V_kernels[layer], V.weight], dim=1)
+            state[f"{prefix}.bias.{layer}"] = torch.cat([crossnet.bias[layer], W.bias])
+    state["over_arch.model.0._mlp.0._linear.weight"] = columns
+    wide.load_state_dict(state)
+    return wide.eval()
+
+
+@kinds
+@pytest.mark.parametrize("options", [{}, {"num_vectors": 2, "has_summary": True}])
+def test_it_computes_what_a_dlrm_with_wider_matrices_computes(kind: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    dlrm = make_dlrm(kind).eval()
+    attached = attach(dlrm, **options)
+    disturb(history_parameters(attached).values())
+    disturb(p for name, p in attached.named_parameters() if "crossnet.bias" in name)
+    batch = make_batch(SIZES)
+    scores = attached(batch)
+    assert not torch.allclose(scores, old_scores(dlrm, batch), atol=1e-2)
+    batch.request_dense = batch.request_dense[:, :0]
+    torch.testing.assert_close(scores, widened(attached, kind)(batch), rtol=1e-5, atol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_the_dlrm_loads(kind: str, strict: bool) -> None:
+    torch.manual_seed(0)
+    trained, fresh = make_dlrm(kind).eval(), make_dlrm(kind).eval()
+    batch = make_batch(SIZES)
+    attached = attach(fresh)
+    before = {name: parameter.clone() for name, parameter in history_parameters(attached).items()}
+    state = trained.state_dict()
+    # In a model around it, as in training, its keys have a prefix.
+    around = {f"model.{name}": value for name, value in state.items()}
+    for model, weights in ((attached, state), (AmortizedDLRMTrain(attached), around)):
+        disturb(fresh.parameters())
+        assert not torch.equal(attached(batch), old_scores(trained, batch))
+        result = model.load_state_dict(weights, strict=strict)
+        assert (result.missing_keys, result.unexpected_keys) == ([], [])
+        assert torch.equal(attached(batch), old_scores(trained, batch))
+        assert all(torch.equal(parameter, before[name]) for name, parameter in history_parameters(attached).items())
+    assert list(state) == list(trained.state_dict())
+
+
+@kinds
+def test_a_checkpoint_of_the_attached_model_loads_whole_or_not_at_all(kind: str) -> None:
+    torch.manual_seed(0)
+    first, second = attach(make_dlrm(kind).eval()), attach(make_dlrm(kind).eval())
+    disturb(first.parameters())
+    second.load_state_dict(first.state_dict())
+    batch = make_batch(SIZES)
+    assert torch.equal(second(batch), first(batch))
+    damaged = first.state_dict()
+    del damaged["over_arch.history_columns.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*over_arch.history_columns.weight"):
+        second.load_state_dict(damaged)
+    without_old = first.state_dict()
+    del without_old["over_arch.model.1.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*over_arch.model.1.bias"):
+        second.load_state_dict(without_old)
+
+
+@kinds
+def test_training_moves_first_the_new_columns_then_the_history(kind: str) -> None:
+    torch.manual_seed(0)
+    dlrm = make_dlrm(kind)
+    model = attach(dlrm)
+    batch = make_batch(SIZES)
+    before = old_scores(dlrm, batch)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    start = {name: parameter.clone() for name, parameter in history_parameters(model).items()}
+    moved, losses = [], []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss, _ = AmortizedDLRMTrain(model)(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        moved.append({name for name, p in history_parameters(model).items() if not torch.equal(p, start[name])})
+    assert "over_arch.history_columns.weight" in moved[0]
+    assert not any(name.startswith(("history_arch", "history_embedding")) for name in moved[0])
+    assert moved[-1] == set(start)
+    assert losses[-1] < 0.8 * losses[0]
+    assert not torch.allclose(old_scores(dlrm, batch), before)
+
+
+@kinds
+def test_every_parameter_takes_part_even_if_all_histories_are_empty(kind: str) -> None:
+    model = attach(make_dlrm(kind))
+    AmortizedDLRMTrain(model)(make_batch([(0, 2), (0, 1)]))[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@kinds
+def test_new_parameters_have_the_device_and_dtype_of_the_over_arch(kind: str) -> None:
+    batch = make_batch(SIZES)
+    batch.candidate_dense = batch.candidate_dense.double()
+    dlrm = make_dlrm(kind).double().eval()
+    assert torch.equal(attach(dlrm)(batch), old_scores(dlrm, batch))
+    real = attach(make_dlrm(kind).eval())
+    disturb(real.parameters())
+    meta = torch.device("meta")
+    on_meta = attach_history(
+        make_dlrm(kind, device=meta).eval(),
+        make_collection(device=meta),
+        AmortizedHistoryArch(8, num_heads=1, device=meta),
+    )
+    assert {parameter.device for parameter in history_parameters(on_meta).values()} == {meta}
+    on_meta.load_state_dict(real.state_dict(), assign=True)
+    batch = make_batch(SIZES)
+    assert torch.equal(on_meta(batch), real(batch))
+
+
+def test_events_are_the_sum_of_all_features_unless_an_encoder_is_given() -> None:
+    torch.manual_seed(0)
+    parts = make_dlrm().eval(), make_collection(), AmortizedHistoryArch(8, num_heads=1)
+    both, items = attach_history(*parts), attach_history(*parts, event_encoder=EventEncoder(["history_item"], 8))
+    for model in (both, items):
+        nn.init.ones_(model.over_arch.history_columns.weight)
+    batch = make_batch([(5, 3)])
+    other_actions = make_batch([(5, 3)])
+    other_actions.sequences["history_action"].values().add_(1).remainder_(4)
+    assert not torch.allclose(both(batch), both(other_actions))
+    assert torch.equal(items(batch), items(other_actions))
+
+
+class Other(DLRM):
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        return -super().forward(dense_features, sparse_features)
+
+
+def projection() -> DLRM:
+    ebc = make_dlrm().sparse_arch.embedding_bag_collection
+    return DLRM_Projection(
+        embedding_bag_collection=ebc,
+        dense_in_features=3,
+        dense_arch_layer_sizes=[8],
+        over_arch_layer_sizes=[4, 1],
+        interaction_branch1_layer_sizes=[8],
+        interaction_branch2_layer_sizes=[8],
+    )
+
+
+def with_other_crossnet() -> DLRM:
+    dlrm = make_dlrm("dcn")
+    dlrm.inter_arch.crossnet = CrossNet(24, 1)
+    return dlrm
+
+
+def compiled() -> DLRM:
+    dlrm = make_dlrm()
+    dlrm.compile_dense_path()
+    return dlrm
+
+
+def other() -> DLRM:
+    dlrm = make_dlrm()
+    dlrm.__class__ = Other
+    return dlrm
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "is a Linear, not a DLRM or DLRM_DCN"),
+        (lambda: DLRMTrain(make_dlrm()), "is a DLRMTrain, not a DLRM or DLRM_DCN: attach once, and before"),
+        (lambda: attach(make_dlrm()), "is a AttachedDLRM, not a DLRM or DLRM_DCN: attach once"),
+        (other, "is a Other, not a DLRM"),
+        (projection, "has a InteractionProjectionArch where InteractionArch or InteractionDCNArch is known"),
+        (with_other_crossnet, "has a CrossNet where LowRankCrossNet is known"),
+        (compiled, "has a OptimizedModule where .* attach before sharding, compiling"),
+    ],
+)
+def test_models_of_another_kind_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attach_history(make(), make_collection(), AmortizedHistoryArch(8))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    arch = AmortizedHistoryArch(8)
+    with pytest.raises(ValueError, match="history_arch has embedding_dim 12, but the DLRM's tables have 8"):
+        attach_history(make_dlrm(), make_collection(), AmortizedHistoryArch(12))
+    with pytest.raises(ValueError, match="'item' has embedding_dim 12.* 8"):
+        attach_history(make_dlrm(), make_collection(12), arch)
+    with pytest.raises(ValueError, match=r"features \['history_item', 'history_action'\]: it needs 'candidate_item'"):
+        attach_history(make_dlrm(), make_collection(features=("history_item",)), arch)
+    with pytest.raises(ValueError, match=r"features \['candidate_item'\]: .* at least one feature of events"):
+        attach_history(make_dlrm(), make_collection(features=("candidate_item",)), arch)
+
+
+def train_on_this_rank(kind: str, device: torch.device) -> list[dict[str, Tensor]]:
+    """Attach, shard and train; each rank's scores before and after, on rank 0."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    dlrm = make_dlrm(kind)
+    old_state = {f"model.{name}": value.clone() for name, value in dlrm.state_dict().items()}
+    attached = attach(dlrm)
+    # The first step has no history at all; rank 0 of 2 has the requests at even places.
+    all_sizes = [[(0, 3), (0, 2), (0, 1), (0, 4)]] + [[(5, 3), (0, 2), (8, 1), (2, 4)]] * 4
+    batches = [one_ranks_share(make_batch(sizes, seed=step), rank, ranks) for step, sizes in enumerate(all_sizes)]
+    batch = batches[-1]
+    expected = old_scores(dlrm, batch)
+    sharded = shard(GlobalBatchTrain(attached), device=device, optimizer=OptimizerConfig(dense_lr=0.01), batch_size=2)
+    module = sharded.module
+    with pytest.raises(ValueError, match="is a DistributedModelParallel, .* before sharding"):
+        attach_history(module, make_collection(), AmortizedHistoryArch(8))
+    refuse_other_inputs_of_collections(attached)
+
+    def scores() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = module.eval()(batch)[1][1]
+        module.train()
+        return logits
+
+    torch.testing.assert_close(scores(), expected, rtol=1e-6, atol=1e-6)
+    for step_batch in batches:
+        sharded.optimizer.zero_grad()
+        module(step_batch)[0].backward()
+        sharded.optimizer.step()
+    trained = scores()
+    # Sharding gave the attached model tables of its own.
+    for name, value in dlrm.sparse_arch.state_dict(prefix="model.sparse_arch.").items():
+        assert torch.equal(value, old_state[name]), name
+    result = module.load_state_dict(old_state)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    return gather_on_first({"before": expected, "trained": trained, "reloaded": scores()})
+
+
+def one_ranks_share(batch: RequestBatch, rank: int, ranks: int) -> RequestBatch:
+    """The requests of this rank, every `ranks`-th."""
+    requests = torch.arange(rank, len(batch), ranks)
+    of_candidate = torch.repeat_interleave(batch.num_candidates)
+    candidates = torch.nonzero(torch.isin(of_candidate, requests)).flatten()
+
+    def rows(kjt: KeyedJaggedTensor, wanted: Tensor) -> KeyedJaggedTensor:
+        return keyed({k: [kjt[k].to_dense()[int(row)].tolist() for row in wanted] for k in kjt.keys()})
+
+    assert batch.labels is not None
+    return RequestBatch(
+        request_dense=batch.request_dense[requests],
+        candidate_dense=batch.candidate_dense[candidates],
+        request_sparse=rows(batch.request_sparse, requests),
+        candidate_sparse=rows(batch.candidate_sparse, candidates),
+        sequences=rows(batch.sequences, requests),
+        num_candidates=batch.num_candidates[requests],
+        labels=batch.labels[candidates],
+    )
+
+
+def refuse_other_inputs_of_collections(model: nn.Module) -> None:
+    """Trace as TrainPipelineSparseDist does: it prefetches a collection that reads an attribute of the batch."""
+    graph = Tracer(leaf_modules=_get_leaf_module_names(model)).trace(model)
+    sharded = {name for name, child in model.named_modules() if isinstance(child, ShardedModule)}
+    inputs = {node.target: node.args[0] for node in graph.nodes if node.op == "call_module" and node.target in sharded}
+    (batch,) = [node for node in graph.nodes if node.op == "placeholder"]
+    assert {name: (node.target, node.args) for name, node in inputs.items()} == {
+        "sparse_arch.embedding_bag_collection": (getattr, (batch, "candidate_sparse")),
+        "history_embedding_collection": (getattr, (batch, "sequences")),
+    }
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    launch("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "tests.models.test_attach", str(tmp_path))
+    for kind in KINDS:
+        with process_group() as device:
+            (one,) = train_on_this_rank(kind, device)
+        two = torch.load(tmp_path / f"{kind}.pt")
+        for name, whole in one.items():
+            # Candidates of requests 0, 2 and of 1, 3.
+            shares = [whole[[0, 1, 2, 5]], whole[[3, 4, 6, 7, 8, 9]]]
+            for share, rank in zip(shares, two, strict=True):
+                torch.testing.assert_close(rank[name], share, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(one["trained"], one["before"], atol=1e-2)
+        assert not torch.allclose(one["trained"], one["reloaded"], atol=1e-2)
+
+
+if __name__ == "__main__":
+    with process_group() as device:
+        for kind in KINDS:
+            records = train_on_this_rank(kind, device)
+            if records:
+                torch.save(records, Path(sys.argv[1]) / f"{kind}.pt")
