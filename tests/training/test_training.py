@@ -212,3 +212,8 @@ def test_data_with_other_features_is_refused(
     line = refused(capsys, evaluate.main, ["--run_folder", str(trained), "--data", str(tmp_path)])
     assert "name='user_id'" in line
     assert "table_size=20" in line
+
+
+def test_batches_may_be_large(data_folder: Path, tmp_path: Path) -> None:
+    train.main([*arguments(data_folder, tmp_path / "run"), "--batch_size=300"])
+    assert list(losses(tmp_path / "run")) == [1, 2]

@@ -33,7 +33,7 @@ class Position:
 
 
 def save_checkpoint(run: str | Path, model: ShardedModel, position: Position) -> Path:
-    """Write weights, both optimizers' states and the position. All ranks call it together.
+    """Write weights, their average if there is one, optimizers' states and the position. All ranks call it together.
 
     Args:
         run: the run's folder.
@@ -49,7 +49,7 @@ def save_checkpoint(run: str | Path, model: ShardedModel, position: Position) ->
     if is_first():
         shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier()
-    state = {**_optimizer_states(model), "model": model.module.state_dict(), "position": _to_tensors(position)}
+    state = {**_training_state(model), "model": model.module.state_dict(), "position": _to_tensors(position)}
     dcp.save(_flat(state), checkpoint_id=temporary, planner=DefaultSavePlanner(flatten_state_dict=False))
     if is_first():
         shutil.rmtree(final, ignore_errors=True)
@@ -76,17 +76,17 @@ def load_checkpoint(run: str | Path, model: ShardedModel) -> Position:
     """
     # AdamW has no state to load into before its first step, so TorchRec makes one with gradients of zero.
     model.optimizer.init_state()
-    optimizers, position = _optimizer_states(model), _to_tensors(Position())
-    _load(last_checkpoint(run), model.module, {**optimizers, "position": position})
+    state, position = _training_state(model), _to_tensors(Position())
+    _load(last_checkpoint(run), model.module, {**state, "position": position})
     model.module.fused_optimizer.load_state_dict(
-        {**model.module.fused_optimizer.state_dict(), "state": optimizers["table_optimizer"]}
+        {**model.module.fused_optimizer.state_dict(), "state": state["table_optimizer"]}
     )
-    model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": optimizers["dense_optimizer"]})
+    model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": state["dense_optimizer"]})
     return Position(**{name: int(value) for name, value in position.items()})
 
 
 def load_weights(run: str | Path, model: nn.Module) -> None:
-    """Load the weights of a run's last checkpoint into a model, sharded or not.
+    """Load the weights of a run's last checkpoint, averaged if it has an average, into a model, sharded or not.
 
     Args:
         run: the run's folder.
@@ -95,7 +95,9 @@ def load_weights(run: str | Path, model: nn.Module) -> None:
     Raises:
         InputError: there is no checkpoint, or it is of another model.
     """
-    _load(last_checkpoint(run), model, {})
+    folder = last_checkpoint(run)
+    is_averaged = any(key.startswith("average/") for key in _saved_keys(folder))
+    _load(folder, model, {}, "average" if is_averaged else "model")
 
 
 def last_checkpoint(run: str | Path) -> Path:
@@ -114,12 +116,16 @@ def _to_tensors(position: Position) -> dict[str, Tensor]:
     return {name: torch.tensor(value) for name, value in vars(position).items()}
 
 
-def _optimizer_states(model: ShardedModel) -> dict[str, Any]:
-    """For each optimizer, parameter and name, a tensor; this rank has those of its own tables only."""
-    return {
+def _training_state(model: ShardedModel) -> dict[str, Any]:
+    """For each optimizer, parameter and name, a tensor; this rank has those of its own tables only.
+
+    And the averaged weights, if there are any.
+    """
+    state = {
         "table_optimizer": model.module.fused_optimizer.state_dict()["state"],
         "dense_optimizer": model.optimizer.state_dict()["state"],
     }
+    return state if model.average is None else {**state, "average": model.average.weights}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -134,22 +140,33 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _load(folder: Path, module: nn.Module, others: dict[str, Any]) -> None:
+def _load(folder: Path, module: nn.Module, others: dict[str, Any], weights_name: str = "model") -> None:
     """Load a module's weights, and other tensors in place."""
     weights = module.state_dict()
-    state = _flat({**others, "model": weights})
+    state = _flat({**others, weights_name: weights})
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     try:
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        if unknown := sorted(key for key in saved if key.startswith("model/") and key not in state):
-            raise ValueError(f"it has {unknown[0]}, which the model has not")
+        for key in sorted(_saved_keys(folder)):
+            if key.startswith(f"{weights_name}/") and key not in state:
+                raise ValueError(f"it has {key}, which the model has not")
         dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{folder}: the checkpoint is damaged or does not fit the model ({_reason(error)}): "
-            "use the config it was trained with, or another run"
-        ) from error
+    except (CheckpointException, RuntimeError, ValueError) as error:
+        raise _unusable(folder, error) from error
     module.load_state_dict(weights)
+
+
+def _saved_keys(folder: Path) -> set[str]:
+    try:
+        return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: BaseException) -> InputError:
+    return InputError(
+        f"{folder}: the checkpoint is damaged or does not fit the model ({_reason(error)}): "
+        "use the config it was trained with, or another run"
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -41,12 +41,15 @@ class LoopConfig:
     Args:
         epochs: times that the training split is read.
         precision: `float32`, or `bfloat16` for autocast; tables stay in float32.
+        average_decay: keep a moving average of all weights, tables too, that decays by this much a step, and
+            evaluate with it; no average unless given.
         log_every: steps between two reports.
         checkpoint_every: steps between two checkpoints; there is one after each epoch in any case.
     """
 
     epochs: int = 2
     precision: Precision = "float32"
+    average_decay: float | None = None
     log_every: int = 50
     checkpoint_every: int | None = None
 
@@ -140,6 +143,7 @@ def train(
                 report.add(*pipeline.progress(batches))
                 bar.update()
                 position = Position(position.epoch, step + 1, position.total_steps + 1)
+                model.after_step(position.total_steps)
                 ended = step + 1 == steps_per_epoch
                 if ended:
                     position = Position(position.epoch + 1, 0, position.total_steps)
@@ -168,6 +172,8 @@ class _Report:
             world_size=dist.get_world_size(),
             my_rank=dist.get_rank(),
             batch_size=batch_size,
+            # Only the whole time between two reports is read, but a window must hold a batch.
+            window_size=batch_size * dist.get_world_size(),
             tasks=[RecTaskInfo(name=task, label_name=task, prediction_name=task) for task in self.tasks],
             compute_on_all_ranks=True,
         ).to(device)
@@ -244,6 +250,13 @@ class Predictions:
     labels: np.ndarray
     users: np.ndarray
     requests: int
+
+    def save(self, path: Path) -> None:
+        """Write the arrays as an npz file, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, logits=self.logits, labels=self.labels, users=self.users)
+        temporary.rename(path)
 
     def metrics(self, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
         """AUC, GAUC, NE, log loss and positive rate of each task.

@@ -34,8 +34,13 @@ def normalized_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean binary cross entropy, in nats."""
+    return float(np.mean(log_losses(logits, labels)))
+
+
+def log_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Binary cross entropy of each row, in nats: float64 [R]."""
     logits, labels = logits.astype(np.float64), labels.astype(np.float64)
-    return float(np.mean(np.logaddexp(0.0, logits) - labels * logits))
+    return np.logaddexp(0.0, logits) - labels * logits
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

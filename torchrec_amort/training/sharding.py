@@ -22,6 +22,8 @@ from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_amort.training.average import TableDecay, WeightAverage
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
@@ -30,12 +32,14 @@ class OptimizerConfig:
     Args:
         table_lr: learning rate of the fused row-wise Adagrad of the embedding tables.
         table_eps: its epsilon.
+        table_weight_decay: share by which all rows of the tables shrink in a step.
         dense_lr: learning rate of the AdamW of all other weights.
         weight_decay: weight decay of that AdamW.
     """
 
     table_lr: float = 0.05
     table_eps: float = 1e-8
+    table_weight_decay: float = 0.0
     dense_lr: float = 2e-3
     weight_decay: float = 0.01
 
@@ -48,11 +52,21 @@ class ShardedModel:
         module: the DistributedModelParallel.
         plan: where each table went.
         optimizer: steps the weights that are not tables; tables are stepped in backward.
+        decay: of the tables.
+        average: of the weights over the steps of training, if wanted.
     """
 
     module: DistributedModelParallel
     plan: ShardingPlan
     optimizer: KeyedOptimizer
+    decay: TableDecay
+    average: WeightAverage | None
+
+    def after_step(self, step: int) -> None:
+        """Do what follows a step, the first one being 1: shrink the tables, move the average."""
+        self.decay.update(step)
+        if self.average is not None:
+            self.average.update(step)
 
 
 def shard(
@@ -62,6 +76,7 @@ def shard(
     optimizer: OptimizerConfig,
     batch_size: int,
     ids_per_request: Mapping[str, float] | None = None,
+    average_decay: float | None = None,
 ) -> ShardedModel:
     """Spread the tables of a model over the ranks of the default process group, weights unchanged.
 
@@ -74,6 +89,7 @@ def shard(
         batch_size: requests in a rank's batch, for the planner's estimates.
         ids_per_request: ids that a request looks up in a table on average, for the planner's estimates;
             1 for tables that are not named.
+        average_decay: decay of the weights' moving average at each step; no average if None.
 
     Returns:
         ShardedModel: of this rank.
@@ -83,6 +99,8 @@ def shard(
         apply_optimizer_in_backward(
             RowWiseAdagrad, collection.parameters(), {"lr": optimizer.table_lr, "eps": optimizer.table_eps}
         )
+    table_parameters = {id(parameter) for collection in collections for parameter in collection.parameters()}
+    tables = {name for name, parameter in model.named_parameters() if id(parameter) in table_parameters}
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sharders = _sharders(device)
     plan = _plan(model, collections, sharders, device, batch_size, ids_per_request or {})
@@ -99,6 +117,8 @@ def shard(
                 parameters, lr=optimizer.dense_lr, weight_decay=optimizer.weight_decay
             ),
         ),
+        TableDecay(module, tables, optimizer.table_weight_decay),
+        None if average_decay is None else WeightAverage(module, average_decay),
     )
 
 

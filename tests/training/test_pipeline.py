@@ -1,0 +1,58 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
+from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestBatch, build_model
+from torchrec_amort.models.build import ENCODERS, Encoder
+from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_model(history: Encoder, summary: bool) -> ShardedModel:
+    config = ModelConfig(embedding_dim=8, history_length=MAX_HISTORY, history=history, history_summary=summary)
+    return shard(
+        AmortizedDLRMTrain(build_model(SCHEMA, config, seed=0)),
+        device=torch.device("cpu"),
+        optimizer=OptimizerConfig(),
+        batch_size=3,
+    )
+
+
+def make_batches() -> Iterator[RequestBatch]:
+    return iter(
+        [RequestBatch.from_requests(make_requests([(3, 2), (0, 1), (8, 4)], seed), SCHEMA) for seed in range(5)]
+    )
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("history", "summary"), [(word, False) for word in ENCODERS if word != "none"] + [("append_cross", True)]
+)
+def test_torchrecs_pipeline_takes_all_three_collections_ahead(history: Encoder, summary: bool) -> None:
+    model = make_model(history, summary)
+    pipeline = TrainPipelineSparseDist(model.module, model.optimizer, torch.device("cpu"))
+    batches = make_batches()
+    losses = [float(pipeline.progress(batches)[0]) for _ in range(4)]
+    kinds = [type(module) for module in pipeline._pipelined_modules]
+    assert sorted(kinds, key=str) == sorted([ShardedEmbeddingBagCollection] * 2 + [ShardedEmbeddingCollection], key=str)
+    plain = make_model(history, summary)
+    expected = []
+    for _, batch in zip(range(4), make_batches(), strict=False):
+        plain.optimizer.zero_grad()
+        loss, _ = plain.module(batch)
+        loss.backward()
+        plain.optimizer.step()
+        expected.append(float(loss))
+    assert losses == pytest.approx(expected, rel=1e-6)
