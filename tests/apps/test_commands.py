@@ -45,6 +45,21 @@ def test_a_benchmark_of_longer_histories_than_there_are_is_refused(
     assert "0 requests have 9 events or more, not 100" in capsys.readouterr().err
 
 
+def test_evaluation_with_shorter_histories_keeps_the_latest_events(
+    data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for length in (8, 2):
+        evaluate.main(["--run_folder", str(trained), "--split=test", f"--history_length={length}"])
+        record = json.loads((trained / "evaluate-test.json").read_text())
+        assert record["history_length"] == length
+        found[length] = record["tasks"]["liked"]["log_loss"]
+    assert found[8] != found[2]
+    with pytest.raises(SystemExit):
+        evaluate.main(["--run_folder", str(trained), "--history_length=9"])
+    assert "history_length is 9, but the model" in capsys.readouterr().err
+
+
 def test_evaluation_says_what_was_measured_and_on_what(
     data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

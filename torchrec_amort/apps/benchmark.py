@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchrec_amort.apps.command import parse, run_command
+from torchrec_amort.apps.timing import timed
 from torchrec_amort.apps.train import TrainConfig, load_run
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.sample import sample_requests
@@ -24,8 +24,6 @@ from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.checkpoint import load_weights
-
-Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -142,9 +140,9 @@ def time_both_ways(model: AmortizedDLRM, batches: Sequence[RequestBatch], *, war
         for turn, batch in enumerate([*batches[:warmup], *batches]):
             impressions = batch.to_impressions()
             taken = {}
-            amortized_CT, taken["amortized"] = _timed(partial(model, batch))
-            impressions_CT, taken["impressions"] = _timed(partial(model, impressions))
-            _, taken["gemm"] = _timed(partial(torch.mm, matrix, matrix))
+            amortized_CT, taken["amortized"] = timed(partial(model, batch))
+            impressions_CT, taken["impressions"] = timed(partial(model, impressions))
+            _, taken["gemm"] = timed(partial(torch.mm, matrix, matrix))
             differences.append(_difference(amortized_CT, impressions_CT))
             if turn >= warmup:
                 for method, value in taken.items():
@@ -163,12 +161,6 @@ def time_both_ways(model: AmortizedDLRM, batches: Sequence[RequestBatch], *, war
         "max_score_difference": float(np.max(differences)),
         "gemm_gflops": 2 * 1024**3 / medians["gemm"] / 1e9,
     }
-
-
-def _timed(function: Callable[[], Result]) -> tuple[Result, float]:
-    started = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - started
 
 
 def _difference(logits_CT: Tensor, others_CT: Tensor) -> float:

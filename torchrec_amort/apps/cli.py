@@ -9,6 +9,7 @@ COMMANDS = {
     "prepare": "write a public data set as request-level Parquet",
     "train": "train a model with or without history, on any number of ranks",
     "evaluate": "AUC, GAUC and NE of a trained model on a split",
+    "compare": "train and test several history encoders on one data set: quality, latency, speed",
     "benchmark": "time the same weights amortized and impression by impression",
 }
 

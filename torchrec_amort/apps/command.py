@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +60,34 @@ def load_config(run: str | Path, config_class: type[Config], command: str) -> Co
         return _config(parser.parse_path(str(path)), config_class, command)
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a config of this version: {error}") from error
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any], command: str) -> Config:
+    """A config with other values of some fields.
+
+    Args:
+        config: a dataclass.
+        overrides: values by field; `model.history` is field `history` of field `model`.
+        command: the command that it is of.
+
+    Raises:
+        InputError: there is no such field, or the value is not of its type.
+    """
+    record = asdict(config)  # type: ignore[call-overload]
+    for name, value in overrides.items():
+        *path, last = name.split(".")
+        fields = record
+        for part in path:
+            fields = fields.get(part, {})
+        if last not in fields:
+            raise InputError(f"{name}: no such field of {command}: torchrec-amort {command} --help lists them")
+        fields[last] = value
+    parser = parser_of(type(config), command)
+    parser.exit_on_error = False
+    try:
+        return _config(parser.parse_object(record), type(config), command)
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{dict(overrides)}: {' '.join(str(error).split())}") from error
 
 
 def refuse_other_schema(run: str | Path, data: str | Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
@@ -16,8 +17,9 @@ from torchrec_amort.apps.train import load_run
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
+from torchrec_amort.schema import InputError
 from torchrec_amort.training.checkpoint import last_checkpoint, load_weights
-from torchrec_amort.training.loop import GlobalBatchTrain, predict
+from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
 from torchrec_amort.training.processes import process_group
 from torchrec_amort.training.sharding import shard
 
@@ -31,12 +33,17 @@ class EvaluateConfig:
         data: prepared data folder; the one it was trained on unless given.
         split: `train`, `validation` or `test`.
         batch_size: requests in a global batch, all ranks together.
+        history_length: keep at most this many events of each history, the latest ones; the length it was trained
+            with unless given.
+        save_predictions: leave logits, labels and users of all candidates in `predictions-SPLIT.npz`, too.
     """
 
     run_folder: str
     data: str | None = None
     split: str = "test"
     batch_size: int = 256
+    history_length: int | None = None
+    save_predictions: bool = False
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,47 +62,108 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _evaluate(config: EvaluateConfig) -> None:
     with process_group() as device:
-        trained, data, schema = load_run(config.run_folder, config.data)
-        dataset = RequestDataset(
-            data,
-            config.split,
-            batch_size=config.batch_size,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            history_length=trained.model.history_length,
+        evaluate_run(config, device)
+
+
+def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
+    """Evaluate, and leave the results in the run's folder. All ranks call it together.
+
+    Args:
+        config: what to evaluate on what.
+        device: of this rank.
+
+    Raises:
+        InputError: as `predict_split`.
+    """
+    started = time.perf_counter()
+    predictions = predict_split(
+        config.run_folder,
+        config.split,
+        device,
+        data=config.data,
+        batch_size=config.batch_size,
+        history_length=config.history_length,
+    )
+    if predictions is not None:
+        _report(config, predictions, time.perf_counter() - started)
+
+
+def predict_split(
+    run_folder: str,
+    split: str,
+    device: torch.device,
+    *,
+    data: str | None = None,
+    batch_size: int = 256,
+    history_length: int | None = None,
+) -> Predictions | None:
+    """Score a split by a run's last checkpoint. All ranks call it together.
+
+    Args:
+        run_folder: folder of a training run.
+        split: `train`, `validation` or `test`.
+        device: of this rank.
+        data: prepared data folder; the one it was trained on unless given.
+        batch_size: requests in a global batch, all ranks together.
+        history_length: keep at most this many events of each history; the length it was trained with unless given.
+
+    Returns:
+        Predictions: of all ranks, on rank 0; None on the others.
+
+    Raises:
+        InputError: it is no such folder, the data does not fit, or `history_length` is above the model's.
+    """
+    trained, data, schema = load_run(run_folder, data)
+    if history_length is not None and not 0 <= history_length <= trained.model.history_length:
+        raise InputError(
+            f"history_length is {history_length}, but the model of {run_folder} was trained with up to "
+            f"{trained.model.history_length} events: ask for 0 to {trained.model.history_length}"
         )
-        model = shard(
-            GlobalBatchTrain(build_model(schema, trained.model), trained.loop.precision),
-            device=device,
-            optimizer=trained.optimizer,
-            batch_size=config.batch_size,
-        ).module
-        load_weights(config.run_folder, model)
-        started = time.perf_counter()
-        predictions = predict(model, DataLoader(dataset, batch_size=None), device)
-        if predictions is not None:
-            tasks = predictions.metrics(schema.labels)
-            record = {
-                "run": config.run_folder,
-                "checkpoint": last_checkpoint(config.run_folder).name,
-                "data": data,
-                "split": config.split,
-                "requests": predictions.requests,
-                "candidates": len(predictions.labels),
-                "users": len(np.unique(predictions.users)),
-                "world_size": dist.get_world_size(),
-                "seconds": time.perf_counter() - started,
-                "tasks": tasks,
-            }
-            path = Path(config.run_folder) / f"evaluate-{config.split}.json"
-            write_json(path, record)
-            for task, values in tasks.items():
-                print(
-                    f"{config.run_folder} on {data}/{config.split} ({predictions.requests:,} requests, "
-                    f"{len(predictions.labels):,} candidates), {task}: AUC {values['auc']:.4f}, "
-                    f"GAUC {values['gauc']:.4f}, NE {values['ne']:.4f}"
-                )
-            print(f"written to {path}")
+    dataset = RequestDataset(
+        data,
+        split,
+        batch_size=batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        history_length=trained.model.history_length if history_length is None else history_length,
+    )
+    model = shard(
+        GlobalBatchTrain(build_model(schema, trained.model), trained.loop.precision),
+        device=device,
+        optimizer=trained.optimizer,
+        batch_size=batch_size,
+    ).module
+    load_weights(run_folder, model)
+    return predict(model, DataLoader(dataset, batch_size=None), device)
+
+
+def _report(config: EvaluateConfig, predictions: Predictions, seconds: float) -> None:
+    trained, data, schema = load_run(config.run_folder, config.data)
+    tasks = predictions.metrics(schema.labels)
+    record = {
+        "run": config.run_folder,
+        "checkpoint": last_checkpoint(config.run_folder).name,
+        "data": data,
+        "split": config.split,
+        "history_length": trained.model.history_length if config.history_length is None else config.history_length,
+        "requests": predictions.requests,
+        "candidates": len(predictions.labels),
+        "users": len(np.unique(predictions.users)),
+        "world_size": dist.get_world_size(),
+        "seconds": seconds,
+        "tasks": tasks,
+    }
+    if config.save_predictions:
+        predictions.save(Path(config.run_folder) / f"predictions-{config.split}.npz")
+    path = Path(config.run_folder) / f"evaluate-{config.split}.json"
+    write_json(path, record)
+    for task, values in tasks.items():
+        print(
+            f"{config.run_folder} on {data}/{config.split} ({predictions.requests:,} requests, "
+            f"{len(predictions.labels):,} candidates), {task}: AUC {values['auc']:.4f}, "
+            f"GAUC {values['gauc']:.4f}, NE {values['ne']:.4f}"
+        )
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -78,45 +78,58 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _train(config: TrainConfig) -> None:
     with process_group() as device:
-        rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.run_folder)
-        dataset = RequestDataset(
-            config.data,
-            "train",
-            batch_size=config.batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=config.seed,
-            history_length=config.model.history_length,
-            unknown_rate=config.unknown_rate,
+        train_run(config, device)
+
+
+def train_run(config: TrainConfig, device: torch.device) -> None:
+    """Train, and leave all there is to know in the run's folder. All ranks call it together.
+
+    Args:
+        config: what and how to train.
+        device: of this rank.
+
+    Raises:
+        InputError: the data is missing or does not fit, or the run cannot go on.
+    """
+    rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.run_folder)
+    dataset = RequestDataset(
+        config.data,
+        "train",
+        batch_size=config.batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        history_length=config.model.history_length,
+        unknown_rate=config.unknown_rate,
+    )
+    resuming = _refuse_or_resume(config, run)
+    model = _sharded_model(config, dataset.schema, device)
+    # No rank may write before all have looked at what is there.
+    dist.barrier()
+    start = load_checkpoint(run, model) if resuming else Position()
+    if is_first():
+        _write_run(config, run, dataset.schema, model)
+    dist.barrier()
+    data = DataLoader(dataset, batch_size=None, num_workers=config.num_workers, pin_memory=device.type == "cuda")
+    result = train(model, data, config.loop, run, start)
+    if is_first():
+        speed = result.candidates / max(result.seconds, 1e-9)
+        record = {
+            **asdict(result),
+            "candidates_per_second": speed,
+            "world_size": world_size,
+            "threads_per_rank": torch.get_num_threads(),
+            "device": device.type,
+            "torch": torch.__version__,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_json(run / "train.json", record)
+        last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
+        print(
+            f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {world_size} ranks of "
+            f"{torch.get_num_threads()} threads ({device.type}), {result.seconds:.0f} s; "
+            f"checkpoint {last_checkpoint(run).name}"
         )
-        resuming = _refuse_or_resume(config, run)
-        model = _sharded_model(config, dataset.schema, device)
-        # No rank may write before all have looked at what is there.
-        dist.barrier()
-        start = load_checkpoint(run, model) if resuming else Position()
-        if is_first():
-            _write_run(config, run, dataset.schema, model)
-        dist.barrier()
-        data = DataLoader(dataset, batch_size=None, num_workers=config.num_workers, pin_memory=device.type == "cuda")
-        result = train(model, data, config.loop, run, start)
-        if is_first():
-            speed = result.candidates / max(result.seconds, 1e-9)
-            record = {
-                **asdict(result),
-                "candidates_per_second": speed,
-                "world_size": world_size,
-                "threads_per_rank": torch.get_num_threads(),
-                "device": device.type,
-                "torch": torch.__version__,
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            }
-            write_json(run / "train.json", record)
-            last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
-            print(
-                f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {world_size} ranks of "
-                f"{torch.get_num_threads()} threads ({device.type}), {result.seconds:.0f} s; "
-                f"checkpoint {last_checkpoint(run).name}"
-            )
 
 
 def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, RequestSchema]:
@@ -165,6 +178,7 @@ def _sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.dev
         device=device,
         optimizer=config.optimizer,
         batch_size=-(-config.batch_size // world_size),
+        average_decay=config.loop.average_decay,
         ids_per_request=events | candidates | {"item": float(config.model.history_length)},
     )
 

@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.launch import torchrun
+from torchrec_amort.apps import compare
+from torchrec_amort.training.metrics import auc
+
+SIZES = ["--model.embedding_dim=8", "--model.history_length=8", "--loop.epochs=1", "--bootstrap_samples=20"]
+SPEED = ["--speed.train_steps=2", "--speed.requests=3", "--speed.candidates=4", "--speed.history_length=5"]
+GRID = "--grid=[{optimizer.dense_lr: 0.001}, {optimizer.dense_lr: 0.01}]"
+VARIANTS = "--variants={short: {model.history: append_cross, model.history_length: 2}}"
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    common = ["--data", str(data), "--out", str(out), "--seeds=[0, 1]", "--encoders=[none,append_cross,concatenation]"]
+    return [*common, *SIZES, *SPEED, GRID, VARIANTS, *more]
+
+
+@pytest.fixture(scope="module")
+def compared(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "films"
+    compare.main(arguments(data_folder, out))
+    return out
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((out / "compare.json").read_text())
+    return record
+
+
+def test_every_arm_is_tuned_on_validation_and_tested_with_every_seed(compared: Path) -> None:
+    record = record_of(compared)
+    assert list(record["arms"]) == ["none", "append_cross", "concatenation", "short"]
+    for name, arm in record["arms"].items():
+        best = int(np.argmin(arm["validation_ne"]))
+        assert arm["setting"] == ({"optimizer.dense_lr": 0.01} if best else {})
+        for setting in (0, 1):
+            validation = compared / name / f"setting-{setting}" / "seed-0" / "evaluate-validation.json"
+            tasks = json.loads(validation.read_text())["tasks"]
+            assert arm["validation_ne"][setting] == pytest.approx(np.mean([tasks[task]["ne"] for task in tasks]))
+        for seed in (0, 1):
+            run = compared / name / f"setting-{best}" / f"seed-{seed}"
+            predictions = np.load(run / "predictions-test.npz")
+            assert arm["test"][seed]["bought"]["auc"] == auc(predictions["logits"][:, 1], predictions["labels"][:, 1])
+        # Nothing of the test split is looked at before a setting is chosen.
+        assert not (compared / name / f"setting-{1 - best}" / "seed-0" / "evaluate-test.json").exists()
+
+
+def test_the_table_says_what_the_record_says(compared: Path) -> None:
+    record, table = record_of(compared), (compared / "compare.md").read_text()
+    assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| concatenation")]
+    assert len(rows) == 3
+    for row, task in zip(rows, ("liked", "bought"), strict=False):
+        values = [run[task]["auc"] for run in record["arms"]["concatenation"]["test"]]
+        assert row[1] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+        difference = record["differences"][task]["concatenation"]["auc"]
+        others = [run[task]["auc"] for run in record["arms"]["append_cross"]["test"]]
+        assert difference["difference"] == pytest.approx(np.mean(values) - np.mean(others), abs=1e-9)
+        assert row[4].startswith(f"{difference['difference']:+.4f} [")
+    speed = record["speed"]["training"]["concatenation"]
+    assert rows[2][1:3] == [f"{speed['requests']:,.0f}", f"{speed['padded']:,.0f}"]
+    assert (rows[2][3], rows[2][-1]) == ("-", "no |")
+
+
+def test_speed_is_measured_for_every_way_there_is(compared: Path) -> None:
+    speed = record_of(compared)["speed"]
+    ways = {name: set(speeds) for name, speeds in speed["training"].items()}
+    assert ways["none"] == {"requests"}
+    assert ways["append_cross"] == ways["short"] == {"requests", "padded", "impressions"}
+    assert ways["concatenation"] == {"requests", "padded"}
+    assert set(speed["scoring"]["median_ms"]["append_cross"]) == {"requests_ms", "impressions_ms"}
+    assert set(speed["scoring"]["median_ms"]["concatenation"]) == {"requests_ms"}
+    assert all(value > 0 for speeds in speed["training"].values() for value in speeds.values())
+
+
+def test_a_comparison_goes_on_where_it_stopped(data_folder: Path, compared: Path) -> None:
+    before = record_of(compared)
+    trained = {path: path.stat().st_mtime_ns for path in compared.rglob("train.json")}
+    (compared / "short" / "setting-0" / "seed-0" / "train.json").unlink()
+    compare.main(arguments(data_folder, compared))
+    again = {path for path in compared.rglob("train.json") if path.stat().st_mtime_ns != trained[path]}
+    assert again == {compared / "short" / "setting-0" / "seed-0" / "train.json"}
+    assert record_of(compared)["arms"] == before["arms"]
+
+
+def test_two_ranks_compare_as_one(data_folder: Path, compared: Path, tmp_path: Path) -> None:
+    torchrun(2, "compare", *arguments(data_folder, tmp_path / "two"))
+    one, two = record_of(compared), record_of(tmp_path / "two")
+    for name, arm in one["arms"].items():
+        for mine, other in zip(arm["test"], two["arms"][name]["test"], strict=True):
+            assert other["liked"]["ne"] == pytest.approx(mine["liked"]["ne"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--reference=mean_pooling"], "'mean_pooling' is none of the arms"),
+        (["--variants={none: {}}"], "'none' is an encoder's name"),
+        (["--variants={x: {model.histori: none}}"], "model.histori: no such field"),
+        (["--variants={x: {model.history_length: many}}"], "many"),
+        (["--variants={x: {model.history: mean_pooling, model.positions: rotary}}"], "which has no model.positions"),
+        (["--seeds=[]"], "one entry at least"),
+        (["--speed.history_length=9", "--seeds=[7]"], "0 requests have 9 events or more, not 3"),
+        (["--batch_size=5"], "was trained with batch_size=32, the comparison asks for 5"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    data_folder: Path, compared: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        compare.main(arguments(data_folder, compared, *more))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error

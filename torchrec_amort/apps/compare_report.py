@@ -1,0 +1,117 @@
+"""What a comparison leaves behind: JSON, a table in Markdown, and a picture of quality against latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from torchrec_amort.files import write_json, write_text
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+METRICS = ("auc", "gauc", "ne")
+
+
+def write_report(folder: Path, record: dict[str, Any]) -> None:
+    """Write `compare.json`, `compare.md` and `compare.png`, and print the table.
+
+    Args:
+        folder: where to.
+        record: what `compare` found.
+    """
+    write_json(folder / "compare.json", record)
+    text = markdown(record)
+    write_text(folder / "compare.md", text)
+    _draw(folder / "compare.png", record)
+    print(text)
+    print(f"written to {folder}/compare.json, compare.md and compare.png")
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A table of quality for each task, beside the difference to the reference, and one of speed."""
+    speed, scoring = record["speed"], record["speed"]["scoring"]
+    seeds = len(record["seeds"])
+    lines = [
+        f"{record['data']}, test split; mean and standard deviation over {seeds} seeds. In brackets: difference to "
+        f"{record['reference']}, and the central 95% of a paired bootstrap over users. Training: candidates per "
+        f"second request by request, and the same updates with all requests padded to the longest, and impression by "
+        f"impression. Scoring: median ms of one request with {scoring['candidates']} candidates and "
+        f"{scoring['history_length']} events, and impression by impression. {speed['threads']} threads, "
+        f"torch {speed['torch']}.",
+    ]
+    for task, differences in _by_task(record).items():
+        lines += [
+            "",
+            f"**{task}**",
+            "",
+            "| encoder | AUC | GAUC | NE | AUC difference | GAUC difference | NE difference |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, arm in record["arms"].items():
+            quality = [_spread([run[task][metric] for run in arm["test"]]) for metric in METRICS]
+            versus = [_interval(differences.get(name, {}).get(metric)) for metric in METRICS]
+            lines.append(_row(name, *quality, *versus))
+    lines += [
+        "",
+        "**speed**",
+        "",
+        "| encoder | training, cand/s | padded | as impressions | scoring, ms | as impressions | amortizable |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, arm in record["arms"].items():
+        training = [_number(speed["training"][name].get(way), ",.0f") for way in ("requests", "padded", "impressions")]
+        milliseconds = scoring["median_ms"][name]
+        latencies = [_number(milliseconds.get(way), ".2f") for way in ("requests_ms", "impressions_ms")]
+        lines.append(_row(name, *training, *latencies, "yes" if arm["is_amortizable"] else "no"))
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _by_task(record: dict[str, Any]) -> dict[str, Any]:
+    differences: dict[str, Any] = record["differences"]
+    return differences
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{deviation}"
+
+
+def _interval(difference: dict[str, float] | None) -> str:
+    if difference is None:
+        return "-"
+    return f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+
+
+def _number(value: float | None, digits: str) -> str:
+    return "-" if value is None else f"{value:{digits}}"
+
+
+def _draw(path: Path, record: dict[str, Any]) -> None:
+    """AUC against the time to score a request, one panel for each task."""
+    tasks = list(_by_task(record))
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.5), squeeze=False, layout="constrained")
+    scoring = record["speed"]["scoring"]
+    for panel, task in zip(axes[0], tasks, strict=True):
+        for name, arm in record["arms"].items():
+            values = [run[task]["auc"] for run in arm["test"]]
+            milliseconds = scoring["median_ms"][name]["requests_ms"]
+            marker = "o" if arm["is_amortizable"] else "x"
+            spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            panel.errorbar(milliseconds, np.mean(values), yerr=spread, fmt=marker, capsize=3)
+            panel.annotate(name, (milliseconds, np.mean(values)), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        panel.set_xscale("log")
+        panel.margins(x=0.35)
+        panel.set_xlabel(f"ms to score {scoring['candidates']} candidates, {scoring['history_length']} events")
+        panel.set_ylabel(f"AUC of {task}, test split")
+    figure.suptitle("history encoders: o encodes the history once per request, x once per candidate", fontsize=10)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

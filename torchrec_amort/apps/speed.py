@@ -1,0 +1,198 @@
+"""Training and scoring speed of several models on the same batches, measured in turns in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice, repeat
+from typing import Any
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from torchrec_amort.apps.timing import Times
+from torchrec_amort.apps.train import TrainConfig
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.data.sample import sample_requests
+from torchrec_amort.models.build import build_model
+from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.modules.attention import Backend
+from torchrec_amort.progress import progress
+from torchrec_amort.schema import RequestSchema
+from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.processes import is_first
+from torchrec_amort.training.sharding import ShardedModel, shard
+
+
+@dataclass(kw_only=True)
+class SpeedConfig:
+    """What speed is measured on.
+
+    Args:
+        train_steps: steps of training that are timed, on the data set's own batches.
+        requests: requests that are scored one at a time.
+        candidates: candidates of each of them.
+        history_length: events of each of them; the models' longest unless given.
+        warmup: turns before the clock starts.
+        threads: CPU threads; torch's choice unless given.
+    """
+
+    train_steps: int = 20
+    requests: int = 50
+    candidates: int = 128
+    history_length: int | None = None
+    warmup: int = 3
+    threads: int | None = None
+
+
+def requests_to_score(data: str, config: SpeedConfig, history_length: int) -> pa.Table:
+    """The requests of the test split that scoring is timed on.
+
+    Args:
+        data: prepared data folder.
+        config: what to measure on.
+        history_length: events of each request, if the config does not say.
+
+    Raises:
+        InputError: too few requests have histories that long.
+    """
+    return sample_requests(
+        data,
+        "test",
+        num_requests=config.requests,
+        num_candidates=config.candidates,
+        history_length=config.history_length or history_length,
+        seed=0,
+    )
+
+
+def measure_speed(
+    arms: Mapping[str, TrainConfig], requests: pa.Table, config: SpeedConfig, device: torch.device
+) -> dict[str, Any]:
+    """Time training steps and single requests of untrained models, in turns. All ranks call it together.
+
+    Training goes request by request, `padded` (all requests of a batch to the longest one) and impression by
+    impression, which are the same updates; encoders that cannot be amortized train impression by impression inside.
+
+    Args:
+        arms: what to build and train, by name; all on one data set.
+        requests: to score; see `requests_to_score`.
+        config: what to measure on.
+        device: of this rank.
+
+    Returns:
+        dict: `threads`, `scoring` (the requests' `candidates` and `history_length`, and for each arm `requests_ms`
+        and `impressions_ms`, medians) and `training` (for each arm candidates per second by `requests`, `padded`
+        and `impressions`), a method being absent where it is no other one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads or before)
+    try:
+        return {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "training": _training(arms, config, device),
+            "scoring": _scoring(arms, requests, config, device),
+        }
+    finally:
+        torch.set_num_threads(before)
+
+
+def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torch.device) -> dict[str, Any]:
+    one = next(iter(arms.values()))
+    dataset = RequestDataset(
+        one.data,
+        "train",
+        batch_size=one.batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        seed=one.seed,
+        history_length=max(arm.model.history_length for arm in arms.values()),
+    )
+    models = {name: _sharded(arm, dataset.schema, device) for name, arm in arms.items()}
+    steps = config.warmup + config.train_steps
+    batches = [batch.to(device) for batch in islice(chain.from_iterable(repeat(dataset)), steps)]
+    times, candidates = Times(config.warmup), 0
+    with progress(total=len(batches), desc="training speed", unit="steps", disable=not is_first()) as bar:
+        for turn, batch in enumerate(batches):
+            methods: dict[str, Callable[[], object]] = {}
+            for name, model in models.items():
+                seen = batch.keep_latest(arms[name].model.history_length)
+                methods |= {f"{name}/{way}": step for way, step in _ways_to_train(model, seen).items()}
+            times.take(methods)
+            candidates += int(batch.num_candidates.sum()) if turn >= config.warmup else 0
+            bar.update()
+    speeds: dict[str, dict[str, float]] = {name: {} for name in arms}
+    for method in methods:
+        name, way = method.rsplit("/", 1)
+        speeds[name][way] = candidates / times.total(method)
+    return speeds
+
+
+def _sharded(arm: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
+    model = GlobalBatchTrain(build_model(schema, arm.model, seed=arm.seed), arm.loop.precision)
+    return shard(model, device=device, optimizer=arm.optimizer, batch_size=arm.batch_size)
+
+
+def _ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callable[[], object]]:
+    ways: dict[str, Callable[[], object]] = {"requests": partial(_step, model, batch)}
+    encoder = _of(model).history_arch
+    if encoder is not None and encoder.is_amortizable:
+        ways["impressions"] = partial(_step, model, batch.to_impressions())
+    if hasattr(encoder, "backend"):
+        ways["padded"] = partial(_step, model, batch, "padded")
+    return ways
+
+
+def _of(model: ShardedModel) -> AmortizedDLRM:
+    return next(module for module in model.module.modules() if isinstance(module, AmortizedDLRM))
+
+
+def _step(model: ShardedModel, batch: RequestBatch, backend: Backend = "packed") -> None:
+    with _attention_backend(_of(model), backend):
+        model.optimizer.zero_grad()
+        loss, _ = model.module(batch)
+        loss.backward()
+        model.optimizer.step()
+
+
+@contextmanager
+def _attention_backend(model: AmortizedDLRM, backend: Backend) -> Iterator[None]:
+    encoders: Sequence[Any] = [module for module in model.modules() if hasattr(module, "backend")]
+    for encoder in encoders:
+        encoder.backend = backend
+    yield
+    for encoder in encoders:
+        encoder.backend = "packed"
+
+
+@torch.no_grad()
+def _scoring(
+    arms: Mapping[str, TrainConfig], requests: pa.Table, config: SpeedConfig, device: torch.device
+) -> dict[str, Any]:
+    one = next(iter(arms.values()))
+    schema = RequestSchema.load(one.data)
+    history_length = config.history_length or max(arm.model.history_length for arm in arms.values())
+    models = {name: build_model(schema, arm.model, seed=arm.seed).eval().to(device) for name, arm in arms.items()}
+    times = Times(config.warmup)
+    rows = [*islice(chain.from_iterable(repeat(range(requests.num_rows))), config.warmup), *range(requests.num_rows)]
+    with progress(total=len(rows), desc="scoring speed", unit="requests", disable=not is_first()) as bar:
+        for row in rows:
+            batch = RequestBatch.from_arrow(requests.slice(row, 1), schema, history_length).to(device)
+            methods: dict[str, Callable[[], object]] = {}
+            for name, model in models.items():
+                seen = batch.keep_latest(arms[name].model.history_length)
+                methods[f"{name}/requests_ms"] = partial(model, seen)
+                if model.history_arch is not None and model.history_arch.is_amortizable:
+                    methods[f"{name}/impressions_ms"] = partial(model, seen.to_impressions())
+            times.take(methods)
+            bar.update()
+    latencies: dict[str, dict[str, float]] = {name: {} for name in arms}
+    for method in methods:
+        name, way = method.rsplit("/", 1)
+        latencies[name][way] = times.median(method) * 1e3
+    return {"candidates": config.candidates, "history_length": history_length, "median_ms": latencies}

@@ -1,0 +1,53 @@
+"""Times of several methods, measured in turns in one process, so that they can be compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+
+Result = TypeVar("Result")
+
+
+def timed(function: Callable[[], Result]) -> tuple[Result, float]:
+    """What a function returns, and the seconds it took."""
+    started = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - started
+
+
+class Times:
+    """Seconds of several methods, taken in turns.
+
+    Args:
+        warmup: turns that are not counted.
+
+    Example::
+
+        times = Times(warmup=3)
+        for batch in batches:
+            times.take({"eager": partial(model, batch), "compiled": partial(compiled, batch)})
+        times.median("eager")
+    """
+
+    def __init__(self, warmup: int) -> None:
+        self._turns_to_skip = warmup
+        self._seconds: dict[str, list[float]] = {}
+
+    def take(self, methods: Mapping[str, Callable[[], object]]) -> None:
+        """Run each method once."""
+        for name, method in methods.items():
+            _, seconds = timed(method)
+            if self._turns_to_skip == 0:
+                self._seconds.setdefault(name, []).append(seconds)
+        self._turns_to_skip = max(0, self._turns_to_skip - 1)
+
+    def median(self, method: str) -> float:
+        """Median seconds of a method."""
+        return float(np.median(self._seconds[method]))
+
+    def total(self, method: str) -> float:
+        """Seconds of a method, all turns together."""
+        return sum(self._seconds[method])
