@@ -41,9 +41,12 @@ def test_every_other_command_runs(data_folder: Path, tmp_path: Path) -> None:
         if command.startswith(("make ", "git ", "cd ", "pip ", "torchrec-amort prepare")):
             continue
         line = command.replace("data/movielens-1m", str(data_folder)).replace("runs/", f"{tmp_path}/runs/")
-        if "train" in line:
+        if "train" in line and " compare " not in line:
             line += " " + " ".join(SMALL)
-        if "benchmark" in line:
+        if " compare " in line:
+            line += " --model.leave_out=[] --seeds=[0] --grid=[{}] --speed.history_length=5 --speed.requests=2"
+            line += " --model.embedding_dim=8 --loop.epochs=1 --bootstrap_samples=5 --speed.train_steps=2"
+        elif "benchmark" in line:
             line += " " + " ".join(SMALL_BENCHMARK)
         if "tensorboard" in line:
             assert (BIN / "tensorboard").exists()
@@ -64,6 +67,12 @@ def test_the_python_code_runs(data_folder: Path, tmp_path: Path) -> None:
         code = block.replace("data/movielens-1m", str(data_folder)).replace("runs/movielens-1m", str(run))
         code = re.sub(r"requests = \[.*?\n\]\n", f"requests = [{given!r}]\n", code, flags=re.DOTALL)
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_python_code_of_the_page_on_encoders_runs() -> None:
+    page = (ROOT / "docs" / "encoders.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "encoders.md", "exec"), {"__name__": "encoders"})
 
 
 def test_the_demos_output_in_the_readme_is_that_of_its_summary() -> None:
