@@ -115,6 +115,9 @@ def test_prepare_refuses_what_is_not_the_data_set(tmp_path: Path, capsys: pytest
             prepare.main(["movielens-1m", "--source", str(source), "--out", str(tmp_path / "out")])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main(["movielens-1m", "--out", str(tmp_path / "out"), "--history_length=0"])
+    assert "history_length is 0, not 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         prepare.main(["movielens-20m"])

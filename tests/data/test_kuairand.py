@@ -133,6 +133,8 @@ def test_a_history_goes_on_from_the_sequence_with_what_came_of_each_exposure(sou
     assert last["history_long_view"] == [1, 0, 0, 0, 0, 0, 0]
     assert last["history_like"] == [0, 1, 0, 1, 0, 0, 0]
     assert (last["hour"], last["tab"], last["long_view"]) == (23, 14, [1.0])
+    kuairand.prepare(source, source / "short", history_length=3)
+    assert requests_of(source / "short")["test"][-1]["history_item"] == [2, 1, 2]
 
 
 def test_what_is_not_known_has_id_0(source: Path) -> None:

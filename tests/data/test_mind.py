@@ -82,6 +82,8 @@ def test_a_history_keeps_its_latest_500(tmp_path: Path) -> None:
     # N0 is not in any kept history, so N1 is the first news.
     assert splits["train"][0]["history_item"] == list(range(1, 501))
     assert splits["train"][0]["candidate_item"] == [501]
+    mind.prepare(tmp_path / "behaviors.tsv", tmp_path / "all", history_length=501)
+    assert RequestSchema.load(tmp_path / "all").table_sizes["history_item"] == 1 + 501 + 1
 
 
 def test_a_folder_with_the_file_is_a_source_too(tmp_path: Path) -> None:

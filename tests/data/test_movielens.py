@@ -17,8 +17,10 @@ def make_ratings(rows: list[tuple[int, int, int, int]]) -> Ratings:
     return Ratings(user, movie, rating, time, np.zeros((10, 3), dtype=np.int64), [[]] * 100)
 
 
-def requests_of(rows: list[tuple[int, int, int, int]]) -> list[dict[str, object]]:
-    splits = split_requests(make_ratings(rows))
+def requests_of(
+    rows: list[tuple[int, int, int, int]], history_length: int = movielens.HISTORY_LENGTH
+) -> list[dict[str, object]]:
+    splits = split_requests(make_ratings(rows), history_length)
     return [row for split in ("train", "validation", "test") for table in splits[split] for row in table.to_pylist()]
 
 
@@ -43,6 +45,8 @@ def test_ties_keep_the_order_of_the_file_and_histories_their_latest_100() -> Non
     requests = requests_of(rows)
     assert requests[0]["candidate_item"] == [3, 1, 2]
     assert requests[-1]["history_item"] == [i % 100 for i in range(19, 119)]
+    (*_, longer) = requests_of(rows, history_length=110)
+    assert longer["history_item"] == [i % 100 for i in range(9, 119)]
 
 
 def test_splits_are_by_time_and_users_unseen_in_training_have_id_0() -> None:

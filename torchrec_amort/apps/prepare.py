@@ -8,6 +8,7 @@ from typing import Literal
 
 from torchrec_amort.apps.command import parser_of, run_command
 from torchrec_amort.data import kuairand, mind, movielens
+from torchrec_amort.schema import InputError
 
 DATASETS = {"movielens-1m": movielens.prepare, "mind": mind.prepare, "kuairand": kuairand.prepare}
 
@@ -22,11 +23,14 @@ class PrepareConfig:
             the package registry; the others need it.
         out: the data folder to make; data/DATASET unless given.
         overwrite: replace a folder that is there.
+        history_length: events that are kept of each history, the latest ones; the data set's own number
+            (see docs/data.md) unless given.
     """
 
     source: str | None = None
     out: str | None = None
     overwrite: bool = False
+    history_length: int | None = None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -41,14 +45,20 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     parser = parser_of(PrepareConfig, "prepare")
     parser.add_argument("dataset", type=Literal[tuple(DATASETS)], help=f"one of: {', '.join(DATASETS)}")
-    config = parser.parse_args(args)
-    run_command(
-        lambda: _prepare(config.dataset, config.source, config.out or f"data/{config.dataset}", config.overwrite)
-    )
+    given = vars(parser.parse_args(args))
+    dataset = given.pop("dataset")
+    given.pop("config")
+    run_command(lambda: _prepare(dataset, PrepareConfig(**given)))
 
 
-def _prepare(dataset: str, source: str | None, out: str, overwrite: bool) -> None:
-    counts = DATASETS[dataset](source, out, overwrite=overwrite)
+def _prepare(dataset: str, config: PrepareConfig) -> None:
+    out = config.out or f"data/{dataset}"
+    limits = {}
+    if config.history_length is not None:
+        if config.history_length < 1:
+            raise InputError(f"history_length is {config.history_length}, not 1 or more")
+        limits["history_length"] = config.history_length
+    counts = DATASETS[dataset](config.source, out, overwrite=config.overwrite, **limits)
     print(f"{'split':<12}{'requests':>10}{'candidates':>12}{'users':>8}")
     for split, count in counts.items():
         print(f"{split:<12}{count['requests']:>10,}{count['candidates']:>12,}{count['users']:>8,}")

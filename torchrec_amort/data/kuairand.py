@@ -93,13 +93,16 @@ class Requests:
     stop: np.ndarray
 
 
-def prepare(source: str | Path | None, out: str | Path, *, overwrite: bool = False) -> dict[str, dict[str, int]]:
+def prepare(
+    source: str | Path | None, out: str | Path, *, overwrite: bool = False, history_length: int = HISTORY_LENGTH
+) -> dict[str, dict[str, int]]:
     """Write KuaiRand-Pure as request-level Parquet.
 
     Args:
         source: the folder `KuaiRand-Pure`, or its `data`.
         out: the data folder to make.
         overwrite: replace a folder that is there.
+        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         dict: requests, candidates and users of each split.
@@ -114,7 +117,7 @@ def prepare(source: str | Path | None, out: str | Path, *, overwrite: bool = Fal
     if source is None:
         raise InputError("kuairand: no source: get KuaiRand-Pure from https://kuairand.com and give it with --source")
     folder = Path(source) / "data" if (Path(source) / "data").is_dir() else Path(source)
-    schema, tables = split_requests(read_events(folder), read_users(folder), read_videos(folder))
+    schema, tables = split_requests(read_events(folder), read_users(folder), read_videos(folder), history_length)
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 
@@ -363,11 +366,12 @@ def _refuse_outside(path: Path, name: str, values: pa.Array) -> None:
         )
 
 
-def cut_requests(events: Columns) -> Requests:
+def cut_requests(events: Columns, history_length: int = HISTORY_LENGTH) -> Requests:
     """Cut the exposures of the log into requests: those of one user in one millisecond.
 
     Args:
         events: in order of user and time.
+        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         Requests: in order of time; those of one millisecond in order of users.
@@ -385,11 +389,11 @@ def cut_requests(events: Columns) -> Requests:
     order = np.lexsort((user[start], time[start]))
     start, stop = start[order], stop[order]
     first_of_user = np.searchsorted(user, user[start])
-    return Requests(np.maximum(first_of_user, start - HISTORY_LENGTH), start, stop)
+    return Requests(np.maximum(first_of_user, start - history_length), start, stop)
 
 
 def split_requests(
-    events: Columns, users: Features, videos: Features
+    events: Columns, users: Features, videos: Features, history_length: int = HISTORY_LENGTH
 ) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
     """Split the requests into train, validation and test, in order of time.
 
@@ -397,6 +401,7 @@ def split_requests(
         events: the exposures, in order of user and time.
         users: features of the users.
         videos: features of the videos.
+        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         tuple: the schema, whose tables have a row for each user and video of train, and for each split
@@ -406,7 +411,7 @@ def split_requests(
 
         schema, tables = split_requests(read_events(folder), read_users(folder), read_videos(folder))
     """
-    requests = cut_requests(events)
+    requests = cut_requests(events, history_length)
     bounds = split_bounds(requests.stop - requests.start)
     train = slice(*bounds["train"])
     user, time = events["user"][requests.start], events["time"][requests.start] // 1000

@@ -46,13 +46,16 @@ class Behaviors:
     clicks: np.ndarray
 
 
-def prepare(source: str | Path | None, out: str | Path, *, overwrite: bool = False) -> dict[str, dict[str, int]]:
+def prepare(
+    source: str | Path | None, out: str | Path, *, overwrite: bool = False, history_length: int = HISTORY_LENGTH
+) -> dict[str, dict[str, int]]:
     """Write MIND as request-level Parquet.
 
     Args:
         source: Microsoft's `behaviors.tsv`, or the folder that holds it, such as `MINDsmall_train`.
         out: the data folder to make.
         overwrite: replace a folder that is there.
+        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         dict: requests, candidates and users of each split.
@@ -69,7 +72,7 @@ def prepare(source: str | Path | None, out: str | Path, *, overwrite: bool = Fal
             "mind: no source: its licence, for research only, forbids to pass it on, so it is not fetched: "
             "get it from https://msnews.github.io and give its behaviors.tsv with --source"
         )
-    schema, tables = split_requests(read_behaviors(Path(source)))
+    schema, tables = split_requests(read_behaviors(Path(source), history_length))
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 
@@ -100,11 +103,12 @@ def make_schema(num_users: int, num_items: int) -> RequestSchema:
     )
 
 
-def read_behaviors(source: Path) -> Behaviors:
+def read_behaviors(source: Path, history_length: int = HISTORY_LENGTH) -> Behaviors:
     """Read `behaviors.tsv`.
 
     Args:
         source: the file, or the folder that holds it.
+        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         Behaviors: its lines in order of time.
@@ -129,7 +133,7 @@ def read_behaviors(source: Path) -> Behaviors:
     return Behaviors(
         user=columns["user_id"].take(order),
         time=times.cast(pa.int64()).to_numpy()[order],
-        history=_latest(pc.split_pattern(columns["history"].take(order), " ")),
+        history=_latest(pc.split_pattern(columns["history"].take(order), " "), history_length),
         candidates=pa.ListArray.from_arrays(shown.offsets, pc.utf8_slice_codeunits(entries, 0, -len("-1"))),
         clicks=pc.ends_with(entries, "-1").cast(pa.float32()).to_numpy(),
     )
@@ -175,11 +179,11 @@ def _refuse(
         )
 
 
-def _latest(histories: pa.ListArray) -> pa.ListArray:
-    """The latest `HISTORY_LENGTH` entries of each list; none where it is null."""
+def _latest(histories: pa.ListArray, history_length: int) -> pa.ListArray:
+    """The latest entries of each list; none where it is null."""
     lengths = pc.list_value_length(histories).fill_null(0).to_numpy()
     stops = np.cumsum(lengths, dtype=np.int64)
-    return lists(histories.flatten(), stops - np.minimum(lengths, HISTORY_LENGTH), stops)
+    return lists(histories.flatten(), stops - np.minimum(lengths, history_length), stops)
 
 
 def split_requests(behaviors: Behaviors) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:

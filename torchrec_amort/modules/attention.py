@@ -21,7 +21,7 @@ from torchrec_amort.modules.jagged import offsets
 Backend = Literal["packed", "padded"]
 
 # Padding that costs about as much as one more call: pairs of a row and a key.
-PAIRS_OF_A_CALL = 2**13
+PAIRS_OF_A_CALL = 2**16
 
 
 class JaggedAttention:
