@@ -1,15 +1,17 @@
 """What the rest of PyTorch makes of the encoders: compile, export, trace, autocast, meta device."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils._pytree import tree_map_only
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from tests.modules.rows import DIM, ENCODERS, make_both, make_encoder
+from tests.modules.rows import AMORTIZABLE, DIM, ENCODERS, make_both, make_encoder
 from torchrec_amort import AmortizedHistoryArch, HistoryState
-
-COMPRESSED = ("compressed", "everything")
+from torchrec_amort.modules.encoder import AmortizableEncoder
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -48,55 +50,55 @@ def test_compiles_with_inductor(name: str) -> None:
 class EncodeHistory(nn.Module):
     """Phase one on plain tensors."""
 
-    def __init__(self, arch: AmortizedHistoryArch) -> None:
+    def __init__(self, encoder: AmortizableEncoder) -> None:
         super().__init__()
-        self.arch = arch
+        self.encoder = encoder
 
-    def forward(self, events_ND: Tensor, lengths_B: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        state = self.arch.encode_history(JaggedTensor(events_ND, lengths=lengths_B))
-        return state.keys, state.values
+    def forward(self, events_ND: Tensor, lengths_B: Tensor) -> tuple[Any, ...]:
+        state = self.encoder.encode_history(JaggedTensor(events_ND, lengths=lengths_B))
+        return state.keys, state.values, state.lengths, state.summary
 
 
 class ScoreCandidates(nn.Module):
     """Phase two on plain tensors."""
 
-    def __init__(self, arch: AmortizedHistoryArch) -> None:
+    def __init__(self, encoder: AmortizableEncoder) -> None:
         super().__init__()
-        self.arch = arch
+        self.encoder = encoder
 
     def forward(
         self,
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
-        history_lengths_B: Tensor,
+        lengths_B: Tensor,
+        summary_BD: Tensor | None,
         candidates_CD: Tensor,
         num_candidates_B: Tensor,
     ) -> Tensor:
-        state = HistoryState(tuple(keys), tuple(values), history_lengths_B)
-        return self.arch.score_candidates(state, JaggedTensor(candidates_CD, lengths=num_candidates_B))
+        state = HistoryState(tuple(keys), tuple(values), lengths_B, summary_BD)
+        return self.encoder.score_candidates(state, JaggedTensor(candidates_CD, lengths=num_candidates_B))
 
 
-@pytest.mark.parametrize("name", ["append_cross", "append_cross_causal", "append_candidate_self", "rotary", "vectors"])
+def export(module: nn.Module, *inputs: Any) -> nn.Module:
+    """The exported module, the first size of every tensor dynamic."""
+    shapes = tree_map_only(Tensor, lambda _: {0: Dim.AUTO}, inputs)
+    exported: nn.Module = torch.export.export(module, inputs, dynamic_shapes=shapes).module()
+    return exported
+
+
+@pytest.mark.parametrize("name", AMORTIZABLE)
 def test_both_phases_export_with_any_number_of_requests_events_and_candidates(name: str) -> None:
-    arch = make_encoder(name)
-    assert isinstance(arch, AmortizedHistoryArch)
+    encoder = make_encoder(name)
+    assert isinstance(encoder, AmortizableEncoder)
     history, candidates = make_both([(5, 2), (3, 3)], 0)
-    B, N, C = Dim("B"), Dim("N"), Dim("C")
-    first = torch.export.export(
-        EncodeHistory(arch), (history.values(), history.lengths()), dynamic_shapes=({0: N}, {0: B})
-    ).module()
-    keys, values = first(history.values(), history.lengths())
-    rows = [{0: N}] * len(keys)
-    second = torch.export.export(
-        ScoreCandidates(arch),
-        (keys, values, history.lengths(), candidates.values(), candidates.lengths()),
-        dynamic_shapes=(tuple(rows), tuple(rows), {0: B}, {0: C}, {0: B}),
-    ).module()
+    first = export(EncodeHistory(encoder), history.values(), history.lengths())
+    state = first(history.values(), history.lengths())
+    second = export(ScoreCandidates(encoder), *state, candidates.values(), candidates.lengths())
     for sizes in ([(5, 2), (3, 3)], [(30, 17), (0, 1), (7, 2)], [(4, 100), (1, 1)]):
         history, candidates = make_both(sizes, 1)
         state = first(history.values(), history.lengths())
-        scores = second(*state, history.lengths(), candidates.values(), candidates.lengths())
-        torch.testing.assert_close(scores, arch(history, candidates), rtol=0, atol=1e-12)
+        scores = second(*state, candidates.values(), candidates.lengths())
+        torch.testing.assert_close(scores, encoder(history, candidates), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

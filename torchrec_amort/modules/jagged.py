@@ -6,6 +6,8 @@ its request's history; D any trailing dimensions.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,16 +42,16 @@ def mean_by_request(rows_RD: Tensor, lengths_B: Tensor) -> Tensor:
     return sums_BD / lengths_B.clamp(min=1)[:, None]
 
 
-def pairs(history_lengths_B: Tensor, num_candidates_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pairs(history_lengths_B: Tensor, num_candidates_B: Tensor, num_candidates: int) -> tuple[Tensor, Tensor, Tensor]:
     """Every candidate beside every event of its request's history, candidate by candidate.
 
     Returns:
         tuple: the event of each pair, int64 [P]; its candidate, int64 [P]; events of each candidate, int64 [C].
     """
-    num_candidates = int(num_candidates_B.sum())
     lengths_C = expand(history_lengths_B, num_candidates_B, num_candidates)
     starts_C = expand(starts(history_lengths_B), num_candidates_B, num_candidates)
-    num_pairs = int(lengths_C.sum())
+    # Not int(): torch.export needs a number that it can follow.
+    num_pairs = cast(int, lengths_C.sum().item())
     candidates_P = expand(torch.arange(num_candidates, device=lengths_C.device), lengths_C, num_pairs)
     return positions(lengths_C, num_pairs) + starts_C[candidates_P], candidates_P, lengths_C
 

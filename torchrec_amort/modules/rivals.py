@@ -70,7 +70,7 @@ class TargetAttention(AmortizableEncoder):
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
         """Phase two: [C, D]; see `AmortizableEncoder.score_candidates`."""
         refuse_other_requests(state, candidates)
-        event_of_pair, candidate_of_pair, _ = pairs(state.lengths, candidates.lengths())
+        event_of_pair, candidate_of_pair, _ = pairs(state.lengths, candidates.lengths(), candidates.values().shape[0])
         candidates_CD = candidates.values()
         events_PD = state.values[0].squeeze(1).index_select(0, event_of_pair)
         candidates_PD = candidates_CD.index_select(0, candidate_of_pair)
@@ -127,7 +127,9 @@ class AppendSelfAttention(TransformerPerCandidate):
 
     def forward(self, history: JaggedTensor, candidates: JaggedTensor) -> Tensor:
         """Encode each candidate with its history: [C, D]; see `HistoryEncoder.forward`."""
-        event_of_pair, candidate_of_pair, lengths_C = pairs(history.lengths(), candidates.lengths())
+        event_of_pair, candidate_of_pair, lengths_C = pairs(
+            history.lengths(), candidates.lengths(), candidates.values().shape[0]
+        )
         last_C = torch.cumsum(lengths_C + 1, 0) - 1
         # Each candidate's sequence is its events and then itself.
         place_of_pair = torch.arange(len(event_of_pair), device=lengths_C.device) + candidate_of_pair
@@ -171,7 +173,9 @@ class Concatenation(TransformerPerCandidate):
 
     def forward(self, history: JaggedTensor, candidates: JaggedTensor) -> Tensor:
         """Encode each candidate's events with it: [C, D]; see `HistoryEncoder.forward`."""
-        event_of_pair, candidate_of_pair, lengths_C = pairs(history.lengths(), candidates.lengths())
+        event_of_pair, candidate_of_pair, lengths_C = pairs(
+            history.lengths(), candidates.lengths(), candidates.values().shape[0]
+        )
         events_PD = history.values().index_select(0, event_of_pair)
         candidates_PD = candidates.values().index_select(0, candidate_of_pair)
         rows_PD = self.concatenated(torch.cat([events_PD, candidates_PD], dim=1))
