@@ -133,7 +133,15 @@ def _order(rows_of_groups: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _has_varlen_kernel(queries_RHK: Tensor) -> bool:
-    return queries_RHK.is_cuda and queries_RHK.dtype in (torch.float16, torch.bfloat16)
+    """Whether torch's variable-length attention, which is FlashAttention-2, takes such queries."""
+    head_dim = queries_RHK.shape[-1]
+    return (
+        queries_RHK.is_cuda
+        and queries_RHK.dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(queries_RHK.device) >= (8, 0)
+    )
 
 
 def _split(rows: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:

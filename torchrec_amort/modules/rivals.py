@@ -7,6 +7,7 @@ event of its request's history, R rows of candidates' own sequences; D model dim
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -176,9 +177,11 @@ class Concatenation(TransformerPerCandidate):
         event_of_pair, candidate_of_pair, lengths_C = pairs(
             history.lengths(), candidates.lengths(), candidates.values().shape[0]
         )
-        events_PD = history.values().index_select(0, event_of_pair)
-        candidates_PD = candidates.values().index_select(0, candidate_of_pair)
-        rows_PD = self.concatenated(torch.cat([events_PD, candidates_PD], dim=1))
+        # The product with [event, candidate] is the sum of two, each worked out once and not for every pair.
+        of_event, of_candidate = self.concatenated.weight.split(self.embedding_dim, dim=1)
+        events_PD = F.linear(history.values(), of_event).index_select(0, event_of_pair)
+        candidates_CD = F.linear(candidates.values(), of_candidate, self.concatenated.bias)
+        rows_PD = events_PD + candidates_CD.index_select(0, candidate_of_pair)
         attention = JaggedAttention(lengths_C, lengths_C, backend=self.backend)
         for layer in self.layers:
             rows_PD = layer(rows_PD, attention, *layer.keys_and_values(rows_PD))
@@ -187,8 +190,8 @@ class Concatenation(TransformerPerCandidate):
     def _pool(self, rows_PD: Tensor, candidate_of_pair: Tensor, lengths_C: Tensor) -> Tensor:
         """[C, 2 D]: the maximum over each candidate's rows, and the latest of them."""
         zeros_CD = rows_PD.new_zeros(len(lengths_C), self.embedding_dim)
-        indices_PD = candidate_of_pair[:, None].expand_as(rows_PD)
-        most_CD = zeros_CD.scatter_reduce(0, indices_PD, rows_PD, "amax", include_self=False)
+        most_CD = torch.segment_reduce(rows_PD, "max", lengths=lengths_C, unsafe=True)
+        most_CD = torch.where(lengths_C[:, None] > 0, most_CD, zeros_CD)
         is_latest_P = positions(lengths_C, len(rows_PD)) + 1 == lengths_C[candidate_of_pair]
         latest_CD = zeros_CD.index_copy(0, candidate_of_pair[is_latest_P], rows_PD[is_latest_P])
         return torch.cat([most_CD, latest_CD], dim=1)
