@@ -165,9 +165,11 @@ def _attention_backend(model: AmortizedDLRM, backend: Backend) -> Iterator[None]
     encoders: Sequence[Any] = [module for module in model.modules() if hasattr(module, "backend")]
     for encoder in encoders:
         encoder.backend = backend
-    yield
-    for encoder in encoders:
-        encoder.backend = "packed"
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.backend = "packed"
 
 
 @torch.no_grad()
