@@ -1,7 +1,7 @@
 """The rivals: other ways to let a candidate read a history, behind the same interface.
 
 Shape suffixes: B requests; N history events and C candidates, all requests together; P pairs of a candidate and an
-event of its request's history, R rows of candidates' own sequences; D model dimension.
+event of its request's history, R rows of candidates' own sequences; D model dimension, W width of a hidden layer.
 """
 
 from __future__ import annotations
@@ -72,11 +72,18 @@ class TargetAttention(AmortizableEncoder):
         """Phase two: [C, D]; see `AmortizableEncoder.score_candidates`."""
         refuse_other_requests(state, candidates)
         event_of_pair, candidate_of_pair, _ = pairs(state.lengths, candidates.lengths(), candidates.values().shape[0])
-        candidates_CD = candidates.values()
-        events_PD = state.values[0].squeeze(1).index_select(0, event_of_pair)
+        events_ND, candidates_CD = state.values[0].squeeze(1), candidates.values()
+        events_PD = events_ND.index_select(0, event_of_pair)
         candidates_PD = candidates_CD.index_select(0, candidate_of_pair)
-        beside_PD = [events_PD, candidates_PD, events_PD - candidates_PD, events_PD * candidates_PD]
-        weights_P1 = self.weight(torch.cat(beside_PD, dim=1))
+        first, activation, second = self.weight
+        # The product with [e, c, e - c, e * c] is a sum, of which only the last term is another one for every pair.
+        of_event, of_candidate, of_difference, of_product = first.weight.split(self.embedding_dim, dim=1)
+        of_events_NW = F.linear(events_ND, of_event + of_difference)
+        of_candidates_CW = F.linear(candidates_CD, of_candidate - of_difference, first.bias)
+        hidden_PW = F.linear(events_PD * candidates_PD, of_product)
+        hidden_PW = hidden_PW + of_events_NW.index_select(0, event_of_pair)
+        hidden_PW = hidden_PW + of_candidates_CW.index_select(0, candidate_of_pair)
+        weights_P1 = second(activation(hidden_PW))
         weighted_PD = (weights_P1 * events_PD).to(candidates_CD.dtype)
         return torch.zeros_like(candidates_CD).index_add(0, candidate_of_pair, weighted_PD)
 
