@@ -39,9 +39,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"{record['data']}, test split; mean and standard deviation over {seeds} seeds. In brackets: difference to "
         f"{record['reference']}, and the central 95% of a paired bootstrap over users. Training: candidates per "
-        f"second request by request, and the same updates with all requests padded to the longest, and impression by "
-        f"impression. Scoring: median ms of one request with {scoring['candidates']} candidates and "
-        f"{scoring['history_length']} events, and impression by impression. {speed['threads']} threads, "
+        f"second, the median over steps, request by request, and the same updates with all requests padded to the "
+        f"longest, and impression by impression. Scoring: median ms of one request with {scoring['candidates']} "
+        f"candidates and {scoring['history_length']} events, and impression by impression. {speed['threads']} threads, "
         f"torch {speed['torch']}.",
     ]
     for task, differences in _by_task(record).items():

@@ -41,7 +41,7 @@ class SpeedConfig:
         threads: CPU threads; torch's choice unless given.
     """
 
-    train_steps: int = 20
+    train_steps: int = 40
     requests: int = 50
     candidates: int = 128
     history_length: int | None = None
@@ -86,8 +86,8 @@ def measure_speed(
 
     Returns:
         dict: `threads`, `scoring` (the requests' `candidates` and `history_length`, and for each arm `requests_ms`
-        and `impressions_ms`, medians) and `training` (for each arm candidates per second by `requests`, `padded`
-        and `impressions`), a method being absent where it is no other one.
+        and `impressions_ms`, medians) and `training` (for each arm candidates per second, the median over steps, by
+        `requests`, `padded` and `impressions`), a method being absent where it is no other one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or before)
@@ -116,20 +116,20 @@ def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torc
     models = {name: _sharded(arm, dataset.schema, device) for name, arm in arms.items()}
     steps = config.warmup + config.train_steps
     batches = [batch.to(device) for batch in islice(chain.from_iterable(repeat(dataset)), steps)]
-    times, candidates = Times(config.warmup), 0
+    times = Times(config.warmup)
     with progress(total=len(batches), desc="training speed", unit="steps", disable=not is_first()) as bar:
-        for turn, batch in enumerate(batches):
+        for batch in batches:
             methods: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
                 seen = batch.keep_latest(arms[name].model.history_length)
                 methods |= {f"{name}/{way}": step for way, step in _ways_to_train(model, seen).items()}
             times.take(methods)
-            candidates += int(batch.num_candidates.sum()) if turn >= config.warmup else 0
             bar.update()
+    candidates = [int(batch.num_candidates.sum()) for batch in batches[config.warmup :]]
     speeds: dict[str, dict[str, float]] = {name: {} for name in arms}
     for method in methods:
         name, way = method.rsplit("/", 1)
-        speeds[name][way] = candidates / times.total(method)
+        speeds[name][way] = times.median_rate(method, candidates)
     return speeds
 
 

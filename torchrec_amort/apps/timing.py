@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -48,6 +48,11 @@ class Times:
         """Median seconds of a method."""
         return float(np.median(self._seconds[method]))
 
-    def total(self, method: str) -> float:
-        """Seconds of a method, all turns together."""
-        return sum(self._seconds[method])
+    def median_rate(self, method: str, amounts: Sequence[float]) -> float:
+        """Median over the turns of what a method did in a second.
+
+        Args:
+            method: its name.
+            amounts: what it did in each turn that was counted.
+        """
+        return float(np.median(np.asarray(amounts) / self._seconds[method]))
