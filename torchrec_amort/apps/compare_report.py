@@ -98,7 +98,9 @@ def _number(value: float | None, digits: str) -> str:
 def _draw(path: Path, record: dict[str, Any]) -> None:
     """AUC against the time to score a request, one panel for each task."""
     tasks = list(_by_task(record))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.5), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(tasks), figsize=(4.5 * len(tasks) + 2.5, 4.5), squeeze=False, layout="constrained"
+    )
     scoring = record["speed"]["scoring"]
     for panel, task in zip(axes[0], tasks, strict=True):
         for name, arm in record["arms"].items():
@@ -106,12 +108,16 @@ def _draw(path: Path, record: dict[str, Any]) -> None:
             milliseconds = scoring["median_ms"][name]["requests_ms"]
             marker = "o" if arm["is_amortizable"] else "x"
             spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-            panel.errorbar(milliseconds, np.mean(values), yerr=spread, fmt=marker, capsize=3)
-            panel.annotate(name, (milliseconds, np.mean(values)), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            panel.errorbar(milliseconds, np.mean(values), yerr=spread, fmt=marker, capsize=3, label=name)
         panel.set_xscale("log")
-        panel.margins(x=0.35)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("{x:g}")
+        panel.tick_params(axis="x", which="both", labelsize=7)
         panel.set_xlabel(f"ms to score {scoring['candidates']} candidates, {scoring['history_length']} events")
         panel.set_ylabel(f"AUC of {task}, test split")
-    figure.suptitle("history encoders: o encodes the history once per request, x once per candidate", fontsize=10)
+        panel.grid(alpha=0.3)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    title = "o: history once per request\nx: once per candidate"
+    figure.legend(handles, names, loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
