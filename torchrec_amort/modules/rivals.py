@@ -6,6 +6,8 @@ event of its request's history, R rows of candidates' own sequences; D model dim
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ class TargetAttention(AmortizableEncoder):
         events_ND, candidates_CD = state.values[0].squeeze(1), candidates.values()
         events_PD = events_ND.index_select(0, event_of_pair)
         candidates_PD = candidates_CD.index_select(0, candidate_of_pair)
-        first, activation, second = self.weight
+        first, activation, second = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.weight))
         # The product with [e, c, e - c, e * c] is a sum, of which only the last term is another one for every pair.
         of_event, of_candidate, of_difference, of_product = first.weight.split(self.embedding_dim, dim=1)
         of_events_NW = F.linear(events_ND, of_event + of_difference)
