@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -35,11 +36,12 @@ class Times:
     def __init__(self, warmup: int) -> None:
         self._turns_to_skip = warmup
         self._seconds: dict[str, list[float]] = {}
+        self._random = random.Random(0)
 
     def take(self, methods: Mapping[str, Callable[[], object]]) -> None:
-        """Run each method once."""
-        for name, method in methods.items():
-            _, seconds = timed(method)
+        """Run each method once, in random order: what ran before leaves memory and caches as it likes."""
+        for name in self._random.sample(list(methods), len(methods)):
+            _, seconds = timed(methods[name])
             if self._turns_to_skip == 0:
                 self._seconds.setdefault(name, []).append(seconds)
         self._turns_to_skip = max(0, self._turns_to_skip - 1)
