@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.launch import torchrun
-from torchrec_amort.apps import compare
+from torchrec_amort.apps import compare, evaluate
 from torchrec_amort.training.metrics import auc
 
 SIZES = ["--model.embedding_dim=8", "--model.history_length=8", "--loop.epochs=1", "--bootstrap_samples=20"]
@@ -85,6 +85,16 @@ def test_a_comparison_goes_on_where_it_stopped(data_folder: Path, compared: Path
     compare.main(arguments(data_folder, compared))
     again = {path for path in compared.rglob("train.json") if path.stat().st_mtime_ns != trained[path]}
     assert again == {compared / "short" / "setting-0" / "seed-0" / "train.json"}
+    assert record_of(compared)["arms"] == before["arms"]
+
+
+def test_results_of_another_evaluation_of_a_run_are_not_taken(data_folder: Path, compared: Path) -> None:
+    before = record_of(compared)
+    for arm in ("append_cross", "none"):
+        run = sorted(compared.glob(f"{arm}/*/seed-1"))[0]
+        evaluate.main(["--run_folder", str(run), "--split=test", "--history_length=2"])
+    (run / "predictions-test.npz").unlink()
+    compare.main(arguments(data_folder, compared))
     assert record_of(compared)["arms"] == before["arms"]
 
 

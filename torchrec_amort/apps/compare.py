@@ -193,13 +193,22 @@ def _results(run: TrainConfig, split: str, device: torch.device) -> dict[str, di
     if not (folder / "train.json").exists():
         train_run(run, device)
     path = folder / f"evaluate-{split}.json"
-    if not path.exists():
+    if not _is_evaluated(run, split):
         evaluate = EvaluateConfig(run_folder=run.run_folder, split=split, save_predictions=split == "test")
         evaluate_run(evaluate, device)
     # All ranks have looked at what is there before the next one writes.
     dist.barrier()
     tasks: dict[str, dict[str, float]] = json.loads(path.read_text())["tasks"]
     return tasks
+
+
+def _is_evaluated(run: TrainConfig, split: str) -> bool:
+    """Whether the results are there, of the run's own data and history length, with predictions if needed."""
+    path = Path(run.run_folder) / f"evaluate-{split}.json"
+    if not path.exists() or (split == "test" and not path.with_name("predictions-test.npz").exists()):
+        return False
+    record = json.loads(path.read_text())
+    return (record["data"], record["history_length"]) == (run.data, run.model.history_length)
 
 
 def _refuse_other_config(run: TrainConfig) -> None:
