@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.installed
 
 # torch first and by version: without one installed, pip would take the newest CUDA build.
-$(VENV)/.installed: setup.cfg packaging/fbgemm-gpu-cpu/setup.cfg
+$(VENV)/.installed: setup.cfg setup.py torchrec_amort/inference/native.cpp packaging/fbgemm-gpu-cpu/setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0 ./packaging/fbgemm-gpu-cpu torchrec==1.8.0 torchx==0.7.0
 	$(BIN)/pip install --quiet --editable '.[dev]'

@@ -41,7 +41,8 @@ def attend_by_loops(tensors: list[Tensor], rows: list[int], keys: list[int], cau
     row_ends, key_ends = np.cumsum(rows), np.cumsum(keys)
     for request, (row_end, key_end) in enumerate(zip(row_ends, key_ends, strict=True)):
         for place, row in enumerate(range(row_end - rows[request], row_end)):
-            seen = list(range(key_end - keys[request], key_end))[: place + 1 if causal else None]
+            own_key = keys[request] - rows[request] + place
+            seen = list(range(key_end - keys[request], key_end))[: own_key + 1 if causal else None]
             for head in range(HEADS):
                 pairs = [(tensors[1][key, head], tensors[2][key, head]) for key in seen]
                 if len(tensors) > 3:
@@ -141,3 +142,22 @@ def test_variable_length_attention_on_cuda_equals_padded_attention(causal: bool)
         results.append([read.detach(), *(tensor.grad for tensor in tensors)])
     for packed, padded in zip(*results, strict=True):
         torch.testing.assert_close(packed, padded, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("many_groups")
+@pytest.mark.parametrize("backend", ["packed", "padded"])
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=5), seeds)
+def test_rows_that_are_the_last_of_the_keys_read_those_up_to_themselves(
+    backend: Backend, shapes: list[tuple[int, int]], seed: int
+) -> None:
+    rows, keys = [new for new, _ in shapes], [new + past for new, past in shapes]
+    tensors = make_tensors(rows, keys, seed, False)
+    expected = attend_by_loops(tensors, rows, keys, True)
+    read = attend(tensors, rows, keys, True, backend)
+    torch.testing.assert_close(read, expected, rtol=0, atol=1e-12)
+    plan = JaggedAttention(torch.tensor(rows), torch.tensor(keys), is_causal=True, backend=backend)
+    by_autograd = torch.autograd.grad(read.sum(), tensors, allow_unused=True)
+    with torch.no_grad():
+        by_hand = plan.gradients(torch.ones_like(read), tensors)
+    for one, other in zip(by_autograd, by_hand, strict=True):
+        torch.testing.assert_close(torch.zeros_like(other) if one is None else one, other, rtol=0, atol=1e-12)

@@ -2,10 +2,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from tests.modules.rows import DIM, make_both, make_encoder, make_rows
+from tests.modules.rows import DIM, jagged, make_both, make_encoder, make_rows, rows_of
 from torchrec_amort import AmortizedHistoryArch, HistoryState
+from torchrec_amort.modules.encoder import AmortizableEncoder
 from torchrec_amort.modules.history import HistoryAttention
 
 
@@ -49,6 +52,27 @@ def test_a_causal_history_can_grow_without_changing_what_was_there(
         for longer, short in zip(long_state.keys, short_state.keys, strict=True)
     ]
     assert all(same) == unchanged
+
+
+@pytest.mark.parametrize("name", ["append_cross_causal", "rotary_causal_own"])
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=4), st.integers(0, 2**20))
+def test_an_extended_state_is_that_of_the_whole_history(name: str, sizes: list[tuple[int, int]], seed: int) -> None:
+    arch = make_encoder(name)
+    assert isinstance(arch, AmortizedHistoryArch)
+    past, new = make_rows([n for n, _ in sizes], seed), make_rows([n for _, n in sizes], seed + 1)
+    whole = jagged([torch.cat(rows) for rows in zip(rows_of(past), rows_of(new), strict=True)])
+    extended, expected = arch.extend_history(arch.encode_history(past), new), arch.encode_history(whole)
+    assert torch.equal(extended.lengths, expected.lengths)
+    for one, other in zip(extended.keys + extended.values, expected.keys + expected.values, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["append_cross", "summary", "mean_pooling", "compressed"])
+def test_a_state_whose_events_read_later_ones_is_not_extended(name: str) -> None:
+    encoder = make_encoder(name)
+    assert isinstance(encoder, AmortizableEncoder)
+    with pytest.raises(ValueError, match="encode the whole history again"):
+        encoder.extend_history(encoder.encode_history(make_rows([3], 0)), make_rows([1], 1))
 
 
 def test_a_state_tells_its_bytes_and_offsets() -> None:

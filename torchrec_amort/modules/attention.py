@@ -27,14 +27,16 @@ PAIRS_OF_A_CALL = 2**16
 class JaggedAttention:
     """Which rows read which keys; worked out once, used by every layer.
 
-    `packed` wastes next to nothing on padding: on CUDA in half precision it is torch's variable-length attention,
-    elsewhere requests of similar lengths are padded together, in as many groups as pay for their calls. `padded`
-    pads all requests to the longest. Both give the same result, to rounding.
+    A single request is attended to as it is. Of several, `packed` wastes next to nothing on padding: on CUDA in half
+    precision it is torch's variable-length attention, elsewhere requests of similar lengths are padded together, in as
+    many groups as pay for their calls. `padded` pads all requests to the longest. Both give the same result, to
+    rounding.
 
     Args:
         row_lengths_B: int64 [B], rows of each request.
         key_lengths_B: int64 [B], keys of each request; rows of a request without keys read exactly zero.
-        is_causal: row i of a request reads keys 0 to i only; rows and keys are the same events.
+        is_causal: rows are the last of the events that the keys are of, and read those up to themselves: of m rows
+            and n keys of a request, row i reads keys 0 to n - m + i.
         backend: `packed` or `padded`.
 
     Example::
@@ -66,6 +68,9 @@ class JaggedAttention:
             Tensor: [R, H, K].
         """
         tensors = [queries_RHK, keys_NHK, values_NHK, *(own or ())]
+        if self.row_lengths_B.shape[0] == 1:
+            padded = [tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors]
+            return _attention(padded, None, self.is_causal).squeeze(0).transpose(0, 1)
         if torch.compiler.is_compiling():
             lengths = (self.row_lengths_B, self.key_lengths_B)
             read: Tensor = torch.ops.torchrec_amort.jagged_attention(
@@ -167,6 +172,8 @@ class _Padding:
     def __init__(self, starts_G: np.ndarray | None, lengths_G: np.ndarray, device: torch.device) -> None:
         """Without `starts_G` the group is the whole batch, in order."""
         self.num_requests = len(lengths_G)
+        self.lengths_G = lengths_G
+        self.device = device
         self.width = max(1, int(lengths_G.max(initial=0)))
         places_S = np.arange(self.width)
         mask_GS = places_S < lengths_G[:, None]
@@ -211,28 +218,54 @@ class _Group:
 
     def attend(self, tensors: Sequence[Tensor], is_causal: bool) -> Tensor:
         """What the group's rows read: [R, H, K] of queries, keys, values and, maybe, own keys and own values."""
-        queries, keys, values, *own = self._pad(tensors)
-        if own:
-            return self.rows.unpad(_attention_with_own(queries, keys, values, own, self.keys.real_keys()))
-        # Under a causal mask no row reads a later key, hence none reads padding, which comes last.
-        mask = None if is_causal else self.keys.readable_keys()
-        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
-        return self.rows.unpad(read)
+        return self.rows.unpad(_attention(self._pad(tensors), self._mask(len(tensors) > 3, is_causal), is_causal))
 
     def gradients(self, gradient_RHK: Tensor, tensors: Sequence[Tensor], is_causal: bool) -> list[Tensor]:
         """Gradients of `attend`, by each of its tensors."""
         queries, keys, values, *own = self._pad(tensors)
-        mask = self.keys.real_keys() if own else self.keys.readable_keys()
-        if is_causal:
-            places_S = torch.arange(keys.shape[-2], device=keys.device)
-            mask = places_S <= places_S[:, None]
+        mask = self._mask(bool(own), is_causal)
+        if is_causal and mask is None:
+            mask = _causal_mask(queries, keys)
         padded = _attention_gradients(self.rows.pad(gradient_RHK), queries, keys, values, own, mask)
         sides = (self.rows, self.keys, self.keys, self.rows, self.rows)
         return [side.unpad(tensor) for side, tensor in zip(sides, padded, strict=False)]
 
+    def _mask(self, has_own: bool, is_causal: bool) -> Tensor | None:
+        """Which keys a row reads, bool [G, 1, M or 1, S]; None if all, or all up to itself where rows are the keys."""
+        if not is_causal:
+            return self.keys.real_keys() if has_own else self.keys.readable_keys()
+        # No row reads a later key, hence none reads padding, which comes last.
+        return None if np.array_equal(self.rows.lengths_G, self.keys.lengths_G) else self._past_and_own_keys
+
+    @cached_property
+    def _past_and_own_keys(self) -> Tensor:
+        places_M1 = np.arange(self.rows.width)[:, None]
+        last_GM1 = (self.keys.lengths_G - self.rows.lengths_G)[:, None, None] + places_M1
+        mask_GMS = np.arange(self.keys.width) <= last_GM1
+        return torch.from_numpy(mask_GMS[:, None]).to(self.rows.device)
+
     def _pad(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         sides = (self.rows, self.keys, self.keys, self.rows, self.rows)
         return [side.pad(tensor) for side, tensor in zip(sides, tensors, strict=False)]
+
+
+def _attention(padded: Sequence[Tensor], mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Attention of padded queries, keys, values and, maybe, own keys and values; a causal mask is made if not given."""
+    queries, keys, values, *own = padded
+    is_square = queries.shape[-2] == keys.shape[-2]
+    if is_causal and mask is None and (own or not is_square):
+        mask = _causal_mask(queries, keys)
+    if own:
+        return _attention_with_own(queries, keys, values, own, mask)
+    is_causal = is_causal and mask is None
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
+
+
+def _causal_mask(queries: Tensor, keys: Tensor) -> Tensor:
+    """bool [M, S]: the rows are the last of the keys, and read those up to themselves."""
+    num_rows, num_keys = queries.shape[-2], keys.shape[-2]
+    last_M = torch.arange(num_rows, device=keys.device) + (num_keys - num_rows)
+    return torch.arange(num_keys, device=keys.device) <= last_M[:, None]
 
 
 def _weights(queries: Tensor, keys: Tensor, own: Sequence[Tensor], mask: Tensor | None) -> Tensor:

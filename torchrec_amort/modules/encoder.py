@@ -135,6 +135,11 @@ class HistoryEncoder(nn.Module, ABC):
 class AmortizableEncoder(HistoryEncoder):
     """A HistoryEncoder in two phases: the history once per request, then candidates that read it."""
 
+    @property
+    def is_extendable(self) -> bool:
+        """Whether new events leave the state of those before them as it is, so that it can be extended."""
+        return False
+
     @abstractmethod
     def encode_history(self, history: JaggedTensor) -> HistoryState:
         """Phase one, once per request.
@@ -160,6 +165,39 @@ class AmortizableEncoder(HistoryEncoder):
         Raises:
             ValueError: state and candidates are of different numbers of requests.
         """
+
+    def extend_history(self, state: HistoryState, events: JaggedTensor) -> HistoryState:
+        """Phase one for new events only: what encoding each whole history again would give.
+
+        Args:
+            state: of B requests.
+            events: the events since, values [N, D], one row of B per request, oldest first; there may be none.
+
+        Returns:
+            HistoryState: of the longer histories.
+
+        Raises:
+            ValueError: the encoder is not extendable, or state and events are of different numbers of requests.
+        """
+        raise ValueError(
+            f"the states of this {type(self).__name__} cannot be extended: that needs causal history attention, "
+            "without summary and compression; encode the whole history again"
+        )
+
+    def score_states(self, states: Sequence[HistoryState], candidates: JaggedTensor) -> Tensor:
+        """Phase two with states of some of the requests each, in the candidates' order.
+
+        Args:
+            states: of B requests together; at least one.
+            candidates: values [C, D], one row of B per request.
+
+        Returns:
+            Tensor: [C, S D].
+
+        Raises:
+            ValueError: states and candidates are of different numbers of requests.
+        """
+        return self.score_candidates(states[0] if len(states) == 1 else HistoryState.cat(states), candidates)
 
     def forward(self, history: JaggedTensor, candidates: JaggedTensor) -> Tensor:
         """Phase one, then phase two.

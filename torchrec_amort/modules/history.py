@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from torchrec_amort.modules.attention import Backend, JaggedAttention
 from torchrec_amort.modules.compression import HistoryCompression
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
-from torchrec_amort.modules.jagged import expand, mean_by_request, positions
+from torchrec_amort.modules.jagged import append, expand, mean_by_request, positions
 
 HistoryAttention = Literal["full", "causal"]
 
@@ -239,16 +239,47 @@ class AmortizedHistoryArch(AmortizableEncoder):
         Returns:
             HistoryState: of B requests.
         """
-        if self.compression is not None:
-            history = self.compression(history)
-        events_ND, lengths_B = history.values(), history.lengths()
-        attention = JaggedAttention(lengths_B, lengths_B, is_causal=self.is_causal, backend=self.backend)
+        return self._encode(history if self.compression is None else self.compression(history), None)
+
+    def extend_history(self, state: HistoryState, events: JaggedTensor) -> HistoryState:
+        """Phase one for new events only: what encoding each whole history again would give.
+
+        Args:
+            state: of B requests.
+            events: the events since, values [N, D], one row of B per request, oldest first; there may be none.
+
+        Returns:
+            HistoryState: of the longer histories.
+
+        Raises:
+            ValueError: the arch is not extendable, or state and events are of different numbers of requests.
+
+        Example::
+
+            state = arch.extend_history(arch.encode_history(history), new_events)
+        """
+        if not self.is_extendable:
+            return super().extend_history(state, events)
+        refuse_other_requests(state, events)
+        return self._encode(events, state)
+
+    def _encode(self, history: JaggedTensor, past: HistoryState | None) -> HistoryState:
+        """Encode events that come after the `past` ones."""
+        events_ND, new_lengths_B = history.values(), history.lengths()
+        lengths_B = new_lengths_B if past is None else past.lengths + new_lengths_B
+        attention = JaggedAttention(new_lengths_B, lengths_B, is_causal=self.is_causal, backend=self.backend)
         rotation = None
         if self.is_rotary:
-            rotation = Rotation(positions(lengths_B, events_ND.shape[0]), self.head_dim, events_ND.dtype)
+            places_N = positions(new_lengths_B, events_ND.shape[0])
+            if past is not None:
+                places_N = places_N + expand(past.lengths, new_lengths_B, events_ND.shape[0])
+            rotation = Rotation(places_N, self.head_dim, events_ND.dtype)
         keys, values = [], []
         for depth, layer in enumerate(self.layers):
             keys_NHK, values_NHK = layer.keys_and_values(events_ND, rotation)
+            if past is not None:
+                keys_NHK = append(past.keys[depth], past.lengths, keys_NHK, new_lengths_B)
+                values_NHK = append(past.values[depth], past.lengths, values_NHK, new_lengths_B)
             keys.append(keys_NHK)
             values.append(values_NHK)
             # Nothing but a summary reads the events after the last layer's keys and values.

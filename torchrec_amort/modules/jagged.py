@@ -59,3 +59,11 @@ def pairs(history_lengths_B: Tensor, num_candidates_B: Tensor, num_candidates: i
 def offsets(lengths_B: Tensor) -> Tensor:
     """int64 [B + 1]: where each request's rows start, and where the last one's end."""
     return F.pad(torch.cumsum(lengths_B, 0), (1, 0))
+
+
+def append(rows: Tensor, lengths_B: Tensor, more: Tensor, more_lengths_B: Tensor) -> Tensor:
+    """Rows of each request followed by `more` of the same request."""
+    if lengths_B.shape[0] == 1:
+        return torch.cat([rows, more])
+    owners = torch.cat([requests(lengths_B, rows.shape[0]), requests(more_lengths_B, more.shape[0])])
+    return torch.cat([rows, more]).index_select(0, torch.argsort(owners, stable=True))

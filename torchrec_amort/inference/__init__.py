@@ -1,0 +1,1 @@
+"""Serving: the scorer, the cache of histories, export."""

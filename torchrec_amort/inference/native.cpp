@@ -1,0 +1,464 @@
+// The two phases of AmortizedHistoryArch on a CPU, a tile of rows at a time.
+//
+// A tile is [D][ROWS]: its rows stand in the lanes of vector registers. So a linear layer is a product of the weights
+// as torch stores them with a tile, norms and softmax need no sums across lanes, and a tile goes through all layers
+// without leaving the cache of its core. Candidates need nothing of each other: their tiles never wait.
+//
+// Letters: N history events and C candidates, all requests together; n events of one request; D model dimension; H
+// heads of dimension K; F width of the feed-forward networks; L layers.
+//
+// T is the type of weights, keys, values and whatever is multiplied: float, or bfloat16 where the processor multiplies
+// pairs of them. Sums, norms, softmax and what is passed from layer to layer are float in either case.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, BLOCK = 8;
+#else
+constexpr int LANES = 8, BLOCK = 4;
+#endif
+constexpr int ROWS = 2 * LANES;
+constexpr long KEYS = 128;  // keys whose products with a tile are in cache at once
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+struct Row {
+  Vector low, high;
+};
+
+inline Vector all(float value) { return value - Vector{}; }
+inline Row load(const float* from) {
+  const Unaligned* row = reinterpret_cast<const Unaligned*>(from);
+  return {row[0], row[1]};
+}
+inline void save(float* to, Row row) {
+  reinterpret_cast<Unaligned*>(to)[0] = row.low;
+  reinterpret_cast<Unaligned*>(to)[1] = row.high;
+}
+inline Row operator+(Row a, Row b) { return {a.low + b.low, a.high + b.high}; }
+inline Row operator-(Row a, Row b) { return {a.low - b.low, a.high - b.high}; }
+inline Row operator*(Row a, Row b) { return {a.low * b.low, a.high * b.high}; }
+inline Row operator+(Row a, float b) { return {a.low + b, a.high + b}; }
+inline Row operator*(Row a, float b) { return {a.low * b, a.high * b}; }
+inline Row maximum(Row a, Row b) {  // b where it is not a number
+  return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
+}
+inline Row same(float value) { return {all(value), all(value)}; }
+
+// e^x for x <= 0, to 2 units in the last place: x = k ln 2 + r, and a polynomial for e^r (Cephes' expf). What
+// float cannot hold is 0.
+inline Vector exponential(Vector x) {
+  const Vector shift = all(12582912.0f);  // 1.5 * 2^23: adding it leaves no fraction
+  const Vector clamped = x > all(-87.0f) ? x : all(-87.0f);
+  const Vector k = (clamped * 1.44269504088896341f + shift) - shift;
+  const Vector r = clamped - k * 0.693359375f + k * 2.12194440e-4f;
+  Vector p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Integers power = (__builtin_convertvector(k, Integers) + 127) << 23;
+  Vector scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return x > all(-87.0f) ? p * scale : Vector{};
+}
+inline Row exponential(Row x) { return {exponential(x.low), exponential(x.high)}; }
+
+// What is multiplied stands in a tile of T: floats as they are; of bfloat16, pairs of neighbouring rows, interleaved.
+template <class T>
+struct Factor;
+
+template <>
+struct Factor<float> {
+  static constexpr int DEPTH = 1;  // rows that stand in one row of cells
+  static Vector broadcast(const float* from) { return all(*from); }
+  static void add(Vector& sum, Vector weight, Vector cells) { sum += weight * cells; }
+  static void store(float* tile, long row, Row first, Row second) {
+    save(tile + row * ROWS, first);
+    save(tile + (row + 1) * ROWS, second);
+  }
+  static float narrow(float value) { return value; }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <>
+struct Factor<Bfloat16> {
+  static constexpr int DEPTH = 2;
+  static Vector broadcast(const Bfloat16* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return (Vector)_mm512_set1_epi32(pair);
+  }
+  static void add(Vector& sum, Vector pairs, Vector cells) {
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)cells);
+  }
+  static Vector interleave(Vector first, Vector second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    return (Vector)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+  static void store(float* tile, long row, Row first, Row second) {
+    save(tile + row / 2 * ROWS, {interleave(first.low, second.low), interleave(first.high, second.high)});
+  }
+  static Bfloat16 narrow(float value) {
+    const __m128bh narrowed = _mm_cvtneps_pbh(_mm_set_ss(value));
+    Bfloat16 result;
+    std::memcpy(&result, &narrowed, sizeof result);
+    return result;
+  }
+};
+#endif
+
+// M rows of the product of a matrix [rows][depth] with a tile [depth], handed on in pairs; a single one with zeros.
+template <int M, class T, class Take>
+inline void multiply_block(const T* matrix, long stride, long row, const float* tile, long depth, const Take& take) {
+  using F = Factor<T>;
+  Row sums[M + M % 2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M + M % 2; ++m) sums[m] = same(0.0f);
+  const T* first = matrix + row * stride;
+  for (long k = 0; k < depth; k += F::DEPTH) {
+    const Row cells = load(tile + k / F::DEPTH * ROWS);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Vector weight = F::broadcast(first + m * stride + k);
+      F::add(sums[m].low, weight, cells.low);
+      F::add(sums[m].high, weight, cells.high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m += 2) take(row + m, sums[m], sums[m + 1]);
+}
+
+// The product of a matrix [rows][depth] with a tile [depth], as pairs of rows: take(row, first, second).
+template <class T, class Take>
+inline void multiply(const T* matrix, long stride, long rows, const float* tile, long depth, const Take& take) {
+  long row = 0;
+  for (; row + BLOCK <= rows; row += BLOCK) multiply_block<BLOCK>(matrix, stride, row, tile, depth, take);
+  for (; row + 2 <= rows; row += 2) multiply_block<2>(matrix, stride, row, tile, depth, take);
+  if (row < rows) multiply_block<1>(matrix, stride, row, tile, depth, take);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Pointers of one layer; matrices are [out][in], as torch.nn.Linear has them.
+struct Layer {
+  const float *attention_norm_weight, *attention_norm_bias;
+  const void *query, *key_value, *output;
+  const float *feedforward_norm_weight, *feedforward_norm_bias;
+  const void* widen;
+  const float* widen_bias;
+  const void* narrow;
+  const float* narrow_bias;
+};
+
+struct Encoder {
+  int64_t dim, heads, width, num_layers, is_causal;
+  double epsilon;
+  const Layer* layers;
+  const float *output_norm_weight, *output_norm_bias;
+};
+
+// Of one layer and request: keys [n][D], and values [D][n], so that products read both in order. Strides count entries;
+// after the n values of each row there is one entry more, finite.
+struct State {
+  void *keys, *values;
+  int64_t key_stride, value_stride;
+};
+
+}  // extern "C"
+
+namespace {
+
+// Which keys a tile reads: the first `count`; if causal, its row i reads only those up to `first + i`.
+struct Reach {
+  long count;
+  bool is_causal;
+  long first;
+};
+
+// Memory that a thread works in: one tile and what becomes of it.
+class Workspace {
+ public:
+  explicit Workspace(const Encoder& encoder) {
+    const long dim = encoder.dim, head_dim = dim / encoder.heads;
+    const long sizes[] = {dim, dim, dim, dim, encoder.width, KEYS, KEYS, head_dim};
+    float** places[] = {&rows, &factor, &queries, &read, &hidden, &logits, &weights, &sums};
+    long total = 0;
+    for (long size : sizes) total += size * ROWS;
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * total)));
+    float* next = memory_.get();
+    for (int i = 0; i < 8; ++i) *places[i] = next, next += sizes[i] * ROWS;
+  }
+
+  float *rows, *factor, *queries, *read, *hidden, *logits, *weights, *sums;
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<float, Free> memory_;
+};
+
+template <class Take>
+inline void norm(const float* tile, long dim, double epsilon, const float* weight, const float* bias, const Take& take) {
+  Row mean = same(0.0f), variance = same(0.0f);
+  for (long d = 0; d < dim; ++d) mean = mean + load(tile + d * ROWS);
+  mean = mean * (1.0f / dim);
+  for (long d = 0; d < dim; ++d) {
+    const Row centred = load(tile + d * ROWS) - mean;
+    variance = variance + centred * centred;
+  }
+  float lanes[ROWS];
+  save(lanes, variance);
+  for (float& lane : lanes) lane = 1.0f / std::sqrt(lane / dim + static_cast<float>(epsilon));
+  const Row scale = load(lanes);
+  for (long d = 0; d < dim; d += 2) {
+    const Row first = (load(tile + d * ROWS) - mean) * scale;
+    const Row second = (load(tile + (d + 1) * ROWS) - mean) * scale;
+    take(d, first * weight[d] + bias[d], second * weight[d + 1] + bias[d + 1]);
+  }
+}
+
+// The softmax of a head, block of keys by block of keys, as FlashAttention does (Dao et al., arXiv 2205.14135,
+// section 3.1). `keys` points at the head's entries of the first key, `values` at the head's first row.
+template <class T>
+void attend(Workspace& space, const float* queries, const T* keys, const T* values, const State& state,
+            const Reach& reach, long head_dim, float* read) {
+  const long most = reach.is_causal ? std::min(reach.count, reach.first + ROWS) : reach.count;
+  std::memset(space.sums, 0, sizeof(float) * head_dim * ROWS);
+  Row highest = same(-INFINITY), total = same(0.0f);
+  for (long begin = 0; begin < most; begin += KEYS) {
+    const long count = std::min(KEYS, most - begin);
+    Row now_highest = highest;
+    multiply(keys + begin * state.key_stride, state.key_stride, count, queries, head_dim,
+             [&](long key, Row first, Row second) {
+               save(space.logits + key * ROWS, first);
+               save(space.logits + (key + 1) * ROWS, second);
+             });
+    for (long key = 0; key < count; ++key) {
+      float* logits = space.logits + key * ROWS;
+      if (reach.is_causal)
+        for (long row = 0; row < std::min<long>(ROWS, begin + key - reach.first); ++row) logits[row] = -INFINITY;
+      now_highest = maximum(now_highest, load(logits));
+    }
+    const Row shrink = exponential(highest - now_highest);
+    highest = now_highest;
+    total = total * shrink;
+    for (long key = 0; key < count; key += 2) {
+      const Row first = exponential(load(space.logits + key * ROWS) - highest);
+      const Row second = key + 1 < count ? exponential(load(space.logits + (key + 1) * ROWS) - highest) : same(0.0f);
+      total = total + (first + second);
+      Factor<T>::store(space.weights, key, first, second);
+    }
+    multiply(values + begin, state.value_stride, head_dim, space.weights, count,
+             [&](long d, Row first, Row second) {
+               save(space.sums + d * ROWS, load(space.sums + d * ROWS) * shrink + first);
+               save(space.sums + (d + 1) * ROWS, load(space.sums + (d + 1) * ROWS) * shrink + second);
+             });
+  }
+  // Who has no key reads zero.
+  const Row inverse = most > 0 ? Row{all(1.0f) / total.low, all(1.0f) / total.high} : same(0.0f);
+  for (long d = 0; d < head_dim; d += 2)
+    Factor<T>::store(read, d, load(space.sums + d * ROWS) * inverse, load(space.sums + (d + 1) * ROWS) * inverse);
+}
+
+// One layer of the encoder, on the tile of a workspace.
+template <class T>
+void apply_layer(Workspace& space, const Encoder& encoder, const Layer& layer, const State& state, const Reach& reach) {
+  const long dim = encoder.dim, head_dim = dim / encoder.heads;
+  const auto as_factor = [&](long d, Row first, Row second) {
+    Factor<T>::store(space.factor, d, first, second);
+  };
+  const auto add = [&](long d, Row first, Row second) {
+    save(space.rows + d * ROWS, load(space.rows + d * ROWS) + first);
+    save(space.rows + (d + 1) * ROWS, load(space.rows + (d + 1) * ROWS) + second);
+  };
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  norm(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
+  multiply(static_cast<const T*>(layer.query), dim, dim, space.factor, dim,
+           [&](long d, Row first, Row second) {
+             Factor<T>::store(space.queries, d, first * scale, second * scale);
+           });
+  const T* keys = static_cast<const T*>(state.keys);
+  const T* values = static_cast<const T*>(state.values);
+  for (long d = 0; d < dim; d += head_dim) {
+    const long cells = d / Factor<T>::DEPTH * ROWS;
+    attend<T>(space, space.queries + cells, keys + d, values + d * state.value_stride, state, reach, head_dim,
+              space.read + cells);
+  }
+  multiply(static_cast<const T*>(layer.output), dim, dim, space.read, dim, add);
+  norm(space.rows, dim, encoder.epsilon, layer.feedforward_norm_weight, layer.feedforward_norm_bias, as_factor);
+  multiply(static_cast<const T*>(layer.widen), dim, encoder.width, space.factor, dim,
+           [&](long f, Row first, Row second) {
+             Factor<T>::store(space.hidden, f, maximum(same(0.0f), first + layer.widen_bias[f]),
+                              maximum(same(0.0f), second + layer.widen_bias[f + 1]));
+           });
+  multiply(static_cast<const T*>(layer.narrow), encoder.width, dim, space.hidden, encoder.width,
+           [&](long d, Row first, Row second) {
+             add(d, first + layer.narrow_bias[d], second + layer.narrow_bias[d + 1]);
+           });
+}
+
+// Keys and values of the tile's `count` rows, which are rows `start` on of the state.
+template <class T>
+void write_keys_and_values(Workspace& space, const Encoder& encoder, const Layer& layer, const State& state, long start,
+                           long count) {
+  const long dim = encoder.dim;
+  norm(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias,
+       [&](long d, Row first, Row second) { Factor<T>::store(space.factor, d, first, second); });
+  T* keys = static_cast<T*>(state.keys) + start * state.key_stride;
+  T* values = static_cast<T*>(state.values) + start;
+  // Rows d of the product are keys for d below D, then values.
+  multiply(static_cast<const T*>(layer.key_value), dim, 2 * dim, space.factor, dim,
+           [&](long d, Row first, Row second) {
+             float lanes[2][ROWS];
+             save(lanes[0], first), save(lanes[1], second);
+             for (int side = 0; side < 2; ++side)
+               for (long row = 0; row < count; ++row) {
+                 T* to = d < dim ? keys + row * state.key_stride + d + side
+                                 : values + (d - dim + side) * state.value_stride + row;
+                 *to = Factor<T>::narrow(lanes[side][row]);
+               }
+           });
+}
+
+void load_rows(const float* rows, long dim, long count, float* tile) {
+  std::memset(tile, 0, sizeof(float) * dim * ROWS);
+  for (long row = 0; row < count; ++row)
+    for (long d = 0; d < dim; ++d) tile[d * ROWS + row] = rows[row * dim + d];
+}
+
+void save_rows(const float* tile, long dim, long count, float* rows) {
+  for (long row = 0; row < count; ++row)
+    for (long d = 0; d < dim; ++d) rows[row * dim + d] = tile[d * ROWS + row];
+}
+
+// A tile's rows: `count` of `request`, from its row `first` on, which is row `start` of all.
+struct Place {
+  long request, first, start, count;
+};
+
+std::vector<Place> places_of(const int64_t* lengths, long num_requests) {
+  std::vector<Place> places;
+  long start = 0;
+  for (long request = 0; request < num_requests; start += lengths[request++])
+    for (long first = 0; first < lengths[request]; first += ROWS)
+      places.push_back({request, first, start + first, std::min<long>(ROWS, lengths[request] - first)});
+  return places;
+}
+
+template <class T>
+void encode(const Encoder& encoder, const float* events, const int64_t* lengths, const int64_t* past, long num_requests,
+            const State* states, int num_threads) {
+  const long dim = encoder.dim;
+  const std::vector<Place> places = places_of(lengths, num_requests);
+  std::vector<float> tiles(places.size() * dim * ROWS);
+#pragma omp parallel num_threads(num_threads)
+  {
+    Workspace space(encoder);
+    float* const own_rows = space.rows;
+    for (long depth = 0; depth < encoder.num_layers; ++depth) {
+      const Layer& layer = encoder.layers[depth];
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < places.size(); ++i) {
+        const Place& place = places[i];
+        space.rows = tiles.data() + i * dim * ROWS;
+        if (depth == 0) load_rows(events + place.start * dim, dim, place.count, space.rows);
+        const State& state = states[place.request * encoder.num_layers + depth];
+        write_keys_and_values<T>(space, encoder, layer, state, past[place.request] + place.first, place.count);
+      }
+      // After the last layer's keys and values nothing reads the events.
+      if (depth + 1 == encoder.num_layers) break;
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < places.size(); ++i) {
+        const Place& place = places[i];
+        space.rows = tiles.data() + i * dim * ROWS;
+        const Reach reach = {past[place.request] + lengths[place.request], encoder.is_causal != 0,
+                             past[place.request] + place.first};
+        apply_layer<T>(space, encoder, layer, states[place.request * encoder.num_layers + depth], reach);
+      }
+    }
+    space.rows = own_rows;
+  }
+}
+
+template <class T>
+void score(const Encoder& encoder, const float* candidates, const int64_t* num_candidates, const int64_t* num_events,
+           long num_requests, const State* states, float* vectors, int num_threads) {
+  const long dim = encoder.dim;
+  const std::vector<Place> places = places_of(num_candidates, num_requests);
+#pragma omp parallel num_threads(num_threads)
+  {
+    Workspace space(encoder);
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < places.size(); ++i) {
+      const Place& place = places[i];
+      const Reach reach = {num_events[place.request], false, 0};
+      load_rows(candidates + place.start * dim, dim, place.count, space.rows);
+      for (long depth = 0; depth < encoder.num_layers; ++depth)
+        apply_layer<T>(space, encoder, encoder.layers[depth], states[place.request * encoder.num_layers + depth],
+                       reach);
+      norm(space.rows, dim, encoder.epsilon, encoder.output_norm_weight, encoder.output_norm_bias,
+           [&](long d, Row first, Row second) {
+             save(space.rows + d * ROWS, first);
+             save(space.rows + (d + 1) * ROWS, second);
+           });
+      save_rows(space.rows, dim, place.count, vectors + place.start * dim);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Phase one: writes the keys and values of events [N][D] after the `past` ones of each request. `states` has those of
+// the first request, layer by layer, then those of the second one, and so on.
+void torchrec_amort_encode(const Encoder* encoder, const float* events, const int64_t* lengths, const int64_t* past,
+                           int64_t num_requests, const State* states, int num_threads) {
+  encode<float>(*encoder, events, lengths, past, num_requests, states, num_threads);
+}
+
+// Phase two: candidates [C][D] to vectors [C][D].
+void torchrec_amort_score(const Encoder* encoder, const float* candidates, const int64_t* num_candidates,
+                          const int64_t* num_events, int64_t num_requests, const State* states, float* vectors,
+                          int num_threads) {
+  score<float>(*encoder, candidates, num_candidates, num_events, num_requests, states, vectors, num_threads);
+}
+
+#if defined(__AVX512BF16__)
+void torchrec_amort_encode_bfloat16(const Encoder* encoder, const float* events, const int64_t* lengths,
+                                    const int64_t* past, int64_t num_requests, const State* states, int num_threads) {
+  encode<Bfloat16>(*encoder, events, lengths, past, num_requests, states, num_threads);
+}
+
+void torchrec_amort_score_bfloat16(const Encoder* encoder, const float* candidates, const int64_t* num_candidates,
+                                   const int64_t* num_events, int64_t num_requests, const State* states,
+                                   float* vectors, int num_threads) {
+  score<Bfloat16>(*encoder, candidates, num_candidates, num_events, num_requests, states, vectors, num_threads);
+}
+#endif
+
+}  // extern "C"
