@@ -1,6 +1,8 @@
 """User history for TorchRec DLRMs, encoded once per request and read by every candidate."""
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.inference.cache import HistoryCache
+from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.models.attach import attach_history
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
@@ -16,6 +18,8 @@ __all__ = [
     "AmortizedDLRM",
     "AmortizedDLRMTrain",
     "attach_history",
+    "AmortizedScorer",
+    "HistoryCache",
     "EventEncoder",
     "HistoryEncoder",
     "Feature",

@@ -1,11 +1,12 @@
-// The two phases of AmortizedHistoryArch on a CPU, a tile of rows at a time.
+// The two phases of AmortizedHistoryArch, and what a DLRM makes of its vectors, on a CPU, a tile of rows at a time.
 //
 // A tile is [D][ROWS]: its rows stand in the lanes of vector registers. So a linear layer is a product of the weights
 // as torch stores them with a tile, norms and softmax need no sums across lanes, and a tile goes through all layers
 // without leaving the cache of its core. Candidates need nothing of each other: their tiles never wait.
 //
 // Letters: N history events and C candidates, all requests together; n events of one request; D model dimension; H
-// heads of dimension K; F width of the feed-forward networks; L layers.
+// heads of dimension K; F width of the feed-forward networks; L layers; R vectors of a request and U of a candidate
+// that a DLRM interacts; T tasks.
 //
 // T is the type of weights, keys, values and whatever is multiplied: float, or bfloat16 where the processor multiplies
 // pairs of them. Sums, norms, softmax and what is passed from layer to layer are float in either case.
@@ -16,6 +17,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512BF16__)
@@ -180,6 +183,32 @@ struct Encoder {
   const float *output_norm_weight, *output_norm_bias;
 };
 
+// Inputs and outputs are even in number; without a bias there is one for each request.
+struct Linear {
+  const void* weight;
+  const float* bias;
+  int64_t inputs, outputs;
+};
+
+// All of a DLRM but its lookups and its encoder, for candidates; see heads.py. The last of the U vectors may come from
+// the encoder, and the first one is the dense one if there are dense layers; columns of the first layer of `over` are
+// for the dense vector, pairs of a candidate's and a request's vector, and pairs of two of a candidate's.
+struct Head {
+  int64_t dim, num_request_vectors, num_slots, num_dense_inputs, num_dense_layers, num_over_layers, num_tasks;
+  const Linear *dense, *over;
+};
+
+// What a request adds: to the first dense layer, vectors [R][D], to the first layer of `over`.
+struct Request {
+  const float *dense, *vectors, *first;
+};
+
+// What candidates are scored from, all requests together: items [C][D], dense inputs, slots [C][slots][D] with strides.
+struct Candidates {
+  const float *items, *dense, *slots;
+  int64_t row_stride, slot_stride;
+};
+
 // Of one layer and request: keys [n][D], and values [D][n], so that products read both in order. Strides count entries;
 // after the n values of each row there is one entry more, finite.
 struct State {
@@ -201,23 +230,42 @@ struct Reach {
 // Memory that a thread works in: one tile and what becomes of it.
 class Workspace {
  public:
-  explicit Workspace(const Encoder& encoder) {
-    const long dim = encoder.dim, head_dim = dim / encoder.heads;
-    const long sizes[] = {dim, dim, dim, dim, encoder.width, KEYS, KEYS, head_dim};
-    float** places[] = {&rows, &factor, &queries, &read, &hidden, &logits, &weights, &sums};
-    long total = 0;
-    for (long size : sizes) total += size * ROWS;
-    memory_.reset(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * total)));
-    float* next = memory_.get();
-    for (int i = 0; i < 8; ++i) *places[i] = next, next += sizes[i] * ROWS;
+  Workspace(const Encoder* encoder, const Head* head) {
+    if (encoder != nullptr) {
+      const long dim = encoder->dim;
+      for (float** tile : {&rows, &factor, &queries, &read}) reserve(tile, dim);
+      reserve(&hidden, encoder->width), reserve(&logits, KEYS), reserve(&weights, KEYS);
+      reserve(&sums, dim / encoder->heads);
+    }
+    if (head != nullptr) {
+      long widest = 0;
+      for (long i = 0; i < head->num_dense_layers; ++i) widest = std::max<long>(widest, head->dense[i].outputs);
+      for (long i = 0; i < head->num_over_layers; ++i) widest = std::max<long>(widest, head->over[i].outputs);
+      const long inputs = head->num_dense_layers > 0 ? head->dense[0].inputs : 0;
+      const long widest_input = std::max<long>(head->over[0].inputs, inputs);
+      reserve(&vectors, ((head->num_dense_layers > 0) + head->num_slots + (encoder != nullptr)) * head->dim);
+      reserve(&features, widest_input), reserve(&narrowed, widest_input);
+      reserve(&layers[0], widest), reserve(&layers[1], widest);
+    }
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * ROWS * (total_ + 1))));
+    if (memory_ == nullptr) std::abort();
+    for (const auto& [tile, start] : places_) *tile = memory_.get() + start * ROWS;
   }
 
   float *rows, *factor, *queries, *read, *hidden, *logits, *weights, *sums;
+  float *vectors, *features, *narrowed, *layers[2];
 
  private:
+  void reserve(float** tile, long rows) {
+    places_.push_back({tile, total_});
+    total_ += rows;
+  }
+
   struct Free {
     void operator()(float* memory) const { std::free(memory); }
   };
+  std::vector<std::pair<float**, long>> places_;
+  long total_ = 0;
   std::unique_ptr<float, Free> memory_;
 };
 
@@ -344,10 +392,10 @@ void write_keys_and_values(Workspace& space, const Encoder& encoder, const Layer
            });
 }
 
-void load_rows(const float* rows, long dim, long count, float* tile) {
-  std::memset(tile, 0, sizeof(float) * dim * ROWS);
+void load_rows(const float* rows, long stride, long dim, long count, float* tile) {
+  if (count < ROWS) std::memset(tile, 0, sizeof(float) * dim * ROWS);
   for (long row = 0; row < count; ++row)
-    for (long d = 0; d < dim; ++d) tile[d * ROWS + row] = rows[row * dim + d];
+    for (long d = 0; d < dim; ++d) tile[d * ROWS + row] = rows[row * stride + d];
 }
 
 void save_rows(const float* tile, long dim, long count, float* rows) {
@@ -377,15 +425,14 @@ void encode(const Encoder& encoder, const float* events, const int64_t* lengths,
   std::vector<float> tiles(places.size() * dim * ROWS);
 #pragma omp parallel num_threads(num_threads)
   {
-    Workspace space(encoder);
-    float* const own_rows = space.rows;
+    Workspace space(&encoder, nullptr);
     for (long depth = 0; depth < encoder.num_layers; ++depth) {
       const Layer& layer = encoder.layers[depth];
 #pragma omp for schedule(dynamic)
       for (size_t i = 0; i < places.size(); ++i) {
         const Place& place = places[i];
         space.rows = tiles.data() + i * dim * ROWS;
-        if (depth == 0) load_rows(events + place.start * dim, dim, place.count, space.rows);
+        if (depth == 0) load_rows(events + place.start * dim, dim, dim, place.count, space.rows);
         const State& state = states[place.request * encoder.num_layers + depth];
         write_keys_and_values<T>(space, encoder, layer, state, past[place.request] + place.first, place.count);
       }
@@ -400,32 +447,125 @@ void encode(const Encoder& encoder, const float* events, const int64_t* lengths,
         apply_layer<T>(space, encoder, layer, states[place.request * encoder.num_layers + depth], reach);
       }
     }
-    space.rows = own_rows;
   }
 }
 
+// Layers one after the other, ReLU between them; the first one's bias is given if it has none of its own.
+template <class T, class Take>
+void feed_forward(Workspace& space, const Linear* layers, long num_layers, const float* first_bias, const float* input,
+                  const Take& take) {
+  for (long i = 0; i < num_layers; ++i) {
+    const Linear& layer = layers[i];
+    const float* bias = layer.bias != nullptr ? layer.bias : first_bias;
+    const T* weight = static_cast<const T*>(layer.weight);
+    if (i + 1 == num_layers) {
+      multiply(weight, layer.inputs, layer.outputs, input, layer.inputs,
+               [&](long row, Row first, Row second) { take(row, first + bias[row], second + bias[row + 1]); });
+    } else {
+      float* output = space.layers[i % 2];
+      multiply(weight, layer.inputs, layer.outputs, input, layer.inputs, [&](long row, Row first, Row second) {
+        Factor<T>::store(output, row, maximum(same(0.0f), first + bias[row]),
+                         maximum(same(0.0f), second + bias[row + 1]));
+      });
+      input = output;
+    }
+  }
+}
+
+// A tile of floats as factor.
 template <class T>
-void score(const Encoder& encoder, const float* candidates, const int64_t* num_candidates, const int64_t* num_events,
-           long num_requests, const State* states, float* vectors, int num_threads) {
-  const long dim = encoder.dim;
+const float* narrow(const float* tile, long rows, float* narrowed) {
+  if (std::is_same_v<T, float>) return tile;
+  for (long row = 0; row < rows; row += 2)
+    Factor<T>::store(narrowed, row, load(tile + row * ROWS), load(tile + (row + 1) * ROWS));
+  return narrowed;
+}
+
+// Logits of the tile whose vectors, but the dense one, are in place.
+template <class T, class Take>
+void apply_head(Workspace& space, const Head& head, const Request& request, long num_vectors, const Take& take) {
+  const long dim = head.dim;
+  float* features = space.features;
+  if (head.num_dense_layers > 0) {
+    const float* inputs = narrow<T>(features, head.dense[0].inputs, space.narrowed);
+    feed_forward<T>(space, head.dense, head.num_dense_layers, request.dense, inputs, [&](long d, Row first, Row second) {
+      save(space.vectors + d * ROWS, maximum(same(0.0f), first));
+      save(space.vectors + (d + 1) * ROWS, maximum(same(0.0f), second));
+    });
+    std::memcpy(features, space.vectors, sizeof(float) * dim * ROWS);
+    features += dim * ROWS;
+  }
+  for (long one = 0; one < num_vectors; ++one, features += head.num_request_vectors * ROWS)
+    multiply(request.vectors, dim, head.num_request_vectors, space.vectors + one * dim * ROWS, dim,
+             [&](long row, Row first, Row second) {
+               save(features + row * ROWS, first);
+               if (row + 1 < head.num_request_vectors) save(features + (row + 1) * ROWS, second);
+             });
+  for (long one = 0; one < num_vectors; ++one)
+    for (long other = one + 1; other < num_vectors; ++other, features += ROWS) {
+      Row sums[2] = {same(0.0f), same(0.0f)};
+      for (long d = 0; d < dim; ++d)
+        sums[d % 2] = sums[d % 2] + load(space.vectors + (one * dim + d) * ROWS) *
+                                        load(space.vectors + (other * dim + d) * ROWS);
+      save(features, sums[0] + sums[1]);
+    }
+  if (features < space.features + head.over[0].inputs * ROWS) save(features, same(0.0f));
+  const float* inputs = narrow<T>(space.features, head.over[0].inputs, space.narrowed);
+  feed_forward<T>(space, head.over, head.num_over_layers, request.first, inputs, take);
+}
+
+// What the encoder makes of a tile of candidates, to `vectors`.
+template <class T>
+void encode_candidates(Workspace& space, const Encoder& encoder, const State* states, long num_events, float* vectors) {
+  const Reach reach = {num_events, false, 0};
+  for (long depth = 0; depth < encoder.num_layers; ++depth)
+    apply_layer<T>(space, encoder, encoder.layers[depth], states[depth], reach);
+  norm(space.rows, encoder.dim, encoder.epsilon, encoder.output_norm_weight, encoder.output_norm_bias,
+       [&](long d, Row first, Row second) {
+         save(vectors + d * ROWS, first);
+         save(vectors + (d + 1) * ROWS, second);
+       });
+}
+
+template <class T>
+void score(const Encoder* encoder, const Head* head, const Candidates& candidates, const int64_t* num_candidates,
+           const int64_t* num_events, long num_requests, const State* states, const Request* requests, float* scores,
+           int num_threads) {
   const std::vector<Place> places = places_of(num_candidates, num_requests);
 #pragma omp parallel num_threads(num_threads)
   {
-    Workspace space(encoder);
+    Workspace space(encoder, head);
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < places.size(); ++i) {
-      const Place& place = places[i];
-      const Reach reach = {num_events[place.request], false, 0};
-      load_rows(candidates + place.start * dim, dim, place.count, space.rows);
-      for (long depth = 0; depth < encoder.num_layers; ++depth)
-        apply_layer<T>(space, encoder, encoder.layers[depth], states[place.request * encoder.num_layers + depth],
-                       reach);
-      norm(space.rows, dim, encoder.epsilon, encoder.output_norm_weight, encoder.output_norm_bias,
-           [&](long d, Row first, Row second) {
-             save(space.rows + d * ROWS, first);
-             save(space.rows + (d + 1) * ROWS, second);
-           });
-      save_rows(space.rows, dim, place.count, vectors + place.start * dim);
+      const auto& [request, first, start, count] = places[i];
+      float* vectors = head != nullptr ? space.vectors : space.rows;
+      if (head != nullptr && head->num_dense_layers > 0) {
+        const long inputs = head->num_dense_inputs;
+        std::memset(space.features, 0, sizeof(float) * head->dense[0].inputs * ROWS);
+        load_rows(candidates.dense + start * inputs, inputs, inputs, count, space.features);
+        vectors += head->dim * ROWS;
+      }
+      if (head != nullptr) {
+        for (long slot = 0; slot < head->num_slots; ++slot, vectors += head->dim * ROWS)
+          load_rows(candidates.slots + start * candidates.row_stride + slot * candidates.slot_stride,
+                    candidates.row_stride, head->dim, count, vectors);
+      }
+      if (encoder != nullptr) {
+        load_rows(candidates.items + start * encoder->dim, encoder->dim, encoder->dim, count, space.rows);
+        encode_candidates<T>(space, *encoder, states + request * encoder->num_layers, num_events[request], vectors);
+        vectors += encoder->dim * ROWS;
+      }
+      if (head == nullptr) {
+        save_rows(space.rows, encoder->dim, count, scores + start * encoder->dim);
+        continue;
+      }
+      const long num_vectors = (vectors - space.vectors) / (head->dim * ROWS), num_tasks = head->num_tasks;
+      apply_head<T>(space, *head, requests[request], num_vectors, [&](long task, Row one, Row other) {
+        float lanes[2][ROWS];
+        save(lanes[0], one), save(lanes[1], other);
+        for (long side = 0; side < 2 && task + side < num_tasks; ++side)
+          for (long row = 0; row < count; ++row) scores[(start + row) * num_tasks + task + side] = lanes[side][row];
+      });
     }
   }
 }
@@ -441,11 +581,12 @@ void torchrec_amort_encode(const Encoder* encoder, const float* events, const in
   encode<float>(*encoder, events, lengths, past, num_requests, states, num_threads);
 }
 
-// Phase two: candidates [C][D] to vectors [C][D].
-void torchrec_amort_score(const Encoder* encoder, const float* candidates, const int64_t* num_candidates,
-                          const int64_t* num_events, int64_t num_requests, const State* states, float* vectors,
-                          int num_threads) {
-  score<float>(*encoder, candidates, num_candidates, num_events, num_requests, states, vectors, num_threads);
+// Phase two: of candidates, logits [C][T] with a head, and vectors [C][D] without. Without an encoder the slots hold all.
+void torchrec_amort_score(const Encoder* encoder, const Head* head, const Candidates* candidates,
+                          const int64_t* num_candidates, const int64_t* num_events, int64_t num_requests,
+                          const State* states, const Request* requests, float* scores, int num_threads) {
+  score<float>(encoder, head, *candidates, num_candidates, num_events, num_requests, states, requests, scores,
+               num_threads);
 }
 
 #if defined(__AVX512BF16__)
@@ -454,10 +595,11 @@ void torchrec_amort_encode_bfloat16(const Encoder* encoder, const float* events,
   encode<Bfloat16>(*encoder, events, lengths, past, num_requests, states, num_threads);
 }
 
-void torchrec_amort_score_bfloat16(const Encoder* encoder, const float* candidates, const int64_t* num_candidates,
-                                   const int64_t* num_events, int64_t num_requests, const State* states,
-                                   float* vectors, int num_threads) {
-  score<Bfloat16>(*encoder, candidates, num_candidates, num_events, num_requests, states, vectors, num_threads);
+void torchrec_amort_score_bfloat16(const Encoder* encoder, const Head* head, const Candidates* candidates,
+                                   const int64_t* num_candidates, const int64_t* num_events, int64_t num_requests,
+                                   const State* states, const Request* requests, float* scores, int num_threads) {
+  score<Bfloat16>(encoder, head, *candidates, num_candidates, num_events, num_requests, states, requests, scores,
+                  num_threads);
 }
 #endif
 

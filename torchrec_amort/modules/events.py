@@ -60,7 +60,9 @@ class EventEncoder(nn.Module):
             ValueError: a history is longer than `max_length`.
         """
         lengths_B = embeddings[self.features[0]].lengths()
-        events_ND = torch.stack([embeddings[feature].values() for feature in self.features]).sum(0)
+        events_ND = embeddings[self.features[0]].values()
+        for feature in self.features[1:]:
+            events_ND = events_ND + embeddings[feature].values()
         if self.recency is not None:
             self._refuse_too_long(lengths_B, self.recency.num_embeddings)
             events_ND = events_ND + self.recency(recency(lengths_B, events_ND.shape[0]))
@@ -78,4 +80,6 @@ class EventEncoder(nn.Module):
 
 def recency(lengths_B: Tensor, num_events: int) -> Tensor:
     """int64 [N]: how many later events each event has in its history; 0 for the latest."""
+    if lengths_B.shape[0] == 1:
+        return torch.arange(num_events - 1, -1, -1, device=lengths_B.device)
     return expand(lengths_B, lengths_B, num_events) - 1 - positions(lengths_B, num_events)

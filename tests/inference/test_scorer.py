@@ -1,0 +1,289 @@
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.models.dlrm import DLRM, DLRM_DCN
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from tests.conftest import MAX_HISTORY, NUM_ITEMS, SCHEMA, make_requests
+from torchrec_amort import (
+    AmortizedDLRM,
+    AmortizedHistoryArch,
+    AmortizedScorer,
+    HistoryCache,
+    InputError,
+    ModelConfig,
+    RequestBatch,
+    attach_history,
+    build_model,
+)
+from torchrec_amort.models.build import ENCODERS
+
+shapes = st.lists(st.tuples(st.integers(0, MAX_HISTORY), st.integers(1, 5)), min_size=1, max_size=4)
+seeds = st.integers(0, 2**20)
+SERVED = [word for word in ENCODERS if word not in ("append_self", "concatenation")]
+TOLERANCE = 1e-5
+
+
+def make_model(seed: int = 0, **changes: Any) -> AmortizedDLRM:
+    """A model none of whose weights is zero."""
+    sizes: dict[str, Any] = {"embedding_dim": 8, "dense_layers": [6], "over_layers": [16, 10]}
+    config = ModelConfig(**(sizes | {"history_length": MAX_HISTORY} | changes))
+    model = build_model(SCHEMA, config, seed=seed).eval()
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or ".bias." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make_batch(sizes: list[tuple[int, int]], seed: int = 0) -> RequestBatch:
+    return RequestBatch.from_requests(make_requests(sizes, seed), SCHEMA)
+
+
+def by_impressions(model: AmortizedDLRM, batch: RequestBatch) -> Tensor:
+    with torch.no_grad():
+        return model(batch.to_impressions())
+
+
+def assert_same(scores: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance)
+
+
+@given(
+    shapes,
+    st.sampled_from(["dot", "dcn"]),
+    st.sampled_from(SERVED),
+    st.sampled_from(["auto", "eager"]),
+    st.one_of(st.none(), st.integers(1, 7)),
+    seeds,
+)
+@example([(0, 1)], "dot", "none", "auto", None, 0)
+@example([(0, 1), (5, 4)], "dcn", "none", "auto", 3, 0)
+@example([(0, 3)], "dot", "append_cross", "auto", None, 0)
+def test_scores_are_those_of_the_model_on_impressions(
+    sizes: list[tuple[int, int]], interaction: str, encoder: str, backend: Any, microbatch: int | None, seed: int
+) -> None:
+    model, batch = make_model(interaction=interaction, history=encoder), make_batch(sizes, seed)
+    scorer = AmortizedScorer(model, microbatch, backend=backend)
+    assert_same(scorer.score(batch), by_impressions(model, batch))
+
+
+@given(
+    shapes,
+    st.fixed_dictionaries(
+        {
+            "positions": st.sampled_from(["recency", "rotary", "none"]),
+            "history_vectors": st.integers(1, 2),
+            "history_summary": st.booleans(),
+            "recent_events": st.sampled_from([None, 2]),
+            "history": st.sampled_from(["append_cross", "append_cross_causal", "append_candidate_self"]),
+            "interaction": st.sampled_from(["dot", "dcn"]),
+        }
+    ),
+    seeds,
+)
+def test_every_option_of_the_encoder_is_served(sizes: list[tuple[int, int]], options: Any, seed: int) -> None:
+    model, batch = make_model(**options), make_batch(sizes, seed)
+    assert_same(AmortizedScorer(model, 2).score(batch), by_impressions(model, batch))
+
+
+@pytest.mark.parametrize("interaction", ["dot", "dcn"])
+@pytest.mark.parametrize("sizes", [[(5, 4)], [(3, 2), (0, 1), (8, 3)]])
+def test_in_float64_the_other_order_of_the_sums_changes_nothing(interaction: str, sizes: list[tuple[int, int]]) -> None:
+    # Tables hold float32 numbers, and an event of one feature is a row of its table: all after them is in float64.
+    model = make_model(interaction=interaction, leave_out=["history_action", "history_age"], positions="none")
+    batch = RequestBatch.from_requests(make_requests(sizes), SCHEMA.without(["history_action", "history_age"]))
+    scorer = AmortizedScorer(model, dtype=torch.float64)
+    double: Any = lambda _, args, output: output.double()  # noqa: E731
+    for name, module in model.named_children():
+        if name in ("sparse_arch", "request_sparse_arch"):
+            module.register_forward_hook(double)
+        elif name != "history_embedding_collection":
+            module.double()
+    assert model.event_encoder is not None
+    model.event_encoder.register_forward_hook(
+        lambda _, args, events: JaggedTensor(events.values().double(), lengths=events.lengths())
+    )
+    assert model.history_embedding_collection is not None
+    model.history_embedding_collection.register_forward_hook(
+        lambda _, args, output: {
+            key: JaggedTensor(rows.values().double(), lengths=rows.lengths()) for key, rows in output.items()
+        }
+    )
+    batch.request_dense, batch.candidate_dense = batch.request_dense.double(), batch.candidate_dense.double()
+    assert_same(scorer.score(batch), by_impressions(model, batch), 1e-12)
+
+
+@pytest.mark.parametrize("kind", [DLRM, DLRM_DCN])
+@pytest.mark.parametrize("sizes", [[(5, 4)], [(3, 2), (0, 1), (8, 3)]])
+def test_a_dlrm_with_history_attached_is_served(kind: type[DLRM], sizes: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingBagConfig(name=name, feature_names=[name], num_embeddings=rows, embedding_dim=8)
+        for name, rows in (("movie_id", NUM_ITEMS), ("genres", 5))
+    ]
+    options: dict[str, Any] = {"dcn_num_layers": 2, "dcn_low_rank_dim": 3} if kind is DLRM_DCN else {}
+    dlrm = kind(EmbeddingBagCollection(tables=tables), 1, [6, 8], [12, 2], **options)
+    items = EmbeddingConfig(
+        name="item", feature_names=["history_item", "candidate_item"], num_embeddings=NUM_ITEMS, embedding_dim=8
+    )
+    model = attach_history(
+        dlrm, EmbeddingCollection(tables=[items]), AmortizedHistoryArch(8, num_heads=2, num_vectors=2)
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch(sizes)
+    batch.request_dense = torch.empty(len(batch), 0)
+    batch.sequences = batch.sequences.permute(
+        [batch.sequences.keys().index(key) for key in ("history_item", "candidate_item")]
+    )
+    assert_same(AmortizedScorer(model, 3).score(batch), by_impressions(model, batch))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("interaction", ["dot", "dcn"])
+def test_bfloat16_scores_are_close(backend: Any, interaction: str) -> None:
+    model, batch = make_model(interaction=interaction), make_batch([(8, 30), (0, 5), (3, 8)])
+    scores = AmortizedScorer(model, dtype=torch.bfloat16, backend=backend).score(batch)
+    assert scores.dtype == torch.float32
+    assert_same(torch.sigmoid(scores), torch.sigmoid(by_impressions(model, batch)), 2e-2)
+
+
+def test_requests_may_be_plain_mappings() -> None:
+    model, requests = make_model(), make_requests([(3, 2), (0, 1)])
+    expected = by_impressions(model, RequestBatch.from_requests(requests, SCHEMA))
+    assert_same(AmortizedScorer(model, schema=SCHEMA).score(requests), expected)
+    with pytest.raises(InputError, match="schema"):
+        AmortizedScorer(model).score(requests)
+
+
+def test_dense_weights_are_those_of_the_moment_the_scorer_is_made() -> None:
+    model, batch = make_model(), make_batch([(3, 2)])
+    scorer, expected = AmortizedScorer(model), by_impressions(model, batch)
+    model.train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embedding" not in name:
+                parameter.add_(1.0)
+    assert_same(scorer.score(batch), expected)
+    assert model.training
+
+
+def test_bad_input_is_one_clear_error_and_the_scorer_goes_on() -> None:
+    model, good = make_model(), make_batch([(3, 2)])
+    scorer = AmortizedScorer(model, history_length=4, when_longer="refuse")
+    expected = by_impressions(model, good)
+    outside = make_batch([(3, 2)])
+    outside.candidate_sparse.values()[0] = 10_000
+    with pytest.raises(InputError, match=r"request 0, candidate 0: candidate_sparse\['movie_id'\] has id 10000"):
+        scorer.score(outside)
+    with pytest.raises(InputError, match="request 1: a history of 6 events, but the limit is 4"):
+        scorer.score(make_batch([(3, 2), (6, 1)]))
+    with pytest.raises(InputError, match="finite"):
+        bad = make_batch([(3, 2)])
+        bad.candidate_dense[1, 0] = torch.nan
+        scorer.score(bad)
+    assert_same(scorer.score(good), expected)
+    kept = AmortizedScorer(model, history_length=4).score(make_batch([(3, 2), (6, 1)]))
+    assert_same(kept, by_impressions(model, make_batch([(3, 2), (6, 1)]).keep_latest(4)))
+
+
+def test_scores_that_are_not_finite_are_not_returned() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.over_arch.model[1].bias.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="candidate 0"):
+        AmortizedScorer(model).score(make_batch([(3, 2)]))
+
+
+def test_what_cannot_be_served_is_told() -> None:
+    with pytest.raises(ValueError, match="for every candidate anew"):
+        AmortizedScorer(make_model(history="concatenation")).score(make_batch([(1, 1)]))
+    with pytest.raises(ValueError, match="microbatch_size is 0"):
+        AmortizedScorer(make_model(), 0)
+    with pytest.raises(ValueError, match="places for 8"):
+        AmortizedScorer(make_model(), history_length=9)
+    with pytest.raises(ValueError, match="reads no history"):
+        AmortizedScorer(make_model(history="none"), cache=HistoryCache(100))
+    with pytest.raises(ValueError, match="no native encoder"):
+        AmortizedScorer(make_model(positions="rotary"), backend="native").score(make_batch([(1, 1)]))
+
+
+def grown(requests: list[dict[str, Any]], events: int, seed: int) -> list[dict[str, Any]]:
+    """The same users later, with some more events and other candidates."""
+    later = make_requests([(events, len(request["candidate_item"]) + 1) for request in requests], seed)
+    keys = ("history_item", "history_action", "history_time")
+    pairs = zip(requests, later, strict=True)
+    return [new | {k: old[k] + new[k] for k in keys} | {"user": old["user"]} for old, new in pairs]
+
+
+WITHOUT_AGE: dict[str, Any] = {"leave_out": ["history_age"], "positions": "none", "history": "append_cross_causal"}
+
+
+@settings(max_examples=20)
+@given(shapes, st.integers(0, 3), st.sampled_from(["auto", "eager"]), st.sampled_from(["none", "rotary"]), seeds)
+def test_cached_and_extended_histories_score_as_encoded_ones(
+    sizes: list[tuple[int, int]], events: int, backend: Any, positions: str, seed: int
+) -> None:
+    model = make_model(**(WITHOUT_AGE | {"positions": positions}))
+    schema = SCHEMA.without(["history_age"])
+    cache = HistoryCache(2**20)
+    scorer = AmortizedScorer(model, cache=cache, backend=backend)
+    first = [request | {"user": user} for user, request in enumerate(make_requests(sizes, seed))]
+    for requests in (first, first, grown(first, events, seed + 1)):
+        batch = RequestBatch.from_requests(requests, schema)
+        assert_same(scorer.score(batch), by_impressions(model, batch))
+    counters = cache.counters()
+    assert counters["misses"] == len(sizes)
+    assert counters["hits"] == len(sizes) * (2 if events == 0 else 1)
+    assert counters["extensions"] == (0 if events == 0 else len(sizes))
+
+
+def test_a_changed_history_is_never_served_from_what_it_was() -> None:
+    model, cache = make_model(), HistoryCache(2**20)
+    scorer = AmortizedScorer(model, cache=cache)
+    for seed in range(4):
+        requests = [make_requests([(4, 3)], seed)[0] | {"user": 1}]
+        batch = RequestBatch.from_requests(requests, SCHEMA)
+        assert_same(scorer.score(batch), by_impressions(model, batch))
+    assert cache.counters()["misses"] == 4
+    assert len(cache) == 1
+    with pytest.raises(ValueError, match="another scorer's"):
+        AmortizedScorer(model, cache=cache)
+    batch.users = None
+    with pytest.raises(InputError, match="users is None"):
+        scorer.score(batch)
+
+
+def test_many_threads_get_the_scores_of_one() -> None:
+    model = make_model(**WITHOUT_AGE)
+    schema = SCHEMA.without(["history_age"])
+    scorer = AmortizedScorer(model, 4, HistoryCache(20_000))
+    requests = [request | {"user": user % 5} for user, request in enumerate(make_requests([(6, 9)] * 30))]
+    batches = [RequestBatch.from_requests([request], schema) for request in requests]
+    expected = [by_impressions(model, batch) for batch in batches]
+    errors: list[BaseException] = []
+
+    def client(first: int) -> None:
+        try:
+            for place in range(len(batches)):
+                row = (first + place) % len(batches)
+                assert_same(scorer.score(batches[row]), expected[row])
+                scorer.cache.forget(row % 5)  # type: ignore[union-attr]
+        except BaseException as error:  # noqa: BLE001 - reported by the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=client, args=(start,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert scorer.cache is not None
+    assert scorer.cache.nbytes <= 20_000

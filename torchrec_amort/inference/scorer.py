@@ -1,0 +1,315 @@
+"""AmortizedScorer: the serving path of an AmortizedDLRM.
+
+Shape suffixes: B requests; C candidates, all requests together; N history events; E features of an event; F slots;
+D embedding dimension; T tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.inference.cache import CachedHistory, HistoryCache
+from torchrec_amort.inference.lookup import BagLookup, Rows, SequenceLookup, keyed, rows_of
+from torchrec_amort.inference.phases import Backend, Phases
+from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.schema import InputError, RequestSchema
+
+logger = logging.getLogger(__name__)
+
+WhenLonger = Literal["keep_latest", "refuse"]
+
+
+class AmortizedScorer:
+    """Scores requests as its model does, each history encoded once, and all of a request's own work done once.
+
+    Its scores are the model's, to rounding, however candidates are put together, cut into micro-batches or served
+    from a cache. It takes the dense weights of the moment that it is made, and reads the model's tables where they are:
+    to serve newer weights, make a new scorer, with a new cache. It runs in inference mode; any number of threads may
+    call it.
+
+    Args:
+        model: an `AmortizedDLRM`, or what `attach_history` returned, not sharded, with an amortizable encoder or none.
+        microbatch_size: candidates that are scored at a time, so that memory does not grow with their number; all at
+            once if None (M-FALCON's micro-batches: Zhai et al., arXiv 2402.17152, section 3.4).
+        cache: keeps encoded histories from one request of a user to the next, for batches with `users`. It belongs to
+            this scorer.
+        schema: of requests that are given as mappings; not needed for batches.
+        dtype: of dense weights and states, `torch.float32` or `torch.bfloat16`; tables stay as they are.
+        backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
+        history_length: events that a history may have; the model's own limit unless given.
+        when_longer: what to do with a longer history: `keep_latest` events, or `refuse` it.
+        validate: check every batch; without, a malformed one may crash the process.
+
+    Raises:
+        ValueError: the model or an option does not fit; the cache is another scorer's.
+
+    Example::
+
+        scorer = AmortizedScorer(model, microbatch_size=512, cache=HistoryCache(max_bytes=2**30))
+        scorer.warm_up(batch)
+        logits_CT = scorer.score(batch)
+    """
+
+    def __init__(
+        self,
+        model: AmortizedDLRM,
+        microbatch_size: int | None = None,
+        cache: HistoryCache | None = None,
+        *,
+        schema: RequestSchema | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+        history_length: int | None = None,
+        when_longer: WhenLonger = "keep_latest",
+        validate: bool = True,
+    ) -> None:
+        if microbatch_size is not None and microbatch_size < 1:
+            raise ValueError(f"microbatch_size is {microbatch_size}, not 1 or more")
+        self.microbatch_size = microbatch_size
+        self.schema = schema
+        self.when_longer = when_longer
+        self.validate = validate
+        self._model = _snapshot(model)
+        self._dtype, self._backend = dtype, backend
+        self._phases: dict[int, Phases] = {}
+        self._lock = threading.Lock()
+        self._candidate_bags = BagLookup(model.sparse_arch.embedding_bag_collection)
+        self._request_bags, self._sequences = None, None
+        if model.request_sparse_arch is not None:
+            self._request_bags = BagLookup(model.request_sparse_arch.embedding_bag_collection)
+        if model.history_embedding_collection is not None:
+            self._sequences = SequenceLookup(model.history_embedding_collection)
+        lookups = [self._candidate_bags, self._request_bags, self._sequences]
+        self._table_sizes = dict(item for lookup in lookups if lookup for item in lookup.table_sizes.items())
+        self._event_encoder = self._model.event_encoder
+        recency = None if self._event_encoder is None else self._event_encoder.recency
+        limit = None if recency is None else recency.num_embeddings
+        if history_length is not None and limit is not None and history_length > limit:
+            raise ValueError(f"history_length is {history_length}, but the model knows places for {limit} events")
+        self.history_length = limit if history_length is None else history_length
+        # An event's place is counted from the latest one, so that every new event moves all others.
+        self._has_fixed_places = recency is None
+        self.cache = cache
+        self._hash_key = secrets.token_bytes(16)
+        if cache is not None:
+            if self._event_encoder is None:
+                raise ValueError("the model reads no history: it needs no cache")
+            cache.bind(self)
+
+    def score(self, requests: RequestBatch | Sequence[Mapping[str, Any]]) -> Tensor:
+        """Score every candidate of every request.
+
+        Args:
+            requests: B requests with C candidates, of any lengths; or one mapping per request, as
+                `RequestBatch.from_requests` reads them.
+
+        Returns:
+            Tensor: logits [C, T], the candidates in the order of the requests.
+
+        Raises:
+            InputError: a request is malformed, has an id outside its table or, if that is to be refused, too long a
+                history; or a cache is to be used and the batch does not tell `users`.
+            FloatingPointError: a score is not finite.
+
+        Example::
+
+            probabilities_CT = torch.sigmoid(scorer.score(batch))
+        """
+        with torch.inference_mode():
+            return self._score(self._batch(requests), self.cache)
+
+    def warm_up(self, requests: RequestBatch | Sequence[Mapping[str, Any]], times: int = 3) -> None:
+        """Score some requests, so that the first real one does not wait for memory, threads or compilation.
+
+        The cache is left as it is.
+
+        Args:
+            requests: of the usual sizes.
+            times: how often.
+
+        Example::
+
+            scorer.warm_up(batch)
+        """
+        with torch.inference_mode():
+            for _ in range(times):
+                self._score(self._batch(requests), None)
+
+    def _batch(self, requests: RequestBatch | Sequence[Mapping[str, Any]]) -> RequestBatch:
+        if not isinstance(requests, RequestBatch):
+            if self.schema is None:
+                raise InputError("requests are given as mappings: give the scorer the schema that they follow")
+            requests = RequestBatch.from_requests(requests, self.schema)
+        if self.validate:
+            requests.validate(self._table_sizes)
+        return self._limit(requests)
+
+    def _limit(self, batch: RequestBatch) -> RequestBatch:
+        if self.history_length is None or self._event_encoder is None:
+            return batch
+        _, lengths_B = rows_of(batch.sequences, self._event_encoder.features[0], 0, len(batch))
+        if int(lengths_B.max()) <= self.history_length:
+            return batch
+        if self.when_longer == "refuse":
+            request = int((lengths_B > self.history_length).nonzero()[0])
+            raise InputError(
+                f"batch: request {request}: a history of {int(lengths_B[request])} events, but the limit is "
+                f"{self.history_length}: send the latest {self.history_length}, or let the scorer keep_latest"
+            )
+        return batch.keep_latest(self.history_length)
+
+    def _phases_of(self, num_request_dense: int) -> Phases:
+        with self._lock:
+            if num_request_dense not in self._phases:
+                phases = Phases(self._model, num_request_dense, self._dtype, self._backend)
+                for reason in phases.not_native if self._backend == "auto" else ():
+                    logger.info("PyTorch serves what native code cannot: %s", reason)
+                self._phases[num_request_dense] = phases
+            return self._phases[num_request_dense]
+
+    def _score(self, batch: RequestBatch, cache: HistoryCache | None) -> Tensor:
+        phases = self._phases_of(batch.request_dense.shape[1])
+        states = [] if phases.encoder is None else self._states(batch, phases, cache)
+        terms = phases.terms(batch.request_dense, self._request_slots(batch))
+        logits = [
+            phases.score(
+                states,
+                terms,
+                None if self._sequences is None else self._sequences(part.items)["candidate_item"],
+                part.num_candidates,
+                part.dense,
+                self._candidate_bags(part.sparse),
+            )
+            for part in self._microbatches(batch)
+        ]
+        logits_CT = logits[0] if len(logits) == 1 else torch.cat(logits)
+        if not torch.isfinite(logits_CT).all():
+            candidate = int((~torch.isfinite(logits_CT)).any(1).nonzero()[0])
+            raise FloatingPointError(
+                f"candidate {candidate} of the batch: the model's logits are {logits_CT[candidate].tolist()}, not "
+                "finite: look for weights that are not"
+            )
+        return logits_CT
+
+    def _request_slots(self, batch: RequestBatch) -> Tensor:
+        """Embeddings of the requests' ids, [B, F_r, D]; F_r may be 0."""
+        if self._request_bags is None:
+            return batch.request_dense.new_empty(len(batch), 0, self._candidate_bags.dim)
+        return self._request_bags(batch.request_sparse)
+
+    def _events(self, ids: Mapping[str, Rows]) -> JaggedTensor:
+        """Event vectors [N, D] of the ids of their features."""
+        assert self._event_encoder is not None
+        assert self._sequences is not None
+        events: JaggedTensor = self._event_encoder(self._sequences(ids))
+        return events
+
+    def _states(self, batch: RequestBatch, phases: Phases, cache: HistoryCache | None) -> list[HistoryState]:
+        if cache is None:
+            return [phases.encode(self._events(_events_of(batch, 0, len(batch))))]
+        if batch.users is None:
+            raise InputError("batch: users is None: a cache needs to know whose histories they are")
+        return [self._state(batch, row, user, phases, cache) for row, user in enumerate(batch.users.tolist())]
+
+    def _state(self, batch: RequestBatch, row: int, user: int, phases: Phases, cache: HistoryCache) -> HistoryState:
+        """One request's state: from the cache, or extended or encoded and then put there."""
+        assert phases.encoder is not None
+        history = _History(batch, row, self._hash_key)
+        extendable = self._has_fixed_places and phases.encoder.is_extendable
+        epoch = cache.epoch
+        cached = cache.find(user, history.num_events, history.version, extendable=extendable)
+        if cached is not None and cached.num_events == history.num_events:
+            return cached.state
+        if cached is not None:
+            state = phases.extend(cached.state, self._events(history.events(cached.num_events)))
+        else:
+            state = phases.encode(self._events(history.events(0)))
+        version = history.version(history.num_events)
+        cache.put(user, CachedHistory(version, history.num_events, state), epoch=epoch)
+        return state
+
+    def _microbatches(self, batch: RequestBatch) -> Iterator[_Candidates]:
+        num_candidates = batch.candidate_dense.shape[0]
+        size = self.microbatch_size or num_candidates
+        for start in range(0, num_candidates, size):
+            yield _Candidates.of(batch, start, min(num_candidates, start + size))
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """Some of a batch's candidates.
+
+    Args:
+        num_candidates: int64 [B], how many of each request; it may be 0.
+        dense: their dense inputs.
+        sparse: their ids.
+        items: their items, one row per request, under `candidate_item`.
+    """
+
+    num_candidates: Tensor
+    dense: Tensor
+    sparse: KeyedJaggedTensor
+    items: dict[str, Rows]
+
+    @classmethod
+    def of(cls, batch: RequestBatch, start: int, stop: int) -> _Candidates:
+        num_candidates_B, sparse = batch.num_candidates, batch.candidate_sparse
+        items: dict[str, Rows] = {}
+        if stop - start < batch.candidate_dense.shape[0]:
+            ends_B = torch.cumsum(num_candidates_B, 0)
+            starts_B = ends_B - num_candidates_B
+            num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
+            sparse = keyed({key: rows_of(sparse, key, start, stop) for key in sparse.keys()}, stop - start)
+        if batch.sequences.keys():
+            ids, _ = rows_of(batch.sequences, "candidate_item", 0, len(batch))
+            items["candidate_item"] = ids[start:stop], num_candidates_B
+        return cls(num_candidates_B, batch.candidate_dense[start:stop], sparse, items)
+
+
+class _History:
+    """The history of one request of a batch."""
+
+    def __init__(self, batch: RequestBatch, row: int, hash_key: bytes) -> None:
+        self._ids = {key: values for key, (values, _) in _events_of(batch, row, row + 1).items()}
+        self._hash_key = hash_key
+        self.num_events = len(next(iter(self._ids.values())))
+        self._bytes = torch.stack(list(self._ids.values()), dim=1).cpu().numpy().tobytes()
+
+    def version(self, num_events: int) -> bytes:
+        """A digest of the first so many events: another history has another one."""
+        size = num_events * len(self._ids) * 8
+        return hashlib.blake2b(self._bytes[:size], digest_size=16, key=self._hash_key).digest()
+
+    def events(self, first: int) -> dict[str, Rows]:
+        """Ids of the events from the given one on."""
+        return {key: (ids[first:], ids.new_tensor([self.num_events - first])) for key, ids in self._ids.items()}
+
+
+def _events_of(batch: RequestBatch, start: int, stop: int) -> dict[str, Rows]:
+    """Ids of the events of some requests, feature by feature."""
+    keys = [key for key in batch.sequences.keys() if key != "candidate_item"]
+    return {key: rows_of(batch.sequences, key, start, stop) for key in keys}
+
+
+def _snapshot(model: AmortizedDLRM) -> AmortizedDLRM:
+    """The model with copies of all weights but its tables."""
+    snapshot = copy.copy(model)
+    tables = {"sparse_arch", "request_sparse_arch", "history_embedding_collection"}
+    snapshot._modules = {
+        name: module if name in tables or module is None else copy.deepcopy(module).eval().requires_grad_(False)
+        for name, module in model._modules.items()
+    }
+    return snapshot
