@@ -2,7 +2,9 @@
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.inference.cache import HistoryCache
+from torchrec_amort.inference.export import export_package, load_package
 from torchrec_amort.inference.scorer import AmortizedScorer
+from torchrec_amort.inference.service import Overloaded, ScoringService
 from torchrec_amort.models.attach import attach_history
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
@@ -20,6 +22,10 @@ __all__ = [
     "attach_history",
     "AmortizedScorer",
     "HistoryCache",
+    "Overloaded",
+    "ScoringService",
+    "export_package",
+    "load_package",
     "EventEncoder",
     "HistoryEncoder",
     "Feature",

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model with or without history, on any number of ranks",
     "evaluate": "AUC, GAUC and NE of a trained model on a split",
     "compare": "train and test several history encoders on one data set: quality, latency, speed",
+    "export": "write a trained model as a package of compiled phases, quantized tables and a manifest",
     "benchmark": "time the same weights amortized and impression by impression",
 }
 

@@ -24,8 +24,9 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.files import write_json, write_text
 from torchrec_amort.models.build import ModelConfig, build_model
+from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
-from torchrec_amort.training.checkpoint import CHECKPOINTS, Position, last_checkpoint, load_checkpoint
+from torchrec_amort.training.checkpoint import CHECKPOINTS, Position, last_checkpoint, load_checkpoint, load_weights
 from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, train
 from torchrec_amort.training.processes import is_first, process_group
 from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
@@ -149,6 +150,24 @@ def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, Reque
     data = data or trained.data
     refuse_other_schema(run_folder, data)
     return trained, data, RequestSchema.load(run_folder)
+
+
+def load_model(run_folder: str) -> tuple[AmortizedDLRM, TrainConfig, RequestSchema]:
+    """A run's model with the weights of its last checkpoint, for inference in this process.
+
+    Args:
+        run_folder: folder of a training run.
+
+    Returns:
+        tuple: the model, the run's config and its schema.
+
+    Raises:
+        InputError: it is no such folder.
+    """
+    trained, schema = load_config(run_folder, TrainConfig, "train"), RequestSchema.load(run_folder)
+    model = build_model(schema, trained.model)
+    load_weights(run_folder, AmortizedDLRMTrain(model))
+    return model.eval(), trained, schema
 
 
 def _refuse_or_resume(config: TrainConfig, run: Path) -> bool:

@@ -1,15 +1,17 @@
-"""Requests of a wanted shape, made of real ones: for benchmarks."""
+"""Requests of a wanted shape, made of real ones or at random: for benchmarks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.schema import Feature, InputError, RequestSchema
 
 
 def sample_requests(
@@ -62,3 +64,57 @@ def sample_requests(
     for name, pool in pools.items():
         columns[name] = pa.ListArray.from_arrays(offsets, pool.take(drawn))
     return pa.table(columns)
+
+
+def random_requests(
+    schema: RequestSchema, num_events: Sequence[int], num_candidates: Sequence[int], *, seed: int
+) -> pa.Table:
+    """Requests of random ids, numbers and times.
+
+    Args:
+        schema: what they are made of.
+        num_events: length of each request's history.
+        num_candidates: candidates of each request.
+        seed: of the draw.
+
+    Returns:
+        pa.Table: columns of the schema, without labels.
+
+    Example::
+
+        table = random_requests(schema, num_events=[256], num_candidates=[512], seed=0)
+        batch = RequestBatch.from_arrow(table, schema)
+    """
+    random = np.random.default_rng(seed)
+    lengths = {"request": [1] * len(num_events), "event": num_events, "candidate": num_candidates}
+    columns: dict[str, Any] = {
+        "request_id": np.arange(len(num_events)),
+        "user": np.arange(len(num_events)),
+        "time": np.full(len(num_events), _NOW),
+    }
+    for feature in schema.features:
+        if feature.kind == "label" or feature.source in columns:
+            continue
+        entries = _random_entries(feature, int(np.sum(lengths[feature.side])), random)
+        columns[feature.source] = entries if feature.side == "request" else _lists(lengths[feature.side], entries)
+    return pa.table(columns).cast(pa.schema([schema.arrow_schema().field(name) for name in columns]))
+
+
+_NOW = 1_000_000_000
+MOST_IDS = 3
+
+
+def _random_entries(feature: Feature, count: int, random: np.random.Generator) -> Any:
+    if feature.kind == "dense":
+        return random.random(count, dtype=np.float32)
+    if feature.kind == "age":
+        return _NOW - random.integers(1, 10**7, size=count)
+    if feature.kind == "ids":
+        lengths = random.integers(MOST_IDS + 1, size=count)
+        return _lists(lengths, random.integers(feature.table_size or 1, size=int(lengths.sum())))
+    return random.integers(feature.table_size or 1, size=count)
+
+
+def _lists(lengths: Sequence[int] | np.ndarray, entries: Any) -> pa.ListArray:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, entries if isinstance(entries, pa.Array) else pa.array(entries))

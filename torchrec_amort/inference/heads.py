@@ -22,6 +22,7 @@ from torchrec.models.dlrm import DenseArch, InteractionDCNArch
 from torchrec_amort.models.attach import AttachedDLRM, AttachedInteractionDCNArch
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.jagged import expand
+from torchrec_amort.schema import InputError
 
 Terms = tuple[Tensor, ...]
 
@@ -34,7 +35,7 @@ def build_head(model: AmortizedDLRM, num_request_dense: int) -> Head:
         num_request_dense: dense inputs of a request, columns of `RequestBatch.request_dense`.
 
     Raises:
-        ValueError: the model has fewer dense inputs, or an interaction that is not known.
+        InputError: the model has fewer dense inputs.
 
     Example::
 
@@ -88,8 +89,9 @@ class Head(nn.Module, ABC):
         super().__init__()
         is_attached = isinstance(model, AttachedDLRM)
         if not is_attached and num_request_dense > model.dense_in_features:
-            raise ValueError(
-                f"request_dense has {num_request_dense} columns, but the model has {model.dense_in_features} inputs"
+            raise InputError(
+                f"batch: request_dense has {num_request_dense} columns, but the model reads {model.dense_in_features} "
+                "dense inputs of request and candidate together"
             )
         self.reads_constant = model.dense_in_features == 0
         self.num_request_dense = 0 if is_attached else num_request_dense
@@ -143,7 +145,7 @@ class Head(nn.Module, ABC):
             Tensor: logits [C, T].
         """
         if self.dense.candidate is not None:
-            dense_CD = self.dense.of_candidates(_to_candidates(terms[0], num_candidates_B, len(dense_CI)), dense_CI)
+            dense_CD = self.dense.of_candidates(_to_candidates(terms[0], num_candidates_B, dense_CI.shape[0]), dense_CI)
             slots_CFD = torch.cat([dense_CD.unsqueeze(1), slots_CFD], dim=1)
         return self.others(self.activation(self._candidates(terms[1:], num_candidates_B, slots_CFD)))
 
@@ -248,14 +250,14 @@ class CrossHead(Head):
         constant, *others = terms
         constants, matrices = [constant, *others[0::2]], others[1::2]
         for layer, (down, up) in enumerate(_zip(self.candidate_down, self.candidate_up)):
-            low_rank_CK = down(crossed_CX) + _to_candidates(constants[layer], num_candidates_B, len(first_CX))
+            low_rank_CK = down(crossed_CX) + _to_candidates(constants[layer], num_candidates_B, first_CX.shape[0])
             if low_ranks:
                 past = torch.cat(low_ranks, dim=1)
                 low_rank_CK = low_rank_CK + _multiply(past, matrices[layer - 1], num_candidates_B)
             low_ranks.append(low_rank_CK)
             crossed_CX = first_CX * up(low_rank_CK) + crossed_CX
         first_CO = self.candidate_first(crossed_CX) + self.first_bias
-        first_CO = first_CO + _to_candidates(constants[-1], num_candidates_B, len(first_CX))
+        first_CO = first_CO + _to_candidates(constants[-1], num_candidates_B, first_CX.shape[0])
         return first_CO + _multiply(torch.cat(low_ranks, dim=1), matrices[-1], num_candidates_B)
 
 

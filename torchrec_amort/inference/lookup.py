@@ -45,6 +45,7 @@ class BagLookup:
                 for name in table.feature_names
             ]
 
+    @torch.no_grad()
     def __call__(self, features: KeyedJaggedTensor) -> Tensor:
         """Pooled embeddings, [R, F, D], features in the order of their tables, as `SparseArch` has them."""
         if self._poolings is None:
@@ -55,10 +56,10 @@ class BagLookup:
         have_one_each = values.numel() == lengths.numel() and bool((lengths == 1).all())
         # Feature by feature in memory, so that each is written in one piece.
         slots_FRD = values.new_empty(len(self._poolings), num_rows, self.dim, dtype=torch.float32)
-        for slot, (name, weight, mode) in zip(slots_FRD, self._poolings, strict=True):
-            first = keys.index(name) * num_rows
+        for place, (name, weight, mode) in enumerate(self._poolings):
+            slot, first = slots_FRD[place], keys.index(name) * num_rows
             if have_one_each:
-                torch.index_select(weight.detach(), 0, values[first : first + num_rows], out=slot)
+                torch.index_select(weight, 0, values[first : first + num_rows], out=slot)
             else:
                 ids, lengths_R = rows_of(features, name, 0, num_rows)
                 starts_R = torch.cumsum(lengths_R, 0) - lengths_R
@@ -89,6 +90,7 @@ class SequenceLookup:
                 name: collection.embeddings[table.name].weight for table in tables for name in table.feature_names
             }
 
+    @torch.no_grad()
     def __call__(self, sequences: Mapping[str, Rows]) -> dict[str, JaggedTensor]:
         """Embeddings of some features, each [V, D] with one row of B per request."""
         if self._weights is not None:

@@ -1,4 +1,4 @@
-"""A model after its lookups, in two phases, by native code where it can and by PyTorch elsewhere.
+"""What is served: lookups, and a model's two phases after them, by native code where it can and by PyTorch elsewhere.
 
 Shape suffixes: B requests; C candidates, all requests together; I dense inputs; D embedding dimension; F slots;
 S history vectors of a candidate; T tasks.
@@ -7,7 +7,9 @@ S history vectors of a candidate; T tasks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,76 +17,46 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.inference.heads import Terms, build_head
+from torchrec_amort.inference.lookup import BagLookup, SequenceLookup
 from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
 from torchrec_amort.inference.native_head import NativeHead, why_not_native_head
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
+from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
+from torchrec_amort.schema import RequestSchema
 
 Backend = Literal["auto", "native", "eager", "compiled"]
 
 
-class Phases:
-    """All of a model but its lookups; with the weights of this moment, and without dropout.
+class Phases(ABC):
+    """All of a model but its lookups, in two phases.
 
     Args:
-        model: whose encoder, if it has one, is amortizable.
-        num_request_dense: dense inputs of a request.
-        dtype: `torch.float32` or `torch.bfloat16`, of weights and states.
-        backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
-
-    Raises:
-        ValueError: the encoder is not amortizable, or native code is asked for and cannot.
+        num_request_dense: dense inputs of a request that are read.
+        num_candidate_dense: dense inputs of a candidate.
+        is_extendable: whether a state can be extended by the events since.
     """
 
-    def __init__(self, model: AmortizedDLRM, num_request_dense: int, dtype: torch.dtype, backend: Backend) -> None:
-        self.dtype = dtype
-        self._out = torch.promote_types(dtype, torch.float32)
-        encoder, head = model.history_arch, build_head(model, num_request_dense)
-        if encoder is not None and not isinstance(encoder, AmortizableEncoder):
-            raise ValueError(
-                f"the encoder is a {type(encoder).__name__}, which encodes a history for every candidate anew: "
-                "score with the model itself"
-            )
-        reasons = {
-            "encoder": None if encoder is None else why_not_native(encoder, dtype),
-            "head": why_not_native_head(head, dtype),
-        }
-        self.not_native = [f"{part}: {reason}" for part, reason in reasons.items() if reason is not None]
-        if backend == "native" and self.not_native:
-            raise ValueError(f"no native {self.not_native[0]}; backend 'auto' leaves to PyTorch what it cannot do")
-        may_be_native = backend in ("auto", "native")
-        self.encoder: AmortizableEncoder | None = None
-        if isinstance(encoder, AmortizedHistoryArch) and may_be_native and reasons["encoder"] is None:
-            self.encoder = NativeEncoder(encoder, dtype)
-        elif encoder is not None:
-            self.encoder = copy.deepcopy(encoder).to(dtype)
-        # Vectors that the encoder is not the last to work on are slots like any other.
-        self._fused = None
-        if isinstance(self.encoder, NativeEncoder) and isinstance(self.encoder.vectors, nn.Identity):
-            self._fused = self.encoder
-        self._native_head = None
-        if may_be_native and reasons["head"] is None:
-            self._native_head = NativeHead(head, self._fused, dtype)
-        self.head = head.to(dtype)
-        if backend == "compiled":
-            _compile(self.head, "request", "candidates")
-            _compile(self.encoder, "encode_history", "score_candidates", "extend_history")
+    def __init__(self, num_request_dense: int, num_candidate_dense: int, is_extendable: bool) -> None:
+        self.num_request_dense = num_request_dense
+        self.num_candidate_dense = num_candidate_dense
+        self.is_extendable = is_extendable
+        self.not_native: list[str] = []
 
-    def encode(self, events: JaggedTensor) -> HistoryState:
-        """Phase one of B histories, of event vectors [N, D]."""
-        assert self.encoder is not None
-        return self.encoder.encode_history(self._cast(events))
+    @abstractmethod
+    def encode(self, events: Mapping[str, JaggedTensor]) -> HistoryState:
+        """Phase one of B histories, of the embeddings of their events' features."""
 
-    def extend(self, state: HistoryState, events: JaggedTensor) -> HistoryState:
-        """Phase one of the events since."""
-        assert self.encoder is not None
-        return self.encoder.extend_history(state, self._cast(events))
+    def extend(self, state: HistoryState, events: Mapping[str, JaggedTensor]) -> HistoryState:
+        """Phase one of the events since, where states are extendable."""
+        raise ValueError("the states of these phases cannot be extended: encode the whole history again")
 
+    @abstractmethod
     def terms(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
         """Phase one of all else; see `Head.request`."""
-        return self.head.request(dense_BI.to(self.dtype), slots_BFD.to(self.dtype))
 
+    @abstractmethod
     def score(
         self,
         states: Sequence[HistoryState],
@@ -107,6 +79,157 @@ class Phases:
         Returns:
             Tensor: logits [C, T], float32 at least.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """Lookups and phases of a model.
+
+    Args:
+        candidate_bags: of the candidates' ids.
+        request_bags: of the requests' ids; None if they have none.
+        sequences: of events and candidates' items; None if the model reads no history.
+        event_features: features of an event.
+        history_length: events that a history may have; None if any number.
+        phases_of: the phases, given the number of dense inputs of a request.
+        schema: of the requests, if it is known.
+    """
+
+    candidate_bags: BagLookup
+    request_bags: BagLookup | None
+    sequences: SequenceLookup | None
+    event_features: tuple[str, ...]
+    history_length: int | None
+    phases_of: Callable[[int], Phases]
+    schema: RequestSchema | None = None
+
+    @property
+    def table_sizes(self) -> dict[str, int]:
+        """Rows of the table of each feature."""
+        lookups = [lookup for lookup in (self.candidate_bags, self.request_bags, self.sequences) if lookup is not None]
+        return dict(size for lookup in lookups for size in lookup.table_sizes.items())
+
+
+def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
+    """Lookups in a model's tables, and its phases with the weights of this moment.
+
+    Args:
+        model: with an amortizable encoder, or none.
+        dtype: `torch.float32` or `torch.bfloat16`, of dense weights and states.
+        backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
+
+    Raises:
+        ValueError: the encoder is not amortizable.
+
+    Example::
+
+        served = serve(model, torch.float32, "auto")
+    """
+    encoder = model.history_arch
+    if encoder is not None and not isinstance(encoder, AmortizableEncoder):
+        raise ValueError(
+            f"the encoder is a {type(encoder).__name__}, which encodes a history for every candidate anew: score "
+            "with the model itself"
+        )
+    frozen = snapshot(model)
+    request_arch, sequences, events = model.request_sparse_arch, model.history_embedding_collection, model.event_encoder
+    recency = None if events is None else events.recency
+    return Served(
+        candidate_bags=BagLookup(model.sparse_arch.embedding_bag_collection),
+        request_bags=None if request_arch is None else BagLookup(request_arch.embedding_bag_collection),
+        sequences=None if sequences is None else SequenceLookup(sequences),
+        event_features=() if events is None else tuple(events.features),
+        history_length=None if recency is None else recency.num_embeddings,
+        phases_of=lambda num_request_dense: ModelPhases(frozen, num_request_dense, dtype, backend),
+    )
+
+
+def snapshot(model: AmortizedDLRM) -> AmortizedDLRM:
+    """The model with copies of all weights but its tables, for inference."""
+    copied = copy.copy(model)
+    tables = {"sparse_arch", "request_sparse_arch", "history_embedding_collection"}
+    copied._modules = {
+        name: module if name in tables or module is None else copy.deepcopy(module).eval().requires_grad_(False)
+        for name, module in model._modules.items()
+    }
+    return copied
+
+
+class ModelPhases(Phases):
+    """The phases of a model in this process.
+
+    Args:
+        model: whose encoder, if it has one, is amortizable; not changed afterwards.
+        num_request_dense: dense inputs of a request.
+        dtype: see `serve`.
+        backend: see `serve`.
+
+    Raises:
+        ValueError: native code is asked for and cannot.
+    """
+
+    def __init__(self, model: AmortizedDLRM, num_request_dense: int, dtype: torch.dtype, backend: Backend) -> None:
+        encoder, head = model.history_arch, build_head(model, num_request_dense)
+        of_candidate = head.dense.candidate
+        self.dtype = dtype
+        self.event_encoder: EventEncoder | None = model.event_encoder
+        self.encoder: AmortizableEncoder | None = None
+        reasons = {
+            "encoder": None if encoder is None else why_not_native(encoder, dtype),
+            "head": why_not_native_head(head, dtype),
+        }
+        not_native = [f"{part}: {reason}" for part, reason in reasons.items() if reason is not None]
+        if backend == "native" and not_native:
+            raise ValueError(f"no native {not_native[0]}; backend 'auto' leaves to PyTorch what it cannot do")
+        may_be_native = backend in ("auto", "native")
+        if isinstance(encoder, AmortizedHistoryArch) and may_be_native and reasons["encoder"] is None:
+            self.encoder = NativeEncoder(encoder, dtype)
+        elif isinstance(encoder, AmortizableEncoder):
+            self.encoder = copy.deepcopy(encoder).to(dtype)
+        # Vectors that the encoder is not the last to work on are slots like any other.
+        self._fused = None
+        if isinstance(self.encoder, NativeEncoder) and isinstance(self.encoder.vectors, nn.Identity):
+            self._fused = self.encoder
+        self._native_head = None
+        if may_be_native and reasons["head"] is None:
+            self._native_head = NativeHead(head, self._fused, dtype)
+        self.head = head.to(dtype)
+        if backend == "compiled":
+            _compile(self.head, "request", "candidates")
+            _compile(self.encoder, "encode_history", "score_candidates", "extend_history")
+        # An event's place is counted from the latest one, so that every new event moves all others.
+        has_fixed_places = self.event_encoder is not None and self.event_encoder.recency is None
+        super().__init__(
+            head.num_request_dense,
+            0 if of_candidate is None else of_candidate.in_features,
+            has_fixed_places and self.encoder is not None and self.encoder.is_extendable,
+        )
+        self.not_native = not_native
+
+    def encode(self, events: Mapping[str, JaggedTensor]) -> HistoryState:
+        """Phase one of B histories."""
+        assert self.encoder is not None
+        return self.encoder.encode_history(self._event_vectors(events))
+
+    def extend(self, state: HistoryState, events: Mapping[str, JaggedTensor]) -> HistoryState:
+        """Phase one of the events since."""
+        assert self.encoder is not None
+        return self.encoder.extend_history(state, self._event_vectors(events))
+
+    def terms(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
+        """Phase one of all else; see `Head.request`."""
+        return self.head.request(dense_BI.to(self.dtype), slots_BFD.to(self.dtype))
+
+    def score(
+        self,
+        states: Sequence[HistoryState],
+        terms: Terms,
+        items: JaggedTensor | None,
+        num_candidates_B: Tensor,
+        dense_CI: Tensor,
+        slots_CFD: Tensor,
+    ) -> Tensor:
+        """Phase two; see `Phases.score`."""
         if self._native_head is not None and self._fused is not None:
             assert items is not None
             return self._native_head.candidates(terms, states, num_candidates_B, items.values(), dense_CI, slots_CFD)
@@ -118,7 +241,12 @@ class Phases:
         if self._native_head is not None:
             return self._native_head.candidates(terms, [], num_candidates_B, None, dense_CI, slots_CFD)
         dense_CI, slots_CFD = dense_CI.to(self.dtype), slots_CFD.to(self.dtype)
-        return self.head.candidates(terms, num_candidates_B, dense_CI, slots_CFD).to(self._out)
+        logits_CT = self.head.candidates(terms, num_candidates_B, dense_CI, slots_CFD)
+        return logits_CT.to(torch.promote_types(self.dtype, torch.float32))
+
+    def _event_vectors(self, events: Mapping[str, JaggedTensor]) -> JaggedTensor:
+        assert self.event_encoder is not None
+        return self._cast(self.event_encoder(events))
 
     def _cast(self, rows: JaggedTensor) -> JaggedTensor:
         if isinstance(self.encoder, NativeEncoder) or rows.values().dtype == self.dtype:

@@ -6,7 +6,6 @@ D embedding dimension; T tasks.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import secrets
@@ -21,8 +20,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.inference.cache import CachedHistory, HistoryCache
-from torchrec_amort.inference.lookup import BagLookup, Rows, SequenceLookup, keyed, rows_of
-from torchrec_amort.inference.phases import Backend, Phases
+from torchrec_amort.inference.lookup import Rows, keyed, rows_of
+from torchrec_amort.inference.phases import Backend, Phases, Served, serve
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.schema import InputError, RequestSchema
@@ -41,12 +40,13 @@ class AmortizedScorer:
     call it.
 
     Args:
-        model: an `AmortizedDLRM`, or what `attach_history` returned, not sharded, with an amortizable encoder or none.
+        model: an `AmortizedDLRM`, or what `attach_history` returned, not sharded, with an amortizable encoder or none;
+            or what `load_package` returned.
         microbatch_size: candidates that are scored at a time, so that memory does not grow with their number; all at
             once if None (M-FALCON's micro-batches: Zhai et al., arXiv 2402.17152, section 3.4).
         cache: keeps encoded histories from one request of a user to the next, for batches with `users`. It belongs to
             this scorer.
-        schema: of requests that are given as mappings; not needed for batches.
+        schema: of requests that are given as mappings; not needed for batches. A package has its own.
         dtype: of dense weights and states, `torch.float32` or `torch.bfloat16`; tables stay as they are.
         backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
         history_length: events that a history may have; the model's own limit unless given.
@@ -55,6 +55,7 @@ class AmortizedScorer:
 
     Raises:
         ValueError: the model or an option does not fit; the cache is another scorer's.
+        InputError: the schema lacks a feature that the model reads, or has another table size for it.
 
     Example::
 
@@ -65,7 +66,7 @@ class AmortizedScorer:
 
     def __init__(
         self,
-        model: AmortizedDLRM,
+        model: AmortizedDLRM | Served,
         microbatch_size: int | None = None,
         cache: HistoryCache | None = None,
         *,
@@ -79,33 +80,29 @@ class AmortizedScorer:
         if microbatch_size is not None and microbatch_size < 1:
             raise ValueError(f"microbatch_size is {microbatch_size}, not 1 or more")
         self.microbatch_size = microbatch_size
-        self.schema = schema
         self.when_longer = when_longer
         self.validate = validate
-        self._model = _snapshot(model)
-        self._dtype, self._backend = dtype, backend
+        if isinstance(model, Served):
+            if dtype != torch.float32 or backend != "auto":
+                raise ValueError("a package is of the dtype and backend that it was exported with: give neither")
+            self._served = model
+        else:
+            self._served = serve(model, dtype, backend)
+        self._backend = backend
         self._phases: dict[int, Phases] = {}
         self._lock = threading.Lock()
-        self._candidate_bags = BagLookup(model.sparse_arch.embedding_bag_collection)
-        self._request_bags, self._sequences = None, None
-        if model.request_sparse_arch is not None:
-            self._request_bags = BagLookup(model.request_sparse_arch.embedding_bag_collection)
-        if model.history_embedding_collection is not None:
-            self._sequences = SequenceLookup(model.history_embedding_collection)
-        lookups = [self._candidate_bags, self._request_bags, self._sequences]
-        self._table_sizes = dict(item for lookup in lookups if lookup for item in lookup.table_sizes.items())
-        self._event_encoder = self._model.event_encoder
-        recency = None if self._event_encoder is None else self._event_encoder.recency
-        limit = None if recency is None else recency.num_embeddings
+        self._table_sizes = self._served.table_sizes
+        limit = self._served.history_length
         if history_length is not None and limit is not None and history_length > limit:
             raise ValueError(f"history_length is {history_length}, but the model knows places for {limit} events")
         self.history_length = limit if history_length is None else history_length
-        # An event's place is counted from the latest one, so that every new event moves all others.
-        self._has_fixed_places = recency is None
+        self.schema = schema or self._served.schema
+        if self.schema is not None:
+            self._refuse_other_schema(self.schema)
         self.cache = cache
         self._hash_key = secrets.token_bytes(16)
         if cache is not None:
-            if self._event_encoder is None:
+            if self._served.sequences is None:
                 raise ValueError("the model reads no history: it needs no cache")
             cache.bind(self)
 
@@ -154,13 +151,33 @@ class AmortizedScorer:
                 raise InputError("requests are given as mappings: give the scorer the schema that they follow")
             requests = RequestBatch.from_requests(requests, self.schema)
         if self.validate:
+            self._refuse_missing_features(requests)
             requests.validate(self._table_sizes)
         return self._limit(requests)
 
+    def _refuse_other_schema(self, schema: RequestSchema) -> None:
+        for feature, size in self._table_sizes.items():
+            if schema.table_sizes.get(feature) != size:
+                raise InputError(
+                    f"schema {schema.dataset!r}: {feature} has {schema.table_sizes.get(feature)} rows, but the model's "
+                    f"table for it has {size}: the model was made for other requests"
+                )
+
+    def _refuse_missing_features(self, batch: RequestBatch) -> None:
+        for name, lookup in (
+            ("candidate_sparse", self._served.candidate_bags),
+            ("request_sparse", self._served.request_bags),
+            ("sequences", self._served.sequences),
+        ):
+            have = getattr(batch, name).keys()
+            for feature in () if lookup is None else lookup.table_sizes:
+                if feature not in have:
+                    raise InputError(f"batch: {name} has {list(have)}, but the model reads {feature!r}, too: add it")
+
     def _limit(self, batch: RequestBatch) -> RequestBatch:
-        if self.history_length is None or self._event_encoder is None:
+        if self.history_length is None or not self._served.event_features:
             return batch
-        _, lengths_B = rows_of(batch.sequences, self._event_encoder.features[0], 0, len(batch))
+        _, lengths_B = rows_of(batch.sequences, self._served.event_features[0], 0, len(batch))
         if int(lengths_B.max()) <= self.history_length:
             return batch
         if self.when_longer == "refuse":
@@ -171,27 +188,38 @@ class AmortizedScorer:
             )
         return batch.keep_latest(self.history_length)
 
-    def _phases_of(self, num_request_dense: int) -> Phases:
+    def _phases_for(self, batch: RequestBatch) -> Phases:
+        have = batch.request_dense.shape[1], batch.candidate_dense.shape[1]
         with self._lock:
-            if num_request_dense not in self._phases:
-                phases = Phases(self._model, num_request_dense, self._dtype, self._backend)
-                for reason in phases.not_native if self._backend == "auto" else ():
+            if have[0] not in self._phases:
+                self._phases[have[0]] = self._served.phases_of(have[0])
+                for reason in self._phases[have[0]].not_native if self._backend == "auto" else ():
                     logger.info("PyTorch serves what native code cannot: %s", reason)
-                self._phases[num_request_dense] = phases
-            return self._phases[num_request_dense]
+            phases = self._phases[have[0]]
+        if have[1] != phases.num_candidate_dense:
+            raise InputError(
+                f"batch: request_dense has {have[0]} columns and candidate_dense {have[1]}, but the model reads "
+                f"{phases.num_request_dense} and {phases.num_candidate_dense}"
+            )
+        return phases
 
     def _score(self, batch: RequestBatch, cache: HistoryCache | None) -> Tensor:
-        phases = self._phases_of(batch.request_dense.shape[1])
-        states = [] if phases.encoder is None else self._states(batch, phases, cache)
-        terms = phases.terms(batch.request_dense, self._request_slots(batch))
+        phases = self._phases_for(batch)
+        served = self._served
+        states = [] if served.sequences is None else self._states(batch, phases, cache)
+        if served.request_bags is None:
+            slots_BFD = batch.request_dense.new_empty(len(batch), 0, served.candidate_bags.dim)
+        else:
+            slots_BFD = served.request_bags(batch.request_sparse)
+        terms = phases.terms(batch.request_dense, slots_BFD)
         logits = [
             phases.score(
                 states,
                 terms,
-                None if self._sequences is None else self._sequences(part.items)["candidate_item"],
+                None if served.sequences is None else served.sequences(part.items)["candidate_item"],
                 part.num_candidates,
                 part.dense,
-                self._candidate_bags(part.sparse),
+                served.candidate_bags(part.sparse),
             )
             for part in self._microbatches(batch)
         ]
@@ -204,18 +232,10 @@ class AmortizedScorer:
             )
         return logits_CT
 
-    def _request_slots(self, batch: RequestBatch) -> Tensor:
-        """Embeddings of the requests' ids, [B, F_r, D]; F_r may be 0."""
-        if self._request_bags is None:
-            return batch.request_dense.new_empty(len(batch), 0, self._candidate_bags.dim)
-        return self._request_bags(batch.request_sparse)
-
-    def _events(self, ids: Mapping[str, Rows]) -> JaggedTensor:
-        """Event vectors [N, D] of the ids of their features."""
-        assert self._event_encoder is not None
-        assert self._sequences is not None
-        events: JaggedTensor = self._event_encoder(self._sequences(ids))
-        return events
+    def _events(self, ids: Mapping[str, Rows]) -> dict[str, JaggedTensor]:
+        """Embeddings of the features of events."""
+        assert self._served.sequences is not None
+        return self._served.sequences(ids)
 
     def _states(self, batch: RequestBatch, phases: Phases, cache: HistoryCache | None) -> list[HistoryState]:
         if cache is None:
@@ -226,11 +246,9 @@ class AmortizedScorer:
 
     def _state(self, batch: RequestBatch, row: int, user: int, phases: Phases, cache: HistoryCache) -> HistoryState:
         """One request's state: from the cache, or extended or encoded and then put there."""
-        assert phases.encoder is not None
         history = _History(batch, row, self._hash_key)
-        extendable = self._has_fixed_places and phases.encoder.is_extendable
         epoch = cache.epoch
-        cached = cache.find(user, history.num_events, history.version, extendable=extendable)
+        cached = cache.find(user, history.num_events, history.version, extendable=phases.is_extendable)
         if cached is not None and cached.num_events == history.num_events:
             return cached.state
         if cached is not None:
@@ -302,14 +320,3 @@ def _events_of(batch: RequestBatch, start: int, stop: int) -> dict[str, Rows]:
     """Ids of the events of some requests, feature by feature."""
     keys = [key for key in batch.sequences.keys() if key != "candidate_item"]
     return {key: rows_of(batch.sequences, key, start, stop) for key in keys}
-
-
-def _snapshot(model: AmortizedDLRM) -> AmortizedDLRM:
-    """The model with copies of all weights but its tables."""
-    snapshot = copy.copy(model)
-    tables = {"sparse_arch", "request_sparse_arch", "history_embedding_collection"}
-    snapshot._modules = {
-        name: module if name in tables or module is None else copy.deepcopy(module).eval().requires_grad_(False)
-        for name, module in model._modules.items()
-    }
-    return snapshot

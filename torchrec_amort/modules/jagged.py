@@ -27,6 +27,8 @@ def requests(lengths_B: Tensor, num_rows: int) -> Tensor:
 
 def expand(per_request_BD: Tensor, lengths_B: Tensor, num_rows: int) -> Tensor:
     """[B, D] to [R, D]: what belongs to a request, repeated for each of its rows."""
+    if per_request_BD.shape[0] == 1:
+        return per_request_BD.expand(num_rows, *per_request_BD.shape[1:])
     return per_request_BD.index_select(0, requests(lengths_B, num_rows))
 
 
@@ -37,8 +39,11 @@ def positions(lengths_B: Tensor, num_rows: int) -> Tensor:
 
 def mean_by_request(rows_RD: Tensor, lengths_B: Tensor) -> Tensor:
     """[R, D] to [B, D]: the mean of each request's rows; exactly zero where it has none."""
-    sums_BD = rows_RD.new_zeros(lengths_B.numel(), rows_RD.shape[1])
-    sums_BD = sums_BD.index_add(0, requests(lengths_B, rows_RD.shape[0]), rows_RD)
+    if lengths_B.shape[0] == 1:
+        sums_BD = rows_RD.sum(0, keepdim=True)
+    else:
+        sums_BD = rows_RD.new_zeros(lengths_B.numel(), rows_RD.shape[1])
+        sums_BD = sums_BD.index_add(0, requests(lengths_B, rows_RD.shape[0]), rows_RD)
     return sums_BD / lengths_B.clamp(min=1)[:, None]
 
 

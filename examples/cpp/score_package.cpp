@@ -1,0 +1,66 @@
+// Scores one request with a package of `torchrec-amort export`, without Python.
+//
+//   score_package PACKAGE INPUTS OUTPUT
+//
+// INPUTS is a dict of float32 tensors as torch.save writes it, the embeddings and dense inputs of one request with n
+// events and m candidates: `events` [E, n, D], `request_dense` [1, I_r], `request_slots` [1, F_r, D],
+// `candidate_items` [m, D], `candidate_dense` [m, I_c], `candidate_slots` [m, F_c, D]; n and m at least 1. OUTPUT gets
+// the logits [m, T], row by row, as float32. A service keeps the history's state from one request to the next, and
+// looks the embeddings up itself: the tables are in tables.pt.
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+
+using Tensors = std::vector<at::Tensor>;
+using Loader = torch::inductor::AOTIModelPackageLoader;
+
+static c10::Dict<c10::IValue, c10::IValue> read_inputs(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error(path + ": cannot be read");
+  const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  return torch::pickle_load(bytes).toGenericDict();
+}
+
+int main(int count, char** arguments) try {
+  if (count != 4) throw std::runtime_error("usage: score_package PACKAGE INPUTS OUTPUT");
+  const c10::InferenceMode inference;
+  const std::string package = arguments[1];
+  Loader history(package + "/history.pt2"), request(package + "/request.pt2"), candidates(package + "/candidates.pt2");
+  const auto inputs = read_inputs(arguments[2]);
+  const auto input = [&](const char* name) { return inputs.at(name).toTensor(); };
+
+  // Phase one, once per request.
+  const Tensors state = history.run({input("events")});
+  const Tensors terms = request.run({input("request_dense"), input("request_slots")});
+
+  // Phase two.
+  Tensors given = state;
+  given.insert(given.end(), terms.begin(), terms.end());
+  for (const char* name : {"candidate_items", "candidate_dense", "candidate_slots"}) given.push_back(input(name));
+  std::vector<double> milliseconds;
+  at::Tensor logits;
+  for (int turn = 0; turn < 20; ++turn) {
+    const auto started = std::chrono::steady_clock::now();
+    logits = candidates.run(given).at(0);
+    milliseconds.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count());
+  }
+  std::sort(milliseconds.begin(), milliseconds.end());
+
+  logits = logits.contiguous();
+  std::ofstream output(arguments[3], std::ios::binary);
+  output.write(static_cast<const char*>(logits.data_ptr()), logits.nbytes());
+  if (!output) throw std::runtime_error(std::string(arguments[3]) + ": cannot be written");
+  std::cout << logits.size(0) << " candidates scored; phase two takes " << milliseconds[10] << " ms (median of 20)\n";
+  return 0;
+} catch (const std::exception& error) {
+  std::cerr << "error: " << error.what() << "\n";
+  return 1;
+}
