@@ -1,67 +1,43 @@
-"""`torchrec-amort benchmark`: the same weights and requests, amortized and impression by impression."""
+"""`torchrec-amort benchmark`: latency, memory and cores of every way to score a request, with the same weights."""
 
 from __future__ import annotations
 
+import itertools
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from torchrec_amort.apps.benchmark_report import plot, table
+from torchrec_amort.apps.benchmark_source import BenchmarkConfig, Source, sources
 from torchrec_amort.apps.command import parse, run_command
-from torchrec_amort.apps.timing import timed
-from torchrec_amort.apps.train import TrainConfig, load_run
-from torchrec_amort.batch import RequestBatch
-from torchrec_amort.data.sample import sample_requests
+from torchrec_amort.apps.cost import encoder_flops, fit
+from torchrec_amort.apps.load import measure_load
+from torchrec_amort.apps.methods import SLOW, Methods
+from torchrec_amort.apps.timing import Times, peak_memory
 from torchrec_amort.files import write_json
-from torchrec_amort.models.build import build_model
-from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
+from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import RequestSchema
-from torchrec_amort.training.checkpoint import load_weights
 
-
-@dataclass(kw_only=True)
-class BenchmarkConfig:
-    """Time one request at a time, amortized and as impressions, by the same weights in one process.
-
-    Args:
-        run_folder: folder of a training run.
-        data: prepared data folder; the one it was trained on unless given.
-        split: where histories and candidates are taken from.
-        requests: requests that are timed.
-        candidates: candidates of each request.
-        history_length: events of each history.
-        threads: CPU threads; torch's choice unless given.
-        warmup: requests scored before the clock starts.
-        seed: of the draw of requests and candidates.
-    """
-
-    run_folder: str
-    data: str | None = None
-    split: str = "test"
-    requests: int = 100
-    candidates: int = 128
-    history_length: int = 100
-    threads: int | None = None
-    warmup: int = 5
-    seed: int = 0
+GEMM = 1024
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command; it leaves `benchmark.json` in the run's folder.
+    """Run the command; it leaves `benchmark.json` and `benchmark.png` in the folder of the results.
 
     Args:
         args: the command line; the process' own if None.
 
     Example::
 
-        main(["--run_folder", "runs/first", "--candidates", "512"])
+        main(["--run_folder", "runs/first", "--history_lengths=[100]", "--candidates=[512]"])
     """
     config = parse(BenchmarkConfig, "benchmark", args)
     run_command(lambda: _benchmark(config))
@@ -70,101 +46,163 @@ def main(args: Sequence[str] | None = None) -> None:
 def _benchmark(config: BenchmarkConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    trained, data, schema = load_run(config.run_folder, config.data)
-    model = _trained_model(config.run_folder, trained, schema)
-    table = sample_requests(
-        data,
-        config.split,
-        num_requests=config.requests,
-        num_candidates=config.candidates,
-        history_length=config.history_length,
-        seed=config.seed,
-    )
-    batches = [
-        RequestBatch.from_arrow(table.slice(row, 1), schema, config.history_length, source=f"{data}/{config.split}")
-        for row in range(table.num_rows)
-    ]
-    record = {
+    out = Path(config.out or config.run_folder or "runs/benchmark")
+    cases = [case for source in sources(config) for case in _measure(source, config)]
+    record: dict[str, Any] = {
         "run_folder": config.run_folder,
-        "data": data,
-        "split": config.split,
-        "requests": config.requests,
-        "candidates": config.candidates,
-        "history_length": config.history_length,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _machine(),
         "threads": torch.get_num_threads(),
-        "precision": "float32",
-        "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        **time_both_ways(model, batches, warmup=config.warmup),
+        "microbatch_size": config.microbatch_size,
+        "cases": cases,
+        "cost": _cost(cases),
     }
-    path = Path(config.run_folder) / "benchmark.json"
-    write_json(path, record)
-    print(
-        f"{config.run_folder}: {config.requests} requests of {config.candidates} candidates and "
-        f"{config.history_length} events, one at a time, {record['threads']} threads, float32"
-    )
-    for method, times in record["latency_ms"].items():
-        print(f"  {method:<12} p50 {times['p50']:8.2f} ms   p95 {times['p95']:8.2f} ms")
-    print(
-        f"  amortized is {record['speedup_p50']:.1f} times faster (p50); probabilities differ by at most "
-        f"{record['max_score_difference']:.1e}"
-    )
-    print(f"written to {path}")
+    if config.load.seconds > 0:
+        record["load"] = _load(config)
+    write_json(out / "benchmark.json", record)
+    plot(record, out / "benchmark.png")
+    print(table(record))
+    print(f"written to {out}/benchmark.json and {out}/benchmark.png")
 
 
-def _trained_model(run_folder: str, trained: TrainConfig, schema: RequestSchema) -> AmortizedDLRM:
-    model = build_model(schema, trained.model)
-    load_weights(run_folder, AmortizedDLRMTrain(model))
-    return model.eval()
+def _machine() -> str:
+    """What runs it, in words."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    devices = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{devices}"
 
 
 @torch.inference_mode()
-def time_both_ways(model: AmortizedDLRM, batches: Sequence[RequestBatch], *, warmup: int) -> dict[str, Any]:
-    """Score each batch amortized and as impressions, in turns, and compare times and scores.
+def _measure(source: Source, config: BenchmarkConfig) -> list[dict[str, Any]]:
+    methods = Methods(source.model, source.schema, config.microbatch_size)
+    shapes = list(itertools.product(config.batches, config.history_lengths, config.candidates))
+    turns = config.warmup + config.turns
+    cases = []
+    with progress(total=len(shapes) * turns, desc="benchmark", unit="turns") as bar:
+        for count, events, candidates in shapes:
+            batches = [source.batch(count, events, candidates, config.seed + i) for i in range(min(5, config.turns))]
+            too_slow = count * events * candidates > config.most_pairs
+            wanted = [method for method in config.methods if not (too_slow and method in SLOW)]
+            calls = [methods.calls(batch, wanted) for batch in batches]
+            shape = {"batch": count, "history_length": events, "candidates": candidates}
+            times = _take(calls, config, bar)
+            cases.append(_case(source, shape, times, calls[0], config))
+    return cases
 
-    Args:
-        model: in eval mode.
-        batches: of one request each.
-        warmup: batches scored before the clock starts.
 
-    Returns:
-        dict: `latency_ms` of `impressions` and `amortized` (`p50`, `p95`), `speedup_p50` (ratio of the
-        medians), `max_score_difference` (of probabilities), and `gemm_gflops`, the rate of a float32
-        matrix product of 1024 cubed measured in turns with them.
-    """
-    matrix = torch.randn(1024, 1024)
-    seconds: dict[str, list[float]] = {"impressions": [], "amortized": [], "gemm": []}
-    differences: list[float] = []
-    warmup = min(warmup, len(batches))
-    with progress(total=warmup + len(batches), desc="benchmark", unit="requests") as bar:
-        for turn, batch in enumerate([*batches[:warmup], *batches]):
-            impressions = batch.to_impressions()
-            taken = {}
-            amortized_CT, taken["amortized"] = timed(partial(model, batch))
-            impressions_CT, taken["impressions"] = timed(partial(model, impressions))
-            _, taken["gemm"] = timed(partial(torch.mm, matrix, matrix))
-            differences.append(_difference(amortized_CT, impressions_CT))
-            if turn >= warmup:
-                for method, value in taken.items():
-                    seconds[method].append(value)
-            bar.update()
-    medians = {method: float(np.median(values)) for method, values in seconds.items()}
+def _take(calls: Sequence[Mapping[str, Callable[[], Any]]], config: BenchmarkConfig, bar: Any) -> Times:
+    """Time all methods in turns, the slow ones in the first turns only, beside a plain matrix product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.randn(GEMM, GEMM, device=device)
+    half = matrix.bfloat16()
+    gemm = {"gemm": partial(torch.mm, matrix, matrix), "gemm_bf16": partial(torch.mm, half, half)}
+    times = Times(config.warmup)
+    for turn in range(config.warmup + config.turns):
+        ready = calls[turn % len(calls)]
+        # One of the turns that are not counted is enough to warm a slow method up.
+        has_slow = config.warmup - 1 <= turn < config.warmup + config.slow_turns
+        times.take({name: call for name, call in ready.items() if has_slow or name not in SLOW} | gemm)
+        bar.update()
+    return times
+
+
+def _case(
+    source: Source,
+    shape: dict[str, int],
+    times: Times,
+    calls: Mapping[str, Callable[[], Any]],
+    config: BenchmarkConfig,
+) -> dict[str, Any]:
+    rates = {name: 2 * GEMM**3 / times.median(name) / 1e9 for name in ("gemm", "gemm_bf16")}
+    reference = calls.get("impressions", calls.get("model"))
+    expected = None if reference is None else torch.sigmoid(reference())
+    methods = {}
+    for name, call in calls.items():
+        result: dict[str, Any] = {
+            **{f"p{percent}_ms": 1e3 * times.percentile(name, percent) for percent in (50, 95, 99)},
+            "turns": times.turns(name),
+            "cores": times.cores(name),
+        }
+        if name not in ("encoder_causal", "encoder_extended"):
+            result["candidates_per_second"] = shape["batch"] * shape["candidates"] / times.median(name)
+        if config.memory:
+            result["peak_bytes"] = peak_memory(call)
+        if not name.startswith("encoder") and name != "concatenation" and expected is not None:
+            result["max_difference"] = _difference(expected, call())
+        if (flops := _flops(source.model, name, shape)) is not None:
+            rate = flops * shape["batch"] / times.median(name) / 1e9
+            result |= {"gflops": rate, "share_of_gemm": rate / rates["gemm_bf16" if "bf16" in name else "gemm"]}
+        methods[name] = result
+    arch = source.model.history_arch
+    layers = len(arch.layers) if isinstance(arch, AmortizedHistoryArch) else 0
     return {
-        "latency_ms": {
-            method: {
-                "p50": medians[method] * 1e3,
-                "p95": float(np.percentile(seconds[method], 95)) * 1e3,
-            }
-            for method in ("impressions", "amortized")
-        },
-        "speedup_p50": medians["impressions"] / medians["amortized"],
-        "max_score_difference": float(np.max(differences)),
-        "gemm_gflops": 2 * 1024**3 / medians["gemm"] / 1e9,
+        **shape,
+        "embedding_dim": source.model.sparse_arch.D,
+        "layers": layers,
+        "gemm_gflops": rates["gemm"],
+        "gemm_bf16_gflops": rates["gemm_bf16"],
+        "methods": methods,
     }
 
 
-def _difference(logits_CT: Tensor, others_CT: Tensor) -> float:
-    return float((torch.sigmoid(logits_CT) - torch.sigmoid(others_CT)).abs().max())
+def _difference(expected_CT: Tensor, logits_CT: Tensor) -> float:
+    return float((torch.sigmoid(logits_CT) - expected_CT).abs().max())
+
+
+def _flops(model: AmortizedDLRM, method: str, shape: Mapping[str, int]) -> int | None:
+    arch = model.history_arch
+    if not isinstance(arch, AmortizedHistoryArch) or not method.startswith("encoder") or method == "encoder_extended":
+        return None
+    width = arch.layers[0].feedforward[0].out_features
+    assert isinstance(width, int)
+    is_causal = method == "encoder_causal"
+    return encoder_flops(
+        shape["history_length"],
+        0 if is_causal else shape["candidates"],
+        dim=arch.embedding_dim,
+        width=width,
+        layers=len(arch.layers),
+        cached=method == "encoder_cached",
+        causal=is_causal,
+    )
+
+
+def _cost(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The cost model of each method that was measured on enough lengths of one model, one request at a time."""
+    points: dict[tuple[str, int, int], list[tuple[int, int, float]]] = {}
+    for case in cases:
+        for method, result in case["methods"].items():
+            if case["batch"] == 1 and not method.startswith("encoder"):
+                key = (method, case["embedding_dim"], case["layers"])
+                points.setdefault(key, []).append((case["history_length"], case["candidates"], result["p50_ms"]))
+    models = []
+    for (method, dim, layers), measured in points.items():
+        if len(measured) >= 6 and min(len({p[side] for p in measured}) for side in (0, 1)) > 1:
+            n, m, _ = measured[len(measured) // 2]
+            model = fit(measured)
+            models.append(
+                {
+                    "method": method,
+                    "embedding_dim": dim,
+                    "layers": layers,
+                    "coefficients": dict(zip(("1", "n", "m", "nm", "nn"), model.coefficients, strict=True)),
+                    "median_relative_error": model.error,
+                    "at": {"history_length": n, "candidates": m, "ms": model(n, m)},
+                    "times_when_n_doubles": model(2 * n, m) / model(n, m),
+                    "times_when_m_doubles": model(n, 2 * m) / model(n, m),
+                }
+            )
+    return models
+
+
+def _load(config: BenchmarkConfig) -> dict[str, Any]:
+    source = sources(replace(config, embedding_dims=[], layers=[]))[0]
+    batches = source.usual(config.load.requests)
+    return {"settings": asdict(config.load), **measure_load(source.model, batches, config.load, config.seed)}
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
-"""Times of several methods, measured in turns in one process, so that they can be compared."""
+"""Times and memory of several methods, measured in turns in one process, so that they can be compared."""
 
 from __future__ import annotations
 
+import ctypes
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from pathlib import Path
 
 import numpy as np
-
-Result = TypeVar("Result")
-
-
-def timed(function: Callable[[], Result]) -> tuple[Result, float]:
-    """What a function returns, and the seconds it took."""
-    started = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - started
+import torch
 
 
 class Times:
@@ -36,19 +30,37 @@ class Times:
     def __init__(self, warmup: int) -> None:
         self._turns_to_skip = warmup
         self._seconds: dict[str, list[float]] = {}
+        self._processor_seconds: dict[str, list[float]] = {}
         self._random = random.Random(0)
 
     def take(self, methods: Mapping[str, Callable[[], object]]) -> None:
         """Run each method once, in random order: what ran before leaves memory and caches as it likes."""
         for name in self._random.sample(list(methods), len(methods)):
-            _, seconds = timed(methods[name])
+            busy, started = time.process_time(), time.perf_counter()
+            methods[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            seconds, busy = time.perf_counter() - started, time.process_time() - busy
             if self._turns_to_skip == 0:
                 self._seconds.setdefault(name, []).append(seconds)
+                self._processor_seconds.setdefault(name, []).append(busy)
         self._turns_to_skip = max(0, self._turns_to_skip - 1)
 
     def median(self, method: str) -> float:
         """Median seconds of a method."""
         return float(np.median(self._seconds[method]))
+
+    def percentile(self, method: str, percent: float) -> float:
+        """Seconds that so many of a method's turns did not exceed."""
+        return float(np.percentile(self._seconds[method], percent))
+
+    def turns(self, method: str) -> int:
+        """How often a method was timed."""
+        return len(self._seconds[method])
+
+    def cores(self, method: str) -> float:
+        """Processor seconds per second, of all threads together: how many cores a method kept busy."""
+        return float(np.sum(self._processor_seconds[method]) / np.sum(self._seconds[method]))
 
     def median_rate(self, method: str, amounts: Sequence[float]) -> float:
         """Median over the turns of what a method did in a second.
@@ -58,3 +70,23 @@ class Times:
             amounts: what it did in each turn that was counted.
         """
         return float(np.median(np.asarray(amounts) / self._seconds[method]))
+
+
+def peak_memory(function: Callable[[], object]) -> int | None:
+    """Bytes of memory that a function needs at its peak, beyond what the process had; None if not on Linux."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        # What was freed before would otherwise be used again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
+    except (OSError, AttributeError):
+        return None
+    before = _kilobytes(status, "VmRSS")
+    function()
+    return 1024 * max(0, _kilobytes(status, "VmHWM") - before)
+
+
+def _kilobytes(status: Path, field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
+    assert found is not None
+    return int(found.group(1))

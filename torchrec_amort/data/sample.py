@@ -40,10 +40,7 @@ def sample_requests(
         )
     """
     schema = RequestSchema.load(folder)
-    path = Path(folder) / split
-    if not path.is_dir():
-        raise InputError(f"{path}: no such split: prepare the data first (torchrec-amort prepare --help)")
-    table = ds.dataset(path, format="parquet").to_table().combine_chunks()
+    table = _split(folder, split).to_table().combine_chunks()
     random = np.random.default_rng(seed)
     features = [f for f in schema.features if f.kind != "label"]
     pools = {f.source: pc.list_flatten(table[f.source]).combine_chunks() for f in features if f.side == "candidate"}
@@ -52,7 +49,7 @@ def sample_requests(
         long_enough = np.flatnonzero(pc.list_value_length(table["history_item"]).to_numpy() >= history_length)
     if len(long_enough) < num_requests:
         raise InputError(
-            f"{path}: {len(long_enough)} requests have {history_length} events or more, not {num_requests}: "
+            f"{folder}/{split}: {len(long_enough)} requests have {history_length} events or more, not {num_requests}: "
             "ask for fewer requests or shorter histories"
         )
     table = table.take(np.sort(random.choice(long_enough, num_requests, replace=False)))
@@ -64,6 +61,31 @@ def sample_requests(
     for name, pool in pools.items():
         columns[name] = pa.ListArray.from_arrays(offsets, pool.take(drawn))
     return pa.table(columns)
+
+
+def first_requests(folder: str | Path, split: str, num_requests: int) -> pa.Table:
+    """The first requests of a split, as they are.
+
+    Args:
+        folder: prepared data folder.
+        split: of it.
+        num_requests: at most so many.
+
+    Raises:
+        InputError: there is no such split.
+
+    Example::
+
+        table = first_requests("data/movielens-1m", "test", 100)
+    """
+    return _split(folder, split).head(num_requests)
+
+
+def _split(folder: str | Path, split: str) -> ds.Dataset:
+    path = Path(folder) / split
+    if not path.is_dir():
+        raise InputError(f"{path}: no such split: prepare the data first (torchrec-amort prepare --help)")
+    return ds.dataset(path, format="parquet")
 
 
 def random_requests(

@@ -1,0 +1,105 @@
+"""What `torchrec-amort benchmark` measured, for people: a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Latencies of all cases, and the load if there was one, as text."""
+    lines = [f"{record['machine']}, torch {record['torch']}, {record['date']}"]
+    for case in record["cases"]:
+        lines += ["", _heading(case), f"  {'method':<18}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'faster':>9}" + _COLUMNS]
+        lines += [_row(name, result, case) for name, result in case["methods"].items()]
+    lines += _cost_lines(record)
+    if "load" in record:
+        lines += _load_lines(record["load"])
+    return "\n".join(lines)
+
+
+_COLUMNS = f"{'cores':>7}{'MB':>8}{'GEMM':>7}{'differs':>10}"
+
+
+def _heading(case: Mapping[str, Any]) -> str:
+    requests = "one request" if case["batch"] == 1 else f"{case['batch']} requests"
+    size = f"D {case['embedding_dim']}, {case['layers']} layers"
+    roof = f"GEMM {case['gemm_gflops']:.0f} GFLOP/s, bf16 {case['gemm_bf16_gflops']:.0f}"
+    return f"{requests} of {case['history_length']} events and {case['candidates']} candidates, {size} ({roof})"
+
+
+def _row(name: str, result: Mapping[str, Any], case: Mapping[str, Any]) -> str:
+    # The encoder is compared with itself in float32, a whole model with impressions.
+    reference = case["methods"].get("encoder" if name.startswith("encoder") else "impressions")
+    faster = f"{reference['p50_ms'] / result['p50_ms']:.1f}x" if reference else ""
+    memory = "" if result.get("peak_bytes") is None else f"{result['peak_bytes'] / 2**20:.1f}"
+    share = f"{result['share_of_gemm']:.0%}" if "share_of_gemm" in result else ""
+    differs = f"{result['max_difference']:.0e}" if "max_difference" in result else ""
+    times = "".join(f"{result[f'p{percent}_ms']:>10.2f}" for percent in (50, 95, 99))
+    return f"  {name:<18}{times}{faster:>9}{result['cores']:>7.1f}{memory:>8}{share:>7}{differs:>10}"
+
+
+def _cost_lines(record: Mapping[str, Any]) -> list[str]:
+    if not record["cost"]:
+        return []
+    lines = ["", "Cost model, ms = a + b n + c m + d n m + e n n:"]
+    for cost in record["cost"]:
+        at = cost["at"]
+        lines.append(
+            f"  {cost['method']:<18}D {cost['embedding_dim']}, {cost['layers']} layers: at n {at['history_length']}, m "
+            f"{at['candidates']} twice n costs {cost['times_when_n_doubles']:.2f} times as much, twice m "
+            f"{cost['times_when_m_doubles']:.2f} times (median error {cost['median_relative_error']:.0%})"
+        )
+    return lines
+
+
+def _load_lines(load: Mapping[str, Any]) -> list[str]:
+    lines = ["", f"Load: {load['settings']['clients']} clients, capacity {load['capacity']:.0f} requests/s"]
+    for rate in load["rates"]:
+        lines.append(
+            f"  at {rate['share_of_capacity']:.0%} for {rate['seconds']:.0f} s: p50 {rate.get('p50_ms', 0):.1f} ms, "
+            f"p99 {rate.get('p99_ms', 0):.1f} ms; {rate['sent']} sent, {rate['answered']} answered, {rate['refused']} "
+            f"refused, {rate['failed']} failed, {rate['wrong']} wrong, {rate['lost']} lost; "
+            f"{rate['grown_megabytes']:.0f} MB more"
+        )
+    return lines
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Latency over candidates for each history length of the first model, one request at a time.
+
+    Args:
+        record: what was measured.
+        path: of the picture.
+    """
+    first = record["cases"][0]
+    cases = [
+        case
+        for case in record["cases"]
+        if case["batch"] == 1 and all(case[key] == first[key] for key in ("embedding_dim", "layers"))
+    ]
+    lengths = sorted({case["history_length"] for case in cases})
+    figure, axes = plt.subplots(
+        1,
+        max(1, len(lengths)),
+        figsize=(4.2 * max(1, len(lengths)), 4),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, length in zip(axes[0], lengths, strict=False):
+        of_length = [case for case in cases if case["history_length"] == length]
+        for method in [name for name in of_length[0]["methods"] if not name.startswith("encoder")]:
+            points = [(c["candidates"], c["methods"][method]["p50_ms"]) for c in of_length if method in c["methods"]]
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=method.replace("_", " "))
+        axis.set(xscale="log", yscale="log", title=f"{length} events", xlabel="candidates")
+    axes[0][0].set_ylabel("p50 of one request, ms")
+    axes[0][-1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

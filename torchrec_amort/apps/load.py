@@ -1,0 +1,171 @@
+"""Load: many clients at once, at a share of what the service can do, with every answer checked."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.inference.scorer import AmortizedScorer
+from torchrec_amort.inference.service import Overloaded, ScoringService
+from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.progress import progress
+
+TOLERANCE = 1e-4
+
+
+@dataclass(kw_only=True)
+class LoadConfig:
+    """Many clients at once.
+
+    Args:
+        seconds: how long each load lasts; no load if 0.
+        clients: threads that send requests.
+        rates: loads, each a share of the capacity that is measured first; above 1 is overload.
+        workers: requests that are scored at the same time, on one thread each; one for each CPU thread unless given.
+        waiting: requests that may wait for a worker; any more are refused.
+        requests: different requests that are sent, with shapes as they are in the data.
+    """
+
+    seconds: float = 0.0
+    clients: int = 8
+    rates: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    workers: int | None = None
+    waiting: int = 32
+    requests: int = 200
+
+
+class _Clients:
+    """Clients that send requests at random times and check the answers.
+
+    Each sends at its own times, whether earlier answers have come or not: a slow service does not slow them down.
+    """
+
+    def __init__(
+        self, service: ScoringService, batches: Sequence[RequestBatch], expected: Sequence[Tensor], seed: int
+    ) -> None:
+        self._service, self._batches, self._expected = service, batches, expected
+        self._seed = seed
+        self._lock = threading.Lock()
+        self.sent = self.refused = self.failed = self.wrong = 0
+        self.seconds: list[float] = []
+
+    def run(self, num_clients: int, rate: float, seconds: float) -> None:
+        """Let all of them together send `rate` requests a second, at the times of a Poisson process."""
+        clients = [
+            threading.Thread(target=self._client, args=(client, rate / num_clients, seconds))
+            for client in range(num_clients)
+        ]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+
+    def _client(self, client: int, rate: float, seconds: float) -> None:
+        random = np.random.default_rng([self._seed, client])
+        pause = threading.Event()
+        due, end = time.perf_counter(), time.perf_counter() + seconds
+        while (due := due + random.exponential(1 / rate)) < end:
+            pause.wait(max(0.0, due - time.perf_counter()))
+            row = int(random.integers(len(self._batches)))
+            with self._lock:
+                self.sent += 1
+            try:
+                answer = self._service.submit(self._batches[row])
+            except Overloaded:
+                with self._lock:
+                    self.refused += 1
+            else:
+                answer.add_done_callback(partial(self._check, row, due))
+
+    def _check(self, row: int, due: float, answer: Future[Tensor]) -> None:
+        seconds = time.perf_counter() - due
+        has_failed = answer.exception() is not None
+        is_wrong = not has_failed and not torch.allclose(answer.result(), self._expected[row], rtol=0, atol=TOLERANCE)
+        with self._lock:
+            self.failed += has_failed
+            self.wrong += is_wrong
+            self.seconds.append(seconds)
+
+
+def measure_load(
+    model: AmortizedDLRM, batches: Sequence[RequestBatch], config: LoadConfig, seed: int
+) -> dict[str, Any]:
+    """Latency under load, and what became of every request.
+
+    Args:
+        model: in eval mode.
+        batches: requests to send.
+        config: the load.
+        seed: of the times at which requests are sent.
+
+    Returns:
+        dict: `capacity`, requests a second when one always waits; and for each rate what was sent, refused, failed and
+        wrong, latencies, and the growth of memory.
+
+    Example::
+
+        measure_load(model, batches, LoadConfig(seconds=60), seed=0)["rates"]
+    """
+    scorer = AmortizedScorer(model)
+    with torch.inference_mode():
+        expected = [model(batch.to_impressions()) for batch in batches]
+    for batch in batches:
+        scorer.warm_up(batch, times=1)
+    workers = config.workers or torch.get_num_threads()
+    rates = []
+    with progress(total=len(config.rates) + 1, desc="load", unit="rates") as bar:
+        capacity = _capacity(scorer, batches, workers, min(5.0, config.seconds))
+        bar.update()
+        for rate in config.rates:
+            with ScoringService(scorer, workers, config.waiting) as service:
+                clients = _Clients(service, batches, expected, seed)
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                clients.run(config.clients, rate * capacity, config.seconds)
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+            rates.append({"share_of_capacity": rate, **_result(clients, service, config.seconds, grown)})
+            bar.update()
+    return {"capacity": capacity, "workers": workers, "rates": rates}
+
+
+def _capacity(scorer: AmortizedScorer, batches: Sequence[RequestBatch], workers: int, seconds: float) -> float:
+    """Requests a second when one always waits."""
+    done, end = 0, time.perf_counter() + seconds
+    with ScoringService(scorer, workers, 2 * workers) as service:
+        started = time.perf_counter()
+        waiting: list[Future[Tensor]] = []
+        while time.perf_counter() < end:
+            while len(waiting) < 2 * workers:
+                waiting.append(service.submit(batches[(done + len(waiting)) % len(batches)]))
+            waiting.pop(0).result()
+            done += 1
+        return done / (time.perf_counter() - started)
+
+
+def _result(clients: _Clients, service: ScoringService, seconds: float, grown: int) -> dict[str, Any]:
+    counters = service.counters()
+    answered = len(clients.seconds)
+    percentiles = {f"p{p}_ms": 1e3 * float(np.percentile(clients.seconds, p)) for p in (50, 95, 99)} if answered else {}
+    return {
+        "seconds": seconds,
+        "sent": clients.sent,
+        "answered": answered,
+        "refused": clients.refused,
+        "failed": clients.failed,
+        "wrong": clients.wrong,
+        "lost": clients.sent - answered - clients.refused,
+        "counters": counters,
+        "answers_per_second": answered / seconds,
+        **percentiles,
+        "grown_megabytes": grown / 1024,
+    }
