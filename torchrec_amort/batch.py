@@ -253,7 +253,8 @@ def _select(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> KeyedJ
 
 def _array(tensor: Tensor) -> np.ndarray:
     """As numpy, whose small operations take a fraction of the time of torch's: a service checks every request."""
-    tensor = tensor.detach().cpu()
+    if tensor.device.type != "cpu" or tensor.requires_grad:
+        tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 

@@ -22,7 +22,7 @@ from torchrec_amort import (
     load_package,
 )
 from torchrec_amort.inference.export import MANIFEST_FILE, TABLES_FILE
-from torchrec_amort.inference.lookup import BagLookup, SequenceLookup
+from torchrec_amort.inference.lookup import BagLookup, SequenceLookup, stack
 
 SIZES = [[(5, 4)], [(0, 1)], [(1, 1)], [(0, 3), (8, 2), (1, 1), (4, 7)]]
 
@@ -61,14 +61,14 @@ def test_with_tables_of_8_bits_it_scores_as_the_model_with_such_tables(
     scores = torch.sigmoid(AmortizedScorer(served).score(batch))
     assert_same(scores, torch.sigmoid(by_impressions(model, batch)), 2e-2)
     lookup = BagLookup(model.sparse_arch.embedding_bag_collection)
-    exact, rounded = lookup(batch.candidate_sparse), served.candidate_bags(batch.candidate_sparse)
+    exact, rounded = (stack(bags(batch.candidate_sparse)) for bags in (lookup, served.candidate_bags))
     # A row's 255 steps go from its least to its greatest entry.
     assert 0 < float((exact - rounded).abs().max()) <= float((exact.max() - exact.min()) / 255)
     assert model.history_embedding_collection is not None
     assert served.sequences is not None
     ids = {"history_item": (torch.tensor([3, 4]), torch.tensor([2]))}
-    exact_items = SequenceLookup(model.history_embedding_collection)(ids)["history_item"].values()
-    assert_same(served.sequences(ids)["history_item"].values(), exact_items.detach(), 0.01)
+    exact_items = SequenceLookup(model.history_embedding_collection)(ids)["history_item"].tensor()
+    assert_same(served.sequences(ids)["history_item"].tensor(), exact_items, 0.01)
     size = (small_package / TABLES_FILE).stat().st_size
     assert size < 4 * 1000 * 8
 
@@ -166,14 +166,14 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     assert served.sequences is not None
     assert served.request_bags is not None
     ids = {key: (batch.sequences[key].values(), batch.sequences[key].lengths()) for key in batch.sequences.keys()}
-    embeddings = {key: rows.values() for key, rows in served.sequences(ids).items()}
+    embeddings = {key: rows.tensor() for key, rows in served.sequences(ids).items()}
     inputs = {
         "events": torch.stack([embeddings[feature] for feature in served.event_features]),
         "request_dense": batch.request_dense,
-        "request_slots": served.request_bags(batch.request_sparse).contiguous(),
+        "request_slots": stack(served.request_bags(batch.request_sparse)),
         "candidate_items": embeddings["candidate_item"],
         "candidate_dense": batch.candidate_dense,
-        "candidate_slots": served.candidate_bags(batch.candidate_sparse).contiguous(),
+        "candidate_slots": stack(served.candidate_bags(batch.candidate_sparse)),
     }
     torch.save({name: tensor.detach() for name, tensor in inputs.items()}, tmp_path / "inputs.pt")
     runner: list[str | Path] = [build / "score_package", package, tmp_path / "inputs.pt", tmp_path / "logits"]

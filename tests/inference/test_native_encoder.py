@@ -99,6 +99,27 @@ def test_an_extended_state_is_that_of_the_whole_history(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
+def test_a_state_that_grows_leaves_those_before_it_as_they_were(dtype: torch.dtype) -> None:
+    native = NativeEncoder(make_arch(32, 2, 0, history_attention="causal"), dtype)
+    rows = torch.randn(400, 32)
+    whole = lambda n: native.encode_history(JaggedTensor(rows[:n], lengths=torch.tensor([n])))  # noqa: E731
+    states = [(7, whole(7))]
+    # From each state but the first two go on, of which one takes the room: they do not write over each other.
+    for n, more in [(7, 4), (11, 1), (12, 150), (162, 9), (162, 9), (12, 3), (171, 200)]:
+        start = next(state for length, state in states if length == n)
+        new = JaggedTensor(rows[n : n + more], lengths=torch.tensor([more]))
+        other = JaggedTensor(torch.randn(more, 32), lengths=torch.tensor([more]))
+        states.append((n + more, native.extend_history(start, new)))
+        native.extend_history(start, other)
+    for length, state in states:
+        expected = whole(length)
+        assert torch.equal(state.lengths, expected.lengths)
+        for one, same in zip(state.keys + state.values, expected.keys + expected.values, strict=True):
+            assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
 def test_it_reads_states_of_any_layout_and_of_several_pieces(dtype: torch.dtype) -> None:
     arch = make_arch(32, 2, 0)
     native = NativeEncoder(arch, dtype)

@@ -53,7 +53,7 @@ class CostModel:
 
     def __call__(self, n: float, m: float) -> float:
         """Milliseconds of a request of n events and m candidates."""
-        return float(_terms(np.array([[n, m]])) @ np.array(self.coefficients))
+        return float((_terms(np.array([[n, m]])) @ np.array(self.coefficients))[0])
 
 
 def fit(points: Sequence[tuple[int, int, float]]) -> CostModel:

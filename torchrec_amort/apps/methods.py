@@ -138,9 +138,7 @@ class Methods:
         causal = self._encoder("causal")
         calls["encoder_causal"] = partial(causal.encode_history, history)
         if len(batch) == 1 and history.values().shape[0] > NEW_EVENTS:
-            old, new = history.values().split([history.values().shape[0] - NEW_EVENTS, NEW_EVENTS])
-            state = causal.encode_history(_one_request(old))
-            calls["encoder_extended"] = partial(causal.extend_history, state, _one_request(new))
+            calls["encoder_extended"] = _Growing(causal, history)
         return calls
 
     def _encoder(self, kind: Literal["full", "bf16", "causal"]) -> AmortizableEncoder:
@@ -156,6 +154,19 @@ class Methods:
     @cached_property
     def _encoders(self) -> dict[str, AmortizableEncoder]:
         return {}
+
+
+class _Growing:
+    """A history to which each call adds events; after so many calls it starts anew."""
+
+    def __init__(self, encoder: AmortizableEncoder, history: JaggedTensor) -> None:
+        self._encoder = encoder
+        self._new = _one_request(history.values()[-NEW_EVENTS:])
+        self._start = self._state = encoder.encode_history(_one_request(history.values()[:-NEW_EVENTS]))
+
+    def __call__(self) -> None:
+        is_long = int(self._state.lengths) > int(self._start.lengths) + 15 * NEW_EVENTS
+        self._state = self._encoder.extend_history(self._start if is_long else self._state, self._new)
 
 
 def _one_request(rows_ND: Tensor) -> JaggedTensor:

@@ -111,7 +111,7 @@ def random_requests(
     lengths = {"request": [1] * len(num_events), "event": num_events, "candidate": num_candidates}
     columns: dict[str, Any] = {
         "request_id": np.arange(len(num_events)),
-        "user": np.arange(len(num_events)),
+        "user": random.integers(2**40, size=len(num_events)),
         "time": np.full(len(num_events), _NOW),
     }
     for feature in schema.features:

@@ -31,7 +31,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.inference.heads import Head, Terms, build_head
-from torchrec_amort.inference.lookup import BagLookup, SequenceLookup
+from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
 from torchrec_amort.inference.phases import Phases, Served, snapshot
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
@@ -387,11 +387,10 @@ class _PackagedPhases(Phases):
         self._history = open_("history.pt2") if self._shapes.state else None
         self._request, self._candidates = open_("request.pt2"), open_("candidates.pt2")
 
-    def encode(self, events: Mapping[str, JaggedTensor]) -> HistoryState:
+    def encode(self, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> HistoryState:
         """Phase one of B histories."""
-        lengths_B = events[self._features[0]].lengths().tolist()
-        rows = torch.stack([events[feature].values() for feature in self._features])
-        states = [self._encode(events_EnD) for events_EnD in rows.split(lengths_B, dim=1)]
+        rows = torch.stack([events[feature].tensor() for feature in self._features])
+        states = [self._encode(events_EnD) for events_EnD in rows.split(lengths_B.tolist(), dim=1)]
         return states[0] if len(states) == 1 else HistoryState.cat(states)
 
     def _encode(self, events_EnD: Tensor) -> HistoryState:
@@ -412,15 +411,16 @@ class _PackagedPhases(Phases):
         self,
         states: Sequence[HistoryState],
         terms: Terms,
-        items: JaggedTensor | None,
+        items: EmbeddingRows | None,
         num_candidates_B: Tensor,
         dense_CI: Tensor,
-        slots_CFD: Tensor,
+        slots: Slots,
     ) -> Tensor:
         """Phase two; see `Phases.score`."""
         counts = num_candidates_B.tolist()
         of_each = [state[row] for state in states for row in range(len(state))]
-        items_CD = slots_CFD[:, 0] if items is None else items.values()
+        slots_CFD = stack(slots)
+        items_CD = slots_CFD[:, 0] if items is None else items.tensor()
         parts = zip(items_CD.split(counts), dense_CI.split(counts), slots_CFD.split(counts), strict=True)
         logits = []
         for row, (items_mD, dense_mI, slots_mFD) in enumerate(parts):

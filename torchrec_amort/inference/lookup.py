@@ -8,7 +8,8 @@ Shape suffixes: B requests; R rows of a batch; V values of a feature; F features
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,35 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 Rows = tuple[Tensor, Tensor]  # values [V], and lengths: how many of each row
 
 
+@dataclass(frozen=True, eq=False)
+class EmbeddingRows:
+    """Rows of embeddings, which may be left where they are until they are read.
+
+    Args:
+        table: float32 [T, D].
+        ids: int64 [R], its rows in turn; None if they are the table itself.
+    """
+
+    table: Tensor
+    ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of rows, R."""
+        return self.table.shape[0] if self.ids is None else self.ids.shape[0]
+
+    def tensor(self) -> Tensor:
+        """[R, D]."""
+        return self.table if self.ids is None else self.table.index_select(0, self.ids)
+
+
+Slots = Sequence[EmbeddingRows]
+
+
+def stack(slots: Slots) -> Tensor:
+    """[R, F, D] of F features."""
+    return torch.stack([slot.tensor() for slot in slots], dim=1)
+
+
 class BagLookup:
     """Reads an EmbeddingBagCollection, or its quantized kind.
 
@@ -29,7 +59,7 @@ class BagLookup:
 
     Example::
 
-        slots_RFD = BagLookup(model.sparse_arch.embedding_bag_collection)(batch.candidate_sparse)
+        slots_RFD = stack(BagLookup(model.sparse_arch.embedding_bag_collection)(batch.candidate_sparse))
     """
 
     def __init__(self, bags: EmbeddingBagCollection) -> None:
@@ -40,31 +70,35 @@ class BagLookup:
         self._poolings: list[tuple[str, Tensor, str]] | None = None
         if type(bags) is EmbeddingBagCollection and _are_plain(bags.embedding_bags) and not bags.is_weighted():
             self._poolings = [
-                (name, bags.embedding_bags[table.name].weight, "sum" if table.pooling is PoolingType.SUM else "mean")
+                (
+                    name,
+                    bags.embedding_bags[table.name].weight.detach(),
+                    "sum" if table.pooling is PoolingType.SUM else "mean",
+                )
                 for table in tables
                 for name in table.feature_names
             ]
 
     @torch.no_grad()
-    def __call__(self, features: KeyedJaggedTensor) -> Tensor:
-        """Pooled embeddings, [R, F, D], features in the order of their tables, as `SparseArch` has them."""
+    def __call__(self, features: KeyedJaggedTensor) -> Slots:
+        """Pooled embeddings of each feature, in the order of their tables, as `SparseArch` has them."""
         if self._poolings is None:
-            pooled: Tensor = self._bags(features).values().unflatten(1, (-1, self.dim))
-            return pooled
-        values, lengths, num_rows = features.values(), features.lengths(), features.stride()
+            pooled_RFD = self._bags(features).values().unflatten(1, (-1, self.dim))
+            return [EmbeddingRows(rows_RD) for rows_RD in pooled_RFD.unbind(1)]
+        values, lengths, num_rows = features.values().long(), features.lengths(), features.stride()
         keys = list(features.keys())
+        # One id each needs no pooling.
         have_one_each = values.numel() == lengths.numel() and bool((lengths == 1).all())
-        # Feature by feature in memory, so that each is written in one piece.
-        slots_FRD = values.new_empty(len(self._poolings), num_rows, self.dim, dtype=torch.float32)
-        for place, (name, weight, mode) in enumerate(self._poolings):
-            slot, first = slots_FRD[place], keys.index(name) * num_rows
+        slots = []
+        for name, table, mode in self._poolings:
             if have_one_each:
-                torch.index_select(weight, 0, values[first : first + num_rows], out=slot)
+                first = keys.index(name) * num_rows
+                slots.append(EmbeddingRows(table, values[first : first + num_rows]))
             else:
                 ids, lengths_R = rows_of(features, name, 0, num_rows)
                 starts_R = torch.cumsum(lengths_R, 0) - lengths_R
-                slot.copy_(F.embedding_bag(ids, weight, starts_R, mode=mode))
-        return slots_FRD.transpose(0, 1)
+                slots.append(EmbeddingRows(F.embedding_bag(ids, table, starts_R, mode=mode)))
+        return slots
 
 
 class SequenceLookup:
@@ -76,7 +110,7 @@ class SequenceLookup:
     Example::
 
         lookup = SequenceLookup(model.history_embedding_collection)
-        events = lookup({"history_item": (ids, lengths_B)})["history_item"]
+        events_ND = lookup({"history_item": (ids_N, lengths_B)})["history_item"].tensor()
     """
 
     def __init__(self, collection: EmbeddingCollection) -> None:
@@ -87,23 +121,21 @@ class SequenceLookup:
         self._weights: dict[str, Tensor] | None = None
         if type(collection) is EmbeddingCollection and _are_plain(collection.embeddings):
             self._weights = {
-                name: collection.embeddings[table.name].weight for table in tables for name in table.feature_names
+                name: collection.embeddings[table.name].weight.detach()
+                for table in tables
+                for name in table.feature_names
             }
 
     @torch.no_grad()
-    def __call__(self, sequences: Mapping[str, Rows]) -> dict[str, JaggedTensor]:
-        """Embeddings of some features, each [V, D] with one row of B per request."""
+    def __call__(self, sequences: Mapping[str, Rows]) -> dict[str, EmbeddingRows]:
+        """Embeddings of the ids of some features, which have one row of B per request each."""
         if self._weights is not None:
-            return {
-                name: JaggedTensor(F.embedding(values, self._weights[name]), lengths=lengths_B)
-                for name, (values, lengths_B) in sequences.items()
-                if name in self._weights
-            }
-        values, lengths_B = next(iter(sequences.values()))
-        none = values[:0], torch.zeros_like(lengths_B)
+            return {name: EmbeddingRows(self._weights[name], ids.long()) for name, (ids, _) in sequences.items()}
+        ids, lengths_B = next(iter(sequences.values()))
+        none = ids[:0], torch.zeros_like(lengths_B)
         every = {name: sequences.get(name, none) for name in self._features}
         embeddings: dict[str, JaggedTensor] = self._collection(keyed(every, len(lengths_B)))
-        return embeddings
+        return {name: EmbeddingRows(embeddings[name].values()) for name in sequences}
 
 
 def rows_of(kjt: KeyedJaggedTensor, key: str, start: int, stop: int) -> Rows:

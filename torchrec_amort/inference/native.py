@@ -13,6 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from torchrec_amort.inference.lookup import EmbeddingRows
+
 _SUFFIXES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
 
@@ -82,13 +84,23 @@ class RequestStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("dense", "vectors", "first")]
 
 
+class RowsStruct(ctypes.Structure):
+    """Rows of embeddings."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("table", "ids")), ("stride", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, rows: EmbeddingRows) -> RowsStruct:
+        """Where they are; `rows` lives until they are read."""
+        assert rows.table.dtype == torch.float32
+        assert rows.table.stride(1) == 1
+        return cls(rows.table.data_ptr(), None if rows.ids is None else rows.ids.data_ptr(), rows.table.stride(0))
+
+
 class CandidatesStruct(ctypes.Structure):
     """What candidates are scored from."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("items", "dense", "slots")),
-        *((name, ctypes.c_int64) for name in ("row_stride", "slot_stride")),
-    ]
+    _fields_ = [("items", RowsStruct), *((name, ctypes.c_void_p) for name in ("dense", "slots"))]
 
 
 class StateStruct(ctypes.Structure):
@@ -96,7 +108,7 @@ class StateStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("key_stride", "value_stride")),
+        *((name, ctypes.c_int64) for name in ("head_stride", "key_stride", "value_stride")),
     ]
 
 
@@ -138,7 +150,7 @@ class Weights:
 
 def encode(
     encoder: EncoderStruct,
-    events_ND: Tensor,
+    terms: Sequence[EmbeddingRows],
     lengths_B: Tensor,
     past_B: Tensor,
     states: Sequence[StateStruct],
@@ -148,17 +160,19 @@ def encode(
 
     Args:
         encoder: its weights.
-        events_ND: [N, D].
+        terms: rows [N, D] each, whose sum are the events.
         lengths_B: int64 [B], new events of each request.
         past_B: int64 [B], events whose keys and values are there.
         states: of each request in turn, layer by layer.
         dtype: of weights, keys and values.
     """
     # Kept until the call is over.
-    events_ND, lengths_B, past_B = events_ND.float().contiguous(), lengths_B.long().contiguous(), past_B.contiguous()
+    lengths_B, past_B = lengths_B.long().contiguous(), past_B.contiguous()
+    rows = [RowsStruct.of(term) for term in terms]
     _function("encode", dtype)(
         ctypes.byref(encoder),
-        ctypes.c_void_p(events_ND.data_ptr()),
+        ctypes.byref((RowsStruct * len(rows))(*rows)),
+        ctypes.c_int64(len(rows)),
         ctypes.c_void_p(lengths_B.data_ptr()),
         ctypes.c_void_p(past_B.data_ptr()),
         ctypes.c_int64(len(lengths_B)),

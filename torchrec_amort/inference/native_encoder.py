@@ -7,7 +7,9 @@ heads of dimension K.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,8 +17,12 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.inference import native
+from torchrec_amort.inference.lookup import EmbeddingRows
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
 from torchrec_amort.modules.history import AmortizedHistoryArch, AmortizedHistoryLayer
+
+# Events that a state has room for when it is extended, at least.
+SPARE_EVENTS = 128
 
 
 def why_not_native(encoder: nn.Module | None, dtype: torch.dtype) -> str | None:
@@ -43,6 +49,53 @@ def why_not_native(encoder: nn.Module | None, dtype: torch.dtype) -> str | None:
         if is_given:
             return f"it does not do {option}"
     return native.why_no_build(encoder.output_norm.weight, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _StateWithRoom(HistoryState):
+    """A state that may grow in place."""
+
+    room: _Room | None = None
+
+
+class _Room:
+    """Memory of keys and values with space for more events.
+
+    Args:
+        num_events: events that are there.
+        capacity: events that there is memory for.
+        num_layers: layers with keys and values.
+        dim: D.
+        num_heads: H.
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self, num_events: int, capacity: int, num_layers: int, dim: int, num_heads: int, dtype: torch.dtype
+    ) -> None:
+        self._num_events, self._capacity, self._shape = num_events, capacity, (num_heads, -1)
+        # Head by head, so that each is read in order.
+        self._keys = [torch.empty(num_heads, capacity, dim // num_heads, dtype=dtype) for _ in range(num_layers)]
+        # Events are next to each other. Products of bfloat16 read one beyond the last, times zero: it must be finite.
+        self._values = [torch.zeros(dim, capacity + 1, dtype=dtype) for _ in range(num_layers)]
+        self._lock = threading.Lock()
+
+    def take(self, past_B: Tensor, lengths_B: Tensor) -> bool:
+        """Take the space for the events of a single request that come after `past_B`, if nobody has and it is there."""
+        if len(lengths_B) != 1:
+            return False
+        with self._lock:
+            if self._num_events != int(past_B) or int(lengths_B) > self._capacity:
+                return False
+            self._num_events = int(lengths_B)
+            return True
+
+    def state(self, lengths_B: Tensor) -> HistoryState:
+        """The first events, keys and values [N, H, K]."""
+        num_events = int(lengths_B) if len(lengths_B) == 1 else int(lengths_B.sum())
+        keys = [key[:, :num_events].transpose(0, 1) for key in self._keys]
+        values = [value[:, :num_events].t().unflatten(1, self._shape) for value in self._values]
+        return _StateWithRoom(tuple(keys), tuple(values), lengths_B, None, self)
 
 
 class NativeEncoder(AmortizableEncoder):
@@ -113,22 +166,38 @@ class NativeEncoder(AmortizableEncoder):
 
     def encode_history(self, history: JaggedTensor) -> HistoryState:
         """Phase one; see `AmortizableEncoder.encode_history`."""
-        past_B = torch.zeros_like(history.lengths(), dtype=torch.int64)
-        state = self._empty(history.lengths())
-        self._write(state, history, past_B)
+        return self.encode_events([_whole(history.values())], history.lengths())
+
+    def encode_events(self, terms: Sequence[EmbeddingRows], lengths_B: Tensor) -> HistoryState:
+        """Phase one of events whose vectors are sums.
+
+        Args:
+            terms: what to add up, rows [N, D] each, one of B per request, oldest event first.
+            lengths_B: int64 [B].
+        """
+        state = self._empty(lengths_B)
+        self._write(state, terms, lengths_B, torch.zeros_like(lengths_B, dtype=torch.int64))
         return state
 
     def extend_history(self, state: HistoryState, events: JaggedTensor) -> HistoryState:
-        """Phase one for new events only; see `AmortizableEncoder.extend_history`."""
+        """Phase one for new events only; see `AmortizableEncoder.extend_history`.
+
+        A single request's state grows in place where there is room after its events, of which states that were there
+        before see nothing; else it moves to where there is.
+        """
         if not self.is_extendable:
             return super().extend_history(state, events)
         refuse_other_requests(state, events)
-        longer = self._empty(state.lengths + events.lengths())
-        for request in range(len(state)):
-            past, place = state[request], longer[request]
-            for old, new in zip(past.keys + past.values, place.keys + place.values, strict=True):
-                new[: old.shape[0]] = old
-        self._write(longer, events, state.lengths)
+        lengths_B = state.lengths + events.lengths()
+        if (room := getattr(state, "room", None)) is not None and room.take(state.lengths, lengths_B):
+            longer = room.state(lengths_B)
+        else:
+            longer = self._empty(lengths_B, spare=max(SPARE_EVENTS, int(lengths_B.sum()) // 8))
+            for request in range(len(state)):
+                past, place = state[request], longer[request]
+                for old, new in zip(past.keys + past.values, place.keys + place.values, strict=True):
+                    new[: old.shape[0]] = old
+        self._write(longer, [_whole(events.values())], events.lengths(), state.lengths)
         return longer
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
@@ -139,7 +208,7 @@ class NativeEncoder(AmortizableEncoder):
         """Phase two, the requests' states not put together; see `AmortizableEncoder.score_states`."""
         num_events_B, readable = self.readable(states, len(candidates.lengths()))
         items_CD = candidates.values().float().contiguous()
-        given = native.CandidatesStruct(items_CD.data_ptr())
+        given = native.CandidatesStruct(native.RowsStruct.of(EmbeddingRows(items_CD)))
         pointers = [pointer for state in readable for pointer in self.pointers(state)]
         vectors_CD = native.score(
             self.struct,
@@ -168,25 +237,21 @@ class NativeEncoder(AmortizableEncoder):
             )
         return num_events_B, [self._readable(state) for state in states]
 
-    def _empty(self, lengths_B: Tensor) -> HistoryState:
-        """A state to be written: keys [N, H, K], and values of that shape whose events are next to each other."""
-        num_events, dim = int(lengths_B.sum()), self.embedding_dim
-        shape = (self.num_heads, -1)
-        keys = [torch.empty(num_events, dim, dtype=self.dtype).unflatten(1, shape) for _ in range(self._num_layers)]
-        # Products of bfloat16 read one value beyond the last, times zero: it must be finite.
-        values = [torch.zeros(dim, num_events + 1, dtype=self.dtype) for _ in range(self._num_layers)]
-        views = [value[:, :num_events].t().unflatten(1, shape) for value in values]
-        return HistoryState(tuple(keys), tuple(views), lengths_B)
+    def _empty(self, lengths_B: Tensor, spare: int = 0) -> HistoryState:
+        """A state to be written; a single request's may have room for more events."""
+        num_events = int(lengths_B.sum())
+        room = _Room(num_events, num_events + spare, self._num_layers, self.embedding_dim, self.num_heads, self.dtype)
+        return room.state(lengths_B)
 
-    def _write(self, state: HistoryState, events: JaggedTensor, past_B: Tensor) -> None:
-        native.encode(self.struct, events.values(), events.lengths(), past_B, self.pointers(state), self.dtype)
+    def _write(self, state: HistoryState, terms: Sequence[EmbeddingRows], lengths_B: Tensor, past_B: Tensor) -> None:
+        native.encode(self.struct, terms, lengths_B, past_B, self.pointers(state), self.dtype)
 
     def _readable(self, state: HistoryState) -> HistoryState:
         """The state as native code reads it: itself, if it was written here."""
-        if all(key.stride()[1:] == (key.shape[2], 1) and key.dtype == self.dtype for key in state.keys) and all(
-            value.stride()[0] == 1
-            and value.stride()[1] == value.shape[2] * value.stride()[2]
-            and value.stride()[2] > value.shape[0]
+        if all(key.stride(2) == 1 and key.dtype == self.dtype for key in state.keys) and all(
+            value.stride(0) == 1
+            and value.stride(1) == value.shape[2] * value.stride(2)
+            and value.stride(2) > value.shape[0]
             and value.dtype == self.dtype
             for value in state.values
         ):
@@ -199,14 +264,19 @@ class NativeEncoder(AmortizableEncoder):
     def pointers(self, state: HistoryState) -> list[native.StateStruct]:
         """Of each request in turn, where its keys and values of each layer are."""
         size = self.dtype.itemsize
-        starts = [0, *torch.cumsum(state.lengths, 0).tolist()][:-1]
+        starts = [0] if len(state) == 1 else [0, *torch.cumsum(state.lengths, 0).tolist()][:-1]
         return [
             native.StateStruct(
                 key.data_ptr() + start * key.stride(0) * size,
                 value.data_ptr() + start * size,
+                key.stride(1),
                 key.stride(0),
                 value.stride(2),
             )
             for start in starts
             for key, value in zip(state.keys, state.values, strict=True)
         ]
+
+
+def _whole(rows_ND: Tensor) -> EmbeddingRows:
+    return EmbeddingRows(rows_ND.float().contiguous())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchrec_amort.inference import native
 from torchrec_amort.inference.heads import DotHead, Head, Terms
+from torchrec_amort.inference.lookup import EmbeddingRows, Slots
 from torchrec_amort.inference.native_encoder import NativeEncoder
 from torchrec_amort.modules.encoder import HistoryState
 
@@ -110,9 +111,9 @@ class NativeHead:
         terms: Terms,
         states: Sequence[HistoryState],
         num_candidates_B: Tensor,
-        items_CD: Tensor | None,
+        items: EmbeddingRows | None,
         dense_CI: Tensor,
-        slots_CFD: Tensor,
+        slots: Slots,
     ) -> Tensor:
         """Phase two.
 
@@ -120,9 +121,9 @@ class NativeHead:
             terms: what `DotHead.request` gave.
             states: of B requests together; read if there is an encoder.
             num_candidates_B: int64 [B].
-            items_CD: embeddings of the candidates' items, if there is an encoder.
+            items: embeddings of the candidates' items, if there is an encoder.
             dense_CI: the candidates' dense inputs.
-            slots_CFD: embeddings of their ids, and, without an encoder, their history vectors.
+            slots: embeddings of each of their ids, and, without an encoder, their history vectors.
 
         Returns:
             Tensor: logits [C, T], float32.
@@ -130,18 +131,12 @@ class NativeHead:
         dense_BW, first_BO, vectors_BRD = (term.float().contiguous() for term in terms)
         addresses = zip(*(_row_addresses(term) for term in (dense_BW, vectors_BRD, first_BO)), strict=True)
         requests = [native.RequestStruct(*of_request) for of_request in addresses]
-        items = None if items_CD is None else items_CD.float().contiguous()
-        dense, slots = dense_CI.float().contiguous(), slots_CFD.float()
-        if slots.stride(2) != 1:
-            slots = slots.contiguous()
-        given = native.CandidatesStruct(
-            None if items is None else items.data_ptr(),
-            dense.data_ptr(),
-            slots.data_ptr(),
-            slots.stride(0),
-            slots.stride(1),
-        )
-        logits_CT = torch.empty(slots.shape[0], self.num_tasks)
+        dense = dense_CI.float().contiguous()
+        of_slots = [native.RowsStruct.of(slot) for slot in slots]
+        array = (native.RowsStruct * len(of_slots))(*of_slots)
+        of_items = native.RowsStruct() if items is None else native.RowsStruct.of(items)
+        given = native.CandidatesStruct(of_items, dense.data_ptr(), ctypes.addressof(array))
+        logits_CT = torch.empty(len(dense), self.num_tasks)
         num_events_B, pointers, encoder = torch.zeros_like(num_candidates_B), [], None
         if self._encoder is not None:
             num_events_B, readable = self._encoder.readable(states, len(num_candidates_B))

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.inference.heads import Terms, build_head
-from torchrec_amort.inference.lookup import BagLookup, SequenceLookup
+from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
 from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
 from torchrec_amort.inference.native_head import NativeHead, why_not_native_head
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
-from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.events import EventEncoder, recency
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.schema import RequestSchema
 
@@ -45,10 +45,10 @@ class Phases(ABC):
         self.not_native: list[str] = []
 
     @abstractmethod
-    def encode(self, events: Mapping[str, JaggedTensor]) -> HistoryState:
-        """Phase one of B histories, of the embeddings of their events' features."""
+    def encode(self, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> HistoryState:
+        """Phase one of B histories, of the embeddings of their events' features and the number of events of each."""
 
-    def extend(self, state: HistoryState, events: Mapping[str, JaggedTensor]) -> HistoryState:
+    def extend(self, state: HistoryState, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> HistoryState:
         """Phase one of the events since, where states are extendable."""
         raise ValueError("the states of these phases cannot be extended: encode the whole history again")
 
@@ -61,20 +61,20 @@ class Phases(ABC):
         self,
         states: Sequence[HistoryState],
         terms: Terms,
-        items: JaggedTensor | None,
+        items: EmbeddingRows | None,
         num_candidates_B: Tensor,
         dense_CI: Tensor,
-        slots_CFD: Tensor,
+        slots: Slots,
     ) -> Tensor:
         """Phase two.
 
         Args:
             states: of B requests together; none if the model reads no history.
             terms: of the requests.
-            items: the candidates' items, values [C, D], one row of B per request; None without history.
+            items: embeddings of the candidates' items; None without history.
             num_candidates_B: int64 [B]; a request may have none here.
             dense_CI: the candidates' dense inputs.
-            slots_CFD: embeddings of their ids.
+            slots: embeddings of each of their ids.
 
         Returns:
             Tensor: logits [C, T], float32 at least.
@@ -133,13 +133,13 @@ def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
         )
     frozen = snapshot(model)
     request_arch, sequences, events = model.request_sparse_arch, model.history_embedding_collection, model.event_encoder
-    recency = None if events is None else events.recency
+    places = None if events is None else events.recency
     return Served(
         candidate_bags=BagLookup(model.sparse_arch.embedding_bag_collection),
         request_bags=None if request_arch is None else BagLookup(request_arch.embedding_bag_collection),
         sequences=None if sequences is None else SequenceLookup(sequences),
         event_features=() if events is None else tuple(events.features),
-        history_length=None if recency is None else recency.num_embeddings,
+        history_length=None if places is None else places.num_embeddings,
         phases_of=lambda num_request_dense: ModelPhases(frozen, num_request_dense, dtype, backend),
     )
 
@@ -206,15 +206,17 @@ class ModelPhases(Phases):
         )
         self.not_native = not_native
 
-    def encode(self, events: Mapping[str, JaggedTensor]) -> HistoryState:
+    def encode(self, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> HistoryState:
         """Phase one of B histories."""
         assert self.encoder is not None
-        return self.encoder.encode_history(self._event_vectors(events))
+        if isinstance(self.encoder, NativeEncoder):
+            return self.encoder.encode_events(self._terms_of(events, lengths_B), lengths_B)
+        return self.encoder.encode_history(self._event_vectors(events, lengths_B))
 
-    def extend(self, state: HistoryState, events: Mapping[str, JaggedTensor]) -> HistoryState:
+    def extend(self, state: HistoryState, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> HistoryState:
         """Phase one of the events since."""
         assert self.encoder is not None
-        return self.encoder.extend_history(state, self._event_vectors(events))
+        return self.encoder.extend_history(state, self._event_vectors(events, lengths_B))
 
     def terms(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
         """Phase one of all else; see `Head.request`."""
@@ -224,29 +226,40 @@ class ModelPhases(Phases):
         self,
         states: Sequence[HistoryState],
         terms: Terms,
-        items: JaggedTensor | None,
+        items: EmbeddingRows | None,
         num_candidates_B: Tensor,
         dense_CI: Tensor,
-        slots_CFD: Tensor,
+        slots: Slots,
     ) -> Tensor:
         """Phase two; see `Phases.score`."""
         if self._native_head is not None and self._fused is not None:
-            assert items is not None
-            return self._native_head.candidates(terms, states, num_candidates_B, items.values(), dense_CI, slots_CFD)
+            return self._native_head.candidates(terms, states, num_candidates_B, items, dense_CI, slots)
+        history_CSD: list[Tensor] = []
         if self.encoder is not None:
             assert items is not None
-            vectors_CX = self.encoder.score_states(states, self._cast(items))
-            history_CSD = vectors_CX.unflatten(1, (self.encoder.num_slots, -1))
-            slots_CFD = torch.cat([slots_CFD.to(history_CSD.dtype), history_CSD], dim=1)
+            vectors_CX = self.encoder.score_states(
+                states, self._cast(JaggedTensor(items.tensor(), lengths=num_candidates_B))
+            )
+            history_CSD = [vectors_CX.unflatten(1, (self.encoder.num_slots, -1))]
         if self._native_head is not None:
-            return self._native_head.candidates(terms, [], num_candidates_B, None, dense_CI, slots_CFD)
-        dense_CI, slots_CFD = dense_CI.to(self.dtype), slots_CFD.to(self.dtype)
-        logits_CT = self.head.candidates(terms, num_candidates_B, dense_CI, slots_CFD)
+            vectors = [EmbeddingRows(rows_CD.float()) for rows_CSD in history_CSD for rows_CD in rows_CSD.unbind(1)]
+            return self._native_head.candidates(terms, [], num_candidates_B, None, dense_CI, [*slots, *vectors])
+        slots_CFD = torch.cat([stack(slots), *history_CSD], dim=1).to(self.dtype)
+        logits_CT = self.head.candidates(terms, num_candidates_B, dense_CI.to(self.dtype), slots_CFD)
         return logits_CT.to(torch.promote_types(self.dtype, torch.float32))
 
-    def _event_vectors(self, events: Mapping[str, JaggedTensor]) -> JaggedTensor:
+    def _event_vectors(self, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> JaggedTensor:
         assert self.event_encoder is not None
-        return self._cast(self.event_encoder(events))
+        embeddings = {name: JaggedTensor(rows.tensor(), lengths=lengths_B) for name, rows in events.items()}
+        return self._cast(self.event_encoder(embeddings))
+
+    def _terms_of(self, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> list[EmbeddingRows]:
+        """What `EventEncoder` adds up: native code adds it up while it reads it."""
+        assert self.event_encoder is not None
+        rows = [events[name] for name in self.event_encoder.features]
+        if self.event_encoder.recency is not None:
+            rows.append(EmbeddingRows(self.event_encoder.recency.weight, recency(lengths_B, len(rows[0]))))
+        return rows
 
     def _cast(self, rows: JaggedTensor) -> JaggedTensor:
         if isinstance(self.encoder, NativeEncoder) or rows.values().dtype == self.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.inference.cache import CachedHistory, HistoryCache
-from torchrec_amort.inference.lookup import Rows, keyed, rows_of
+from torchrec_amort.inference.lookup import EmbeddingRows, Rows, keyed, rows_of, stack
 from torchrec_amort.inference.phases import Backend, Phases, Served, serve
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryState
@@ -175,7 +176,9 @@ class AmortizedScorer:
                     raise InputError(f"batch: {name} has {list(have)}, but the model reads {feature!r}, too: add it")
 
     def _limit(self, batch: RequestBatch) -> RequestBatch:
-        if self.history_length is None or not self._served.event_features:
+        if self.history_length is None or batch.sequences.values().numel() <= self.history_length:
+            return batch
+        if not self._served.event_features:
             return batch
         _, lengths_B = rows_of(batch.sequences, self._served.event_features[0], 0, len(batch))
         if int(lengths_B.max()) <= self.history_length:
@@ -210,13 +213,13 @@ class AmortizedScorer:
         if served.request_bags is None:
             slots_BFD = batch.request_dense.new_empty(len(batch), 0, served.candidate_bags.dim)
         else:
-            slots_BFD = served.request_bags(batch.request_sparse)
+            slots_BFD = stack(served.request_bags(batch.request_sparse))
         terms = phases.terms(batch.request_dense, slots_BFD)
         logits = [
             phases.score(
                 states,
                 terms,
-                None if served.sequences is None else served.sequences(part.items)["candidate_item"],
+                self._items(part),
                 part.num_candidates,
                 part.dense,
                 served.candidate_bags(part.sparse),
@@ -224,7 +227,8 @@ class AmortizedScorer:
             for part in self._microbatches(batch)
         ]
         logits_CT = logits[0] if len(logits) == 1 else torch.cat(logits)
-        if not torch.isfinite(logits_CT).all():
+        # The sum of what is not finite is not finite, either; the sum of numbers nearly always is.
+        if not math.isfinite(float(logits_CT.sum())) and not torch.isfinite(logits_CT).all():
             candidate = int((~torch.isfinite(logits_CT)).any(1).nonzero()[0])
             raise FloatingPointError(
                 f"candidate {candidate} of the batch: the model's logits are {logits_CT[candidate].tolist()}, not "
@@ -232,14 +236,23 @@ class AmortizedScorer:
             )
         return logits_CT
 
-    def _events(self, ids: Mapping[str, Rows]) -> dict[str, JaggedTensor]:
-        """Embeddings of the features of events."""
+    def _items(self, candidates: _Candidates) -> EmbeddingRows | None:
+        """Embeddings of the candidates' items."""
+        if self._served.sequences is None:
+            return None
+        return self._served.sequences({"candidate_item": (candidates.items, candidates.num_candidates)})[
+            "candidate_item"
+        ]
+
+    def _events(self, ids: Mapping[str, Rows]) -> tuple[dict[str, EmbeddingRows], Tensor]:
+        """Embeddings of the features of events, and how many events each request has."""
         assert self._served.sequences is not None
-        return self._served.sequences(ids)
+        features = {name: ids[name] for name in self._served.event_features}
+        return self._served.sequences(features), features[self._served.event_features[0]][1]
 
     def _states(self, batch: RequestBatch, phases: Phases, cache: HistoryCache | None) -> list[HistoryState]:
         if cache is None:
-            return [phases.encode(self._events(_events_of(batch, 0, len(batch))))]
+            return [phases.encode(*self._events(_events_of(batch, 0, len(batch))))]
         if batch.users is None:
             raise InputError("batch: users is None: a cache needs to know whose histories they are")
         return [self._state(batch, row, user, phases, cache) for row, user in enumerate(batch.users.tolist())]
@@ -252,9 +265,9 @@ class AmortizedScorer:
         if cached is not None and cached.num_events == history.num_events:
             return cached.state
         if cached is not None:
-            state = phases.extend(cached.state, self._events(history.events(cached.num_events)))
+            state = phases.extend(cached.state, *self._events(history.events(cached.num_events)))
         else:
-            state = phases.encode(self._events(history.events(0)))
+            state = phases.encode(*self._events(history.events(0)))
         version = history.version(history.num_events)
         cache.put(user, CachedHistory(version, history.num_events, state), epoch=epoch)
         return state
@@ -274,18 +287,18 @@ class _Candidates:
         num_candidates: int64 [B], how many of each request; it may be 0.
         dense: their dense inputs.
         sparse: their ids.
-        items: their items, one row per request, under `candidate_item`.
+        items: ids of their items, [C]; empty if the batch has none.
     """
 
     num_candidates: Tensor
     dense: Tensor
     sparse: KeyedJaggedTensor
-    items: dict[str, Rows]
+    items: Tensor
 
     @classmethod
     def of(cls, batch: RequestBatch, start: int, stop: int) -> _Candidates:
         num_candidates_B, sparse = batch.num_candidates, batch.candidate_sparse
-        items: dict[str, Rows] = {}
+        items = num_candidates_B[:0]
         if stop - start < batch.candidate_dense.shape[0]:
             ends_B = torch.cumsum(num_candidates_B, 0)
             starts_B = ends_B - num_candidates_B
@@ -293,7 +306,7 @@ class _Candidates:
             sparse = keyed({key: rows_of(sparse, key, start, stop) for key in sparse.keys()}, stop - start)
         if batch.sequences.keys():
             ids, _ = rows_of(batch.sequences, "candidate_item", 0, len(batch))
-            items["candidate_item"] = ids[start:stop], num_candidates_B
+            items = ids[start:stop]
         return cls(num_candidates_B, batch.candidate_dense[start:stop], sparse, items)
 
 
