@@ -15,7 +15,7 @@ from torchrec_amort import RequestSchema
 
 README = (ROOT / "README.md").read_text()
 SMALL = ["--model.embedding_dim=8", "--loop.epochs=1"]
-SMALL_BENCHMARK = ["--history_length=5", "--requests=5", "--candidates=4"]
+SMALL_BENCHMARK = ["--history_lengths=[5]", "--candidates=[4]", "--turns=2", "--methods=[impressions,amortized]"]
 
 
 def blocks(language: str) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.launch import launch, torchrun
 from torchrec_amort.apps import benchmark, cli, evaluate, prepare, train
+from torchrec_amort.apps.methods import METHODS
 
 MODEL = ["--model.embedding_dim=8", "--model.history_length=8"]
 
@@ -18,31 +19,49 @@ def trained(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return run
 
 
-def test_the_benchmark_compares_the_same_weights_both_ways(
+def test_the_benchmark_compares_all_ways_to_score_with_the_same_weights(
     data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["--run_folder", str(trained), "--requests=10", "--candidates=6", "--history_length=5", "--threads=1"]
-    benchmark.main(args)
+    methods = [method for method in METHODS if method not in ("compiled", "exported")]
+    args = ["--run_folder", str(trained), "--history_lengths=[5]", "--candidates=[6]", "--threads=1", "--turns=3"]
+    benchmark.main([*args, f"--methods={json.dumps(methods)}", "--warmup=1", "--load.seconds=0.5"])
     record = json.loads((trained / "benchmark.json").read_text())
-    assert (record["requests"], record["candidates"], record["history_length"]) == (10, 6, 5)
     assert record["threads"] == 1
-    assert 0 < record["max_score_difference"] <= 1e-5
-    for method in ("impressions", "amortized"):
-        assert 0 < record["latency_ms"][method]["p50"] <= record["latency_ms"][method]["p95"]
-    medians = {method: times["p50"] for method, times in record["latency_ms"].items()}
-    assert record["speedup_p50"] == pytest.approx(medians["impressions"] / medians["amortized"])
-    assert record["gemm_gflops"] > 0
+    (case,) = record["cases"]
+    assert (case["history_length"], case["candidates"], case["batch"]) == (5, 6, 1)
+    assert case["gemm_gflops"] > 0
+    assert {"impressions", "amortized", "cached", "encoder", "encoder_cached"} <= set(case["methods"])
+    for name, result in case["methods"].items():
+        assert 0 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"], name
+        assert result.get("max_difference", 0) <= (2e-2 if "bf16" in name else 1e-5), name
+    for rate in record["load"]["rates"]:
+        assert rate["sent"] == rate["answered"] + rate["refused"]
+        assert rate["wrong"] == rate["failed"] == rate["lost"] == 0
+    assert (trained / "benchmark.png").exists()
     shown = capsys.readouterr().out
-    assert "10 requests of 6 candidates and 5 events, one at a time, 1 threads, float32" in shown
+    assert "one request of 5 events and 6 candidates" in shown
+    assert "Load: 8 clients" in shown
+
+
+def test_a_random_model_is_benchmarked_over_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["--history_lengths=[2,4,9]", "--candidates=[1,3]", "--batches=[1,2]", "--embedding_dims=[16]"]
+    size = ["--model.history_heads=2", "--model.over_layers=[8]", "--model.dense_layers=[4]", "--memory=false"]
+    few = ["--turns=2", "--slow_turns=1", "--warmup=1", "--methods=[impressions,amortized,microbatched]"]
+    benchmark.main(["--out", str(tmp_path), *sweep, *size, *few, "--microbatch_size=2"])
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    assert len(record["cases"]) == 12
+    assert all(case["methods"]["microbatched"]["max_difference"] <= 1e-5 for case in record["cases"])
+    assert {model["method"] for model in record["cost"]} == {"impressions", "amortized", "microbatched"}
+    assert "twice n costs" in capsys.readouterr().out
 
 
 def test_a_benchmark_of_longer_histories_than_there_are_is_refused(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(["--run_folder", str(trained), "--history_length=9"])
+        benchmark.main(["--run_folder", str(trained), "--history_lengths=[9]"])
     assert stop.value.code == 2
-    assert "0 requests have 9 events or more, not 100" in capsys.readouterr().err
+    assert "history_lengths has 9, but the model of" in capsys.readouterr().err
 
 
 def test_evaluation_with_shorter_histories_keeps_the_latest_events(
