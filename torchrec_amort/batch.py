@@ -350,10 +350,13 @@ class _Check:
             self._sequence_lengths(keys, lengths)
 
     def _ids(self, name: str, keys: list[str], lengths: np.ndarray, values: np.ndarray, per_candidate: bool) -> None:
-        sizes = np.array([self.table_sizes.get(key, _ANY) for key in keys])
-        wrong = (values < 0) | (values >= np.repeat(sizes, lengths.sum(1)))
-        if not wrong.any():
+        sizes, counts = np.array([self.table_sizes.get(key, _ANY) for key in keys]), lengths.sum(1)
+        some = counts > 0
+        # The greatest id of each key, without an array of the size of the batch.
+        greatest = np.maximum.reduceat(values, (np.cumsum(counts) - counts)[some]) if some.any() else counts[:0]
+        if (greatest < sizes[some]).all() and (values.size == 0 or values.min() >= 0):
             return
+        wrong = (values < 0) | (values >= np.repeat(sizes, counts))
         position = int(np.flatnonzero(wrong)[0])
         place = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
         key, row = divmod(place, lengths.shape[1])

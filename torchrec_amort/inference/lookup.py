@@ -85,13 +85,11 @@ class BagLookup:
         if self._poolings is None:
             pooled_RFD = self._bags(features).values().unflatten(1, (-1, self.dim))
             return [EmbeddingRows(rows_RD) for rows_RD in pooled_RFD.unbind(1)]
-        values, lengths, num_rows = features.values().long(), features.lengths(), features.stride()
-        keys = list(features.keys())
-        # One id each needs no pooling.
-        have_one_each = values.numel() == lengths.numel() and bool((lengths == 1).all())
+        values, num_rows, keys = features.values().long(), features.stride(), list(features.keys())
+        needs_no_pooling = have_one_each(features)
         slots = []
         for name, table, mode in self._poolings:
-            if have_one_each:
+            if needs_no_pooling:
                 first = keys.index(name) * num_rows
                 slots.append(EmbeddingRows(table, values[first : first + num_rows]))
             else:
@@ -144,6 +142,22 @@ def rows_of(kjt: KeyedJaggedTensor, key: str, start: int, stop: int) -> Rows:
     offsets = kjt.offsets()
     begin, end = int(offsets[first + start]), int(offsets[first + stop])
     return kjt.values()[begin:end], kjt.lengths()[first + start : first + stop]
+
+
+def rows_of_all(kjt: KeyedJaggedTensor, start: int, stop: int) -> KeyedJaggedTensor:
+    """The rows of all keys from `start` to `stop`."""
+    keys, num_rows, count = list(kjt.keys()), kjt.stride(), stop - start
+    if have_one_each(kjt):
+        # Offsets would take as much memory as the ids.
+        values = kjt.values().view(len(keys), num_rows)[:, start:stop].reshape(-1)
+        return KeyedJaggedTensor(keys, values, lengths=torch.ones_like(values), stride=count)
+    return keyed({key: rows_of(kjt, key, start, stop) for key in keys}, count)
+
+
+def have_one_each(kjt: KeyedJaggedTensor) -> bool:
+    """Whether each row of each key has exactly one id."""
+    lengths = kjt.lengths()
+    return kjt.values().numel() == lengths.numel() and (lengths.numel() == 0 or int(lengths.min()) == 1)
 
 
 def keyed(rows: Mapping[str, Rows], stride: int) -> KeyedJaggedTensor:

@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.inference.cache import CachedHistory, HistoryCache
-from torchrec_amort.inference.lookup import EmbeddingRows, Rows, keyed, rows_of, stack
+from torchrec_amort.inference.lookup import EmbeddingRows, Rows, rows_of, rows_of_all, stack
 from torchrec_amort.inference.phases import Backend, Phases, Served, serve
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryState
@@ -303,7 +303,7 @@ class _Candidates:
             ends_B = torch.cumsum(num_candidates_B, 0)
             starts_B = ends_B - num_candidates_B
             num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
-            sparse = keyed({key: rows_of(sparse, key, start, stop) for key in sparse.keys()}, stop - start)
+            sparse = rows_of_all(sparse, start, stop)
         if batch.sequences.keys():
             ids, _ = rows_of(batch.sequences, "candidate_item", 0, len(batch))
             items = ids[start:stop]
