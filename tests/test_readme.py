@@ -41,6 +41,7 @@ def test_every_other_command_runs(data_folder: Path, tmp_path: Path) -> None:
         if command.startswith(("make ", "git ", "cd ", "pip ", "torchrec-amort prepare")):
             continue
         line = command.replace("data/movielens-1m", str(data_folder)).replace("runs/", f"{tmp_path}/runs/")
+        line = line.replace("packages/", f"{tmp_path}/packages/")
         if "train" in line and " compare " not in line:
             line += " " + " ".join(SMALL)
         if " compare " in line:
@@ -69,10 +70,11 @@ def test_the_python_code_runs(data_folder: Path, tmp_path: Path) -> None:
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_the_python_code_of_the_page_on_encoders_runs() -> None:
-    page = (ROOT / "docs" / "encoders.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(code, "encoders.md", "exec"), {"__name__": "encoders"})
+@pytest.mark.parametrize("name", ["encoders", "serving"])
+def test_the_python_code_of_the_pages_runs(name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    exec(compile(code, f"{name}.md", "exec"), {"__name__": name})
 
 
 def test_the_demos_output_in_the_readme_is_that_of_its_summary() -> None:

@@ -1,4 +1,4 @@
-"""The figures on the page of results are those of the records beside it."""
+"""The figures on the pages of results and benchmarks are those of the records beside them."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
+from torchrec_amort.apps.benchmark_report import table
 from torchrec_amort.apps.compare_report import markdown
 
 PAGE = (ROOT / "docs" / "results.md").read_text()
@@ -18,3 +19,9 @@ def test_every_table_is_that_of_its_record(path: Path) -> None:
     assert f"results/{path.stem}.png" in PAGE
     assert path.with_suffix(".png").exists()
     assert f"examples/compare_{path.stem}.yaml" in PAGE
+
+
+@pytest.mark.parametrize("name", ["methods", "memory", "load"])
+def test_every_benchmark_is_that_of_its_record(name: str) -> None:
+    record = json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
+    assert table(record) in (ROOT / "docs" / "benchmarks.md").read_text()

@@ -8,6 +8,9 @@
 // the logits [m, T], row by row, as float32. A service keeps the history's state from one request to the next, and
 // looks the embeddings up itself: the tables are in tables.pt.
 
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+
 #include <algorithm>
 #include <chrono>
 #include <fstream>
@@ -15,9 +18,6 @@
 #include <iterator>
 #include <string>
 #include <vector>
-
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 using Tensors = std::vector<at::Tensor>;
 using Loader = torch::inductor::AOTIModelPackageLoader;
@@ -50,7 +50,8 @@ int main(int count, char** arguments) try {
   for (int turn = 0; turn < 20; ++turn) {
     const auto started = std::chrono::steady_clock::now();
     logits = candidates.run(given).at(0);
-    milliseconds.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count());
+    milliseconds.push_back(
+        std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - started).count());
   }
   std::sort(milliseconds.begin(), milliseconds.end());
 

@@ -261,6 +261,17 @@ def test_a_changed_history_is_never_served_from_what_it_was() -> None:
         scorer.score(batch)
 
 
+def test_what_the_model_does_not_read_does_not_change_a_cached_history() -> None:
+    model, cache = make_model(**WITHOUT_AGE), HistoryCache(2**20)
+    scorer = AmortizedScorer(model, cache=cache)
+    (request,) = make_requests([(4, 3)])
+    for seconds in (0, 10**5):
+        # Later, all events are older; the batch tells, but the model does not look.
+        batch = RequestBatch.from_requests([request | {"user": 1, "time": request["time"] + seconds}], SCHEMA)
+        scorer.score(batch)
+    assert cache.counters()["hits"] == 1
+
+
 def test_many_threads_get_the_scores_of_one() -> None:
     model = make_model(**WITHOUT_AGE)
     schema = SCHEMA.without(["history_age"])
@@ -287,3 +298,21 @@ def test_many_threads_get_the_scores_of_one() -> None:
     assert not errors
     assert scorer.cache is not None
     assert scorer.cache.nbytes <= 20_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interaction", ["dot", "dcn"])
+def test_a_gpu_scores_as_a_cpu(dtype: torch.dtype, interaction: str) -> None:
+    # Heads of dimension 8, which variable-length attention takes in bfloat16.
+    model = make_model(**(WITHOUT_AGE | {"interaction": interaction, "embedding_dim": 16}))
+    schema = SCHEMA.without(["history_age"])
+    requests = [request | {"user": row} for row, request in enumerate(make_requests([(8, 30), (0, 5), (3, 8)]))]
+    batch = RequestBatch.from_requests(requests, schema)
+    expected = torch.sigmoid(by_impressions(model, batch))
+    scorer = AmortizedScorer(model.cuda(), 16, HistoryCache(2**20), dtype=dtype)
+    for _ in range(2):
+        scores = scorer.score(batch)
+        assert scores.is_cuda
+        assert_same(torch.sigmoid(scores).cpu(), expected, 1e-4 if dtype == torch.float32 else 2e-2)

@@ -60,7 +60,9 @@ def _cost_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def _load_lines(load: Mapping[str, Any]) -> list[str]:
-    lines = ["", f"Load: {load['settings']['clients']} clients, capacity {load['capacity']:.0f} requests/s"]
+    alone = f"p50 {load['alone']['p50_ms']:.1f} ms, p99 {load['alone']['p99_ms']:.1f} ms"
+    clients, capacity = load["settings"]["clients"], load["capacity"]
+    lines = ["", f"Load: {clients} clients, capacity {capacity:.0f} requests/s; one by one on one thread {alone}"]
     for rate in load["rates"]:
         lines.append(
             f"  at {rate['share_of_capacity']:.0%} for {rate['seconds']:.0f} s: p50 {rate.get('p50_ms', 0):.1f} ms, "

@@ -110,8 +110,8 @@ def measure_load(
         seed: of the times at which requests are sent.
 
     Returns:
-        dict: `capacity`, requests a second when one always waits; and for each rate what was sent, refused, failed and
-        wrong, latencies, and the growth of memory.
+        dict: `capacity`, requests a second when one always waits; `alone`, latencies one after the other; and for each
+        rate what was sent, refused, failed and wrong, latencies, and the growth of memory.
 
     Example::
 
@@ -120,8 +120,7 @@ def measure_load(
     scorer = AmortizedScorer(model)
     with torch.inference_mode():
         expected = [model(batch.to_impressions()) for batch in batches]
-    for batch in batches:
-        scorer.warm_up(batch, times=1)
+    alone = _alone(scorer, batches)
     workers = config.workers or torch.get_num_threads()
     rates = []
     with progress(total=len(config.rates) + 1, desc="load", unit="rates") as bar:
@@ -135,7 +134,25 @@ def measure_load(
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
             rates.append({"share_of_capacity": rate, **_result(clients, service, config.seconds, grown)})
             bar.update()
-    return {"capacity": capacity, "workers": workers, "rates": rates}
+    return {"capacity": capacity, "workers": workers, "alone": alone, "rates": rates}
+
+
+def _alone(scorer: AmortizedScorer, batches: Sequence[RequestBatch]) -> dict[str, float]:
+    """Latencies of the same requests one after the other, on one thread: what their sizes alone make of them."""
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for batch in [*batches, *batches]:
+            started = time.perf_counter()
+            scorer.score(batch)
+            seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return _percentiles(seconds[len(batches) :])
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    return {f"p{percent}_ms": 1e3 * float(np.percentile(seconds, percent)) for percent in (50, 95, 99)}
 
 
 def _capacity(scorer: AmortizedScorer, batches: Sequence[RequestBatch], workers: int, seconds: float) -> float:
@@ -155,7 +172,7 @@ def _capacity(scorer: AmortizedScorer, batches: Sequence[RequestBatch], workers:
 def _result(clients: _Clients, service: ScoringService, seconds: float, grown: int) -> dict[str, Any]:
     counters = service.counters()
     answered = len(clients.seconds)
-    percentiles = {f"p{p}_ms": 1e3 * float(np.percentile(clients.seconds, p)) for p in (50, 95, 99)} if answered else {}
+    percentiles = _percentiles(clients.seconds) if answered else {}
     return {
         "seconds": seconds,
         "sent": clients.sent,

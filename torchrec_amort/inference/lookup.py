@@ -66,6 +66,8 @@ class BagLookup:
         self._bags = bags
         tables = bags.embedding_bag_configs()
         self.dim: int = tables[0].embedding_dim
+        weights = [*bags.parameters(), *bags.buffers()]
+        self.device = weights[0].device if weights else torch.device("cpu")
         self.table_sizes = _table_sizes(tables)
         self._poolings: list[tuple[str, Tensor, str]] | None = None
         if type(bags) is EmbeddingBagCollection and _are_plain(bags.embedding_bags) and not bags.is_weighted():

@@ -316,7 +316,8 @@ class Workspace {
 };
 
 template <int V, class Take>
-inline void norm(const float* tile, long dim, double epsilon, const float* weight, const float* bias, const Take& take) {
+inline void norm(const float* tile, long dim, double epsilon, const float* weight, const float* bias,
+                 const Take& take) {
   Row<V> mean = same<V>(0.0f), variance = same<V>(0.0f);
   for (long d = 0; d < dim; ++d) mean = mean + load<V>(tile + d * ROWS<V>);
   mean = mean * (1.0f / dim);
@@ -347,10 +348,10 @@ void attend(Workspace<V>& space, const float* queries, const T* keys, const T* v
     const long count = std::min(KEYS, most - begin);
     Row<V> now_highest = highest;
     multiply<V>(keys + begin * state.key_stride, state.key_stride, count, queries, head_dim,
-             [&](long key, auto first, auto second) {
-               save(space.logits + key * ROWS<V>, first);
-               save(space.logits + (key + 1) * ROWS<V>, second);
-             });
+                [&](long key, auto first, auto second) {
+                  save(space.logits + key * ROWS<V>, first);
+                  save(space.logits + (key + 1) * ROWS<V>, second);
+                });
     for (long key = 0; key < count; ++key) {
       float* logits = space.logits + key * ROWS<V>;
       if (reach.is_causal)
@@ -362,81 +363,82 @@ void attend(Workspace<V>& space, const float* queries, const T* keys, const T* v
     total = total * shrink;
     for (long key = 0; key < count; key += 2) {
       const Row<V> first = exponential(load<V>(space.logits + key * ROWS<V>) - highest);
-      const Row<V> second = key + 1 < count ? exponential(load<V>(space.logits + (key + 1) * ROWS<V>) - highest) : same<V>(0.0f);
+      const Row<V> second =
+          key + 1 < count ? exponential(load<V>(space.logits + (key + 1) * ROWS<V>) - highest) : same<V>(0.0f);
       total = total + (first + second);
       Factor<T>::store(space.weights, key, first, second);
     }
     multiply<V>(values + begin, state.value_stride, head_dim, space.weights, count,
-             [&](long d, auto first, auto second) {
-               save(space.sums + d * ROWS<V>, load<V>(space.sums + d * ROWS<V>) * shrink + first);
-               save(space.sums + (d + 1) * ROWS<V>, load<V>(space.sums + (d + 1) * ROWS<V>) * shrink + second);
-             });
+                [&](long d, auto first, auto second) {
+                  save(space.sums + d * ROWS<V>, load<V>(space.sums + d * ROWS<V>) * shrink + first);
+                  save(space.sums + (d + 1) * ROWS<V>, load<V>(space.sums + (d + 1) * ROWS<V>) * shrink + second);
+                });
   }
   // Who has no key reads zero.
   const Row<V> inverse = each<V>([&](int i) { return most > 0 ? all(1.0f) / total.vector[i] : Vector{}; });
   for (long d = 0; d < head_dim; d += 2)
-    Factor<T>::store(read, d, load<V>(space.sums + d * ROWS<V>) * inverse, load<V>(space.sums + (d + 1) * ROWS<V>) * inverse);
+    Factor<T>::store(read, d, load<V>(space.sums + d * ROWS<V>) * inverse,
+                     load<V>(space.sums + (d + 1) * ROWS<V>) * inverse);
 }
 
 // One layer of the encoder, on the tile of a workspace.
 template <int V, class T>
-void apply_layer(Workspace<V>& space, const Encoder& encoder, const Layer& layer, const State& state, const Reach& reach) {
+void apply_layer(Workspace<V>& space, const Encoder& encoder, const Layer& layer, const State& state,
+                 const Reach& reach) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
-  const auto as_factor = [&](long d, auto first, auto second) {
-    Factor<T>::store(space.factor, d, first, second);
-  };
+  const auto as_factor = [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); };
   const auto add = [&](long d, auto first, auto second) {
     save(space.rows + d * ROWS<V>, load<V>(space.rows + d * ROWS<V>) + first);
     save(space.rows + (d + 1) * ROWS<V>, load<V>(space.rows + (d + 1) * ROWS<V>) + second);
   };
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   norm<V>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
-  multiply<V>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim,
-           [&](long d, auto first, auto second) {
-             Factor<T>::store(space.queries, d, first * scale, second * scale);
-           });
+  multiply<V>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim, [&](long d, auto first, auto second) {
+    Factor<T>::store(space.queries, d, first * scale, second * scale);
+  });
   const T* keys = static_cast<const T*>(state.keys);
   const T* values = static_cast<const T*>(state.values);
   for (long d = 0; d < dim; d += head_dim) {
     const long cells = d / Factor<T>::DEPTH * ROWS<V>;
-    attend<V, T>(space, space.queries + cells, keys + d / head_dim * state.head_stride,
-                 values + d * state.value_stride, state, reach, head_dim, space.read + cells);
+    attend<V, T>(space, space.queries + cells, keys + d / head_dim * state.head_stride, values + d * state.value_stride,
+                 state, reach, head_dim, space.read + cells);
   }
   multiply<V>(static_cast<const T*>(layer.output), dim, dim, space.read, dim, add);
   norm<V>(space.rows, dim, encoder.epsilon, layer.feedforward_norm_weight, layer.feedforward_norm_bias, as_factor);
   multiply<V>(static_cast<const T*>(layer.widen), dim, encoder.width, space.factor, dim,
-           [&](long f, auto first, auto second) {
-             Factor<T>::store(space.hidden, f, maximum(same<V>(0.0f), first + layer.widen_bias[f]),
-                              maximum(same<V>(0.0f), second + layer.widen_bias[f + 1]));
-           });
+              [&](long f, auto first, auto second) {
+                Factor<T>::store(space.hidden, f, maximum(same<V>(0.0f), first + layer.widen_bias[f]),
+                                 maximum(same<V>(0.0f), second + layer.widen_bias[f + 1]));
+              });
   multiply<V>(static_cast<const T*>(layer.narrow), encoder.width, dim, space.hidden, encoder.width,
-           [&](long d, auto first, auto second) {
-             add(d, first + layer.narrow_bias[d], second + layer.narrow_bias[d + 1]);
-           });
+              [&](long d, auto first, auto second) {
+                add(d, first + layer.narrow_bias[d], second + layer.narrow_bias[d + 1]);
+              });
 }
 
 // Keys and values of the tile's `count` rows, which are rows `start` on of the state.
 template <int V, class T>
-void write_keys_and_values(Workspace<V>& space, const Encoder& encoder, const Layer& layer, const State& state, long start,
-                           long count) {
+void write_keys_and_values(Workspace<V>& space, const Encoder& encoder, const Layer& layer, const State& state,
+                           long start, long count) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
   norm<V>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias,
-       [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); });
+          [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); });
   T* keys = static_cast<T*>(state.keys) + start * state.key_stride;
   T* values = static_cast<T*>(state.values) + start;
   // Rows d of the product are keys for d below D, then values.
-  multiply<V>(static_cast<const T*>(layer.key_value), dim, 2 * dim, space.factor, dim,
-           [&](long d, auto first, auto second) {
-             float lanes[2][ROWS<V>];
-             save(lanes[0], first), save(lanes[1], second);
-             for (int side = 0; side < 2; ++side)
-               for (long row = 0; row < count; ++row) {
-                 const long place = d + side;
-                 T* to = place < dim ? keys + place / head_dim * state.head_stride + row * state.key_stride + place % head_dim
-                                     : values + (place - dim) * state.value_stride + row;
-                 *to = Factor<T>::narrow(lanes[side][row]);
-               }
-           });
+  multiply<V>(
+      static_cast<const T*>(layer.key_value), dim, 2 * dim, space.factor, dim, [&](long d, auto first, auto second) {
+        float lanes[2][ROWS<V>];
+        save(lanes[0], first), save(lanes[1], second);
+        for (int side = 0; side < 2; ++side)
+          for (long row = 0; row < count; ++row) {
+            const long place = d + side;
+            T* to = place < dim
+                        ? keys + place / head_dim * state.head_stride + row * state.key_stride + place % head_dim
+                        : values + (place - dim) * state.value_stride + row;
+            *to = Factor<T>::narrow(lanes[side][row]);
+          }
+      });
 }
 
 // Rows `start` to `start + count` as a tile.
@@ -479,8 +481,8 @@ int threads_for(const std::vector<Place>& places, int num_threads) {
 }
 
 template <int V, class T>
-void encode(const Encoder& encoder, const Rows* terms, long num_terms, const int64_t* lengths, const int64_t* past, long num_requests,
-            const State* states, int num_threads) {
+void encode(const Encoder& encoder, const Rows* terms, long num_terms, const int64_t* lengths, const int64_t* past,
+            long num_requests, const State* states, int num_threads) {
   const long dim = encoder.dim;
   const std::vector<Place> places = places_of<V>(lengths, num_requests);
   std::vector<float> tiles(places.size() * dim * ROWS<V>);
@@ -517,15 +519,15 @@ void encode(const Encoder& encoder, const Rows* terms, long num_terms, const int
 
 // Layers one after the other, ReLU between them; the first one's bias is given if it has none of its own.
 template <int V, class T, class Take>
-void feed_forward(Workspace<V>& space, const Linear* layers, long num_layers, const float* first_bias, const float* input,
-                  const Take& take) {
+void feed_forward(Workspace<V>& space, const Linear* layers, long num_layers, const float* first_bias,
+                  const float* input, const Take& take) {
   for (long i = 0; i < num_layers; ++i) {
     const Linear& layer = layers[i];
     const float* bias = layer.bias != nullptr ? layer.bias : first_bias;
     const T* weight = static_cast<const T*>(layer.weight);
     if (i + 1 == num_layers) {
       multiply<V>(weight, layer.inputs, layer.outputs, input, layer.inputs,
-               [&](long row, auto first, auto second) { take(row, first + bias[row], second + bias[row + 1]); });
+                  [&](long row, auto first, auto second) { take(row, first + bias[row], second + bias[row + 1]); });
     } else {
       float* output = space.layers[i % 2];
       multiply<V>(weight, layer.inputs, layer.outputs, input, layer.inputs, [&](long row, auto first, auto second) {
@@ -553,19 +555,20 @@ void apply_head(Workspace<V>& space, const Head& head, const Request& request, l
   float* features = space.features;
   if (head.num_dense_layers > 0) {
     const float* inputs = narrow<V, T>(features, head.dense[0].inputs, space.narrowed);
-    feed_forward<V, T>(space, head.dense, head.num_dense_layers, request.dense, inputs, [&](long d, auto first, auto second) {
-      save(space.vectors + d * ROWS<V>, maximum(same<V>(0.0f), first));
-      save(space.vectors + (d + 1) * ROWS<V>, maximum(same<V>(0.0f), second));
-    });
+    feed_forward<V, T>(space, head.dense, head.num_dense_layers, request.dense, inputs,
+                       [&](long d, auto first, auto second) {
+                         save(space.vectors + d * ROWS<V>, maximum(same<V>(0.0f), first));
+                         save(space.vectors + (d + 1) * ROWS<V>, maximum(same<V>(0.0f), second));
+                       });
     std::memcpy(features, space.vectors, sizeof(float) * dim * ROWS<V>);
     features += dim * ROWS<V>;
   }
   for (long one = 0; one < num_vectors; ++one, features += head.num_request_vectors * ROWS<V>)
     multiply<V>(request.vectors, dim, head.num_request_vectors, space.vectors + one * dim * ROWS<V>, dim,
-             [&](long row, auto first, auto second) {
-               save(features + row * ROWS<V>, first);
-               if (row + 1 < head.num_request_vectors) save(features + (row + 1) * ROWS<V>, second);
-             });
+                [&](long row, auto first, auto second) {
+                  save(features + row * ROWS<V>, first);
+                  if (row + 1 < head.num_request_vectors) save(features + (row + 1) * ROWS<V>, second);
+                });
   for (long one = 0; one < num_vectors; ++one)
     for (long other = one + 1; other < num_vectors; ++other, features += ROWS<V>) {
       Row<V> sums[2] = {same<V>(0.0f), same<V>(0.0f)};
@@ -581,15 +584,16 @@ void apply_head(Workspace<V>& space, const Head& head, const Request& request, l
 
 // What the encoder makes of a tile of candidates, to `vectors`.
 template <int V, class T>
-void encode_candidates(Workspace<V>& space, const Encoder& encoder, const State* states, long num_events, float* vectors) {
+void encode_candidates(Workspace<V>& space, const Encoder& encoder, const State* states, long num_events,
+                       float* vectors) {
   const Reach reach = {num_events, false, 0};
   for (long depth = 0; depth < encoder.num_layers; ++depth)
     apply_layer<V, T>(space, encoder, encoder.layers[depth], states[depth], reach);
   norm<V>(space.rows, encoder.dim, encoder.epsilon, encoder.output_norm_weight, encoder.output_norm_bias,
-       [&](long d, auto first, auto second) {
-         save(vectors + d * ROWS<V>, first);
-         save(vectors + (d + 1) * ROWS<V>, second);
-       });
+          [&](long d, auto first, auto second) {
+            save(vectors + d * ROWS<V>, first);
+            save(vectors + (d + 1) * ROWS<V>, second);
+          });
 }
 
 template <int V, class T>
@@ -643,19 +647,20 @@ bool are_few(const int64_t* lengths, long num_requests) {
 
 // Phase one: writes the keys and values of events, each the sum of rows of `terms`, after the `past` ones of each
 // request. `states` has those of the first request, layer by layer, then those of the second one, and so on.
-#define ENCODE(NAME, TYPE)                                                                                             \
-  extern "C" void NAME(const Encoder* encoder, const Rows* terms, int64_t num_terms, const int64_t* lengths,          \
-                       const int64_t* past, int64_t num_requests, const State* states, int num_threads) {             \
-    const auto run = are_few(lengths, num_requests) ? encode<1, TYPE> : encode<2, TYPE>;                               \
-    run(*encoder, terms, num_terms, lengths, past, num_requests, states, num_threads);                                \
+#define ENCODE(NAME, TYPE)                                                                                   \
+  extern "C" void NAME(const Encoder* encoder, const Rows* terms, int64_t num_terms, const int64_t* lengths, \
+                       const int64_t* past, int64_t num_requests, const State* states, int num_threads) {    \
+    const auto run = are_few(lengths, num_requests) ? encode<1, TYPE> : encode<2, TYPE>;                     \
+    run(*encoder, terms, num_terms, lengths, past, num_requests, states, num_threads);                       \
   }
 
-// Phase two: of candidates, logits [C][T] with a head, and vectors [C][D] without. Without an encoder the slots hold all.
-#define SCORE(NAME, TYPE)                                                                                              \
+// Phase two: of candidates, logits [C][T] with a head, and vectors [C][D] without. Without an encoder the slots hold
+// all.
+#define SCORE(NAME, TYPE)                                                                                             \
   extern "C" void NAME(const Encoder* encoder, const Head* head, const Candidates* candidates,                        \
                        const int64_t* num_candidates, const int64_t* num_events, int64_t num_requests,                \
                        const State* states, const Request* requests, float* scores, int num_threads) {                \
-    const auto run = are_few(num_candidates, num_requests) ? score<1, TYPE> : score<2, TYPE>;                          \
+    const auto run = are_few(num_candidates, num_requests) ? score<1, TYPE> : score<2, TYPE>;                         \
     run(encoder, head, *candidates, num_candidates, num_events, num_requests, states, requests, scores, num_threads); \
   }
 

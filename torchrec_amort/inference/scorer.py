@@ -111,11 +111,11 @@ class AmortizedScorer:
         """Score every candidate of every request.
 
         Args:
-            requests: B requests with C candidates, of any lengths; or one mapping per request, as
+            requests: B requests with C candidates, of any lengths, on any device; or one mapping per request, as
                 `RequestBatch.from_requests` reads them.
 
         Returns:
-            Tensor: logits [C, T], the candidates in the order of the requests.
+            Tensor: logits [C, T], the candidates in the order of the requests, on the model's device.
 
         Raises:
             InputError: a request is malformed, has an id outside its table or, if that is to be refused, too long a
@@ -154,6 +154,9 @@ class AmortizedScorer:
         if self.validate:
             self._refuse_missing_features(requests)
             requests.validate(self._table_sizes)
+        device = self._served.candidate_bags.device
+        if requests.num_candidates.device != device:
+            requests = requests.to(device)
         return self._limit(requests)
 
     def _refuse_other_schema(self, schema: RequestSchema) -> None:
@@ -240,26 +243,28 @@ class AmortizedScorer:
         """Embeddings of the candidates' items."""
         if self._served.sequences is None:
             return None
-        return self._served.sequences({"candidate_item": (candidates.items, candidates.num_candidates)})[
-            "candidate_item"
-        ]
+        (items,) = self._served.sequences({"candidate_item": (candidates.items, candidates.num_candidates)}).values()
+        return items
+
+    def _ids(self, batch: RequestBatch, start: int, stop: int) -> dict[str, Rows]:
+        """Ids of the events of some requests, feature by feature."""
+        return {name: rows_of(batch.sequences, name, start, stop) for name in self._served.event_features}
 
     def _events(self, ids: Mapping[str, Rows]) -> tuple[dict[str, EmbeddingRows], Tensor]:
         """Embeddings of the features of events, and how many events each request has."""
         assert self._served.sequences is not None
-        features = {name: ids[name] for name in self._served.event_features}
-        return self._served.sequences(features), features[self._served.event_features[0]][1]
+        return self._served.sequences(ids), ids[self._served.event_features[0]][1]
 
     def _states(self, batch: RequestBatch, phases: Phases, cache: HistoryCache | None) -> list[HistoryState]:
         if cache is None:
-            return [phases.encode(*self._events(_events_of(batch, 0, len(batch))))]
+            return [phases.encode(*self._events(self._ids(batch, 0, len(batch))))]
         if batch.users is None:
             raise InputError("batch: users is None: a cache needs to know whose histories they are")
         return [self._state(batch, row, user, phases, cache) for row, user in enumerate(batch.users.tolist())]
 
     def _state(self, batch: RequestBatch, row: int, user: int, phases: Phases, cache: HistoryCache) -> HistoryState:
         """One request's state: from the cache, or extended or encoded and then put there."""
-        history = _History(batch, row, self._hash_key)
+        history = _History(self._ids(batch, row, row + 1), self._hash_key)
         epoch = cache.epoch
         cached = cache.find(user, history.num_events, history.version, extendable=phases.is_extendable)
         if cached is not None and cached.num_events == history.num_events:
@@ -311,10 +316,10 @@ class _Candidates:
 
 
 class _History:
-    """The history of one request of a batch."""
+    """The history of one request: ids of each feature of its events."""
 
-    def __init__(self, batch: RequestBatch, row: int, hash_key: bytes) -> None:
-        self._ids = {key: values for key, (values, _) in _events_of(batch, row, row + 1).items()}
+    def __init__(self, ids: Mapping[str, Rows], hash_key: bytes) -> None:
+        self._ids = {name: values.long() for name, (values, _) in ids.items()}
         self._hash_key = hash_key
         self.num_events = len(next(iter(self._ids.values())))
         self._bytes = torch.stack(list(self._ids.values()), dim=1).cpu().numpy().tobytes()
@@ -327,9 +332,3 @@ class _History:
     def events(self, first: int) -> dict[str, Rows]:
         """Ids of the events from the given one on."""
         return {key: (ids[first:], ids.new_tensor([self.num_events - first])) for key, ids in self._ids.items()}
-
-
-def _events_of(batch: RequestBatch, start: int, stop: int) -> dict[str, Rows]:
-    """Ids of the events of some requests, feature by feature."""
-    keys = [key for key in batch.sequences.keys() if key != "candidate_item"]
-    return {key: rows_of(batch.sequences, key, start, stop) for key in keys}
