@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -53,9 +53,9 @@ def why_not_native(encoder: nn.Module | None, dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class _StateWithRoom(HistoryState):
-    """A state that may grow in place."""
+    """A state as native code reads it, that may grow in place."""
 
-    room: _Room | None = None
+    room: _Room = field(kw_only=True)
 
 
 class _Room:
@@ -73,12 +73,18 @@ class _Room:
     def __init__(
         self, num_events: int, capacity: int, num_layers: int, dim: int, num_heads: int, dtype: torch.dtype
     ) -> None:
-        self._num_events, self._capacity, self._shape = num_events, capacity, (num_heads, -1)
+        self._num_events, self._capacity, self._shape = num_events, capacity, (num_heads, dim // num_heads)
         # Head by head, so that each is read in order.
         self._keys = [torch.empty(num_heads, capacity, dim // num_heads, dtype=dtype) for _ in range(num_layers)]
         # Events are next to each other. Products of bfloat16 read one beyond the last, times zero: it must be finite.
         self._values = [torch.zeros(dim, capacity + 1, dtype=dtype) for _ in range(num_layers)]
         self._lock = threading.Lock()
+        head_dim = dim // num_heads
+        self.dtype = dtype
+        self.pointers = [
+            native.StateStruct(key.data_ptr(), value.data_ptr(), capacity * head_dim, head_dim, capacity + 1)
+            for key, value in zip(self._keys, self._values, strict=True)
+        ]
 
     def take(self, past_B: Tensor, lengths_B: Tensor) -> bool:
         """Take the space for the events of a single request that come after `past_B`, if nobody has and it is there."""
@@ -90,12 +96,15 @@ class _Room:
             self._num_events = int(lengths_B)
             return True
 
-    def state(self, lengths_B: Tensor) -> HistoryState:
+    def state(self, lengths_B: Tensor) -> _StateWithRoom:
         """The first events, keys and values [N, H, K]."""
         num_events = int(lengths_B) if len(lengths_B) == 1 else int(lengths_B.sum())
-        keys = [key[:, :num_events].transpose(0, 1) for key in self._keys]
-        values = [value[:, :num_events].t().unflatten(1, self._shape) for value in self._values]
-        return _StateWithRoom(tuple(keys), tuple(values), lengths_B, None, self)
+        (heads, head_dim), row = self._shape, self._capacity + 1
+        shape = (num_events, heads, head_dim)
+        # One view each, not one after the other: a request for few rows waits for every call.
+        keys = [key.as_strided(shape, (head_dim, self._capacity * head_dim, 1)) for key in self._keys]
+        values = [value.as_strided(shape, (1, head_dim * row, row)) for value in self._values]
+        return _StateWithRoom(tuple(keys), tuple(values), lengths_B, room=self)
 
 
 class NativeEncoder(AmortizableEncoder):
@@ -189,8 +198,9 @@ class NativeEncoder(AmortizableEncoder):
             return super().extend_history(state, events)
         refuse_other_requests(state, events)
         lengths_B = state.lengths + events.lengths()
-        if (room := getattr(state, "room", None)) is not None and room.take(state.lengths, lengths_B):
-            longer = room.state(lengths_B)
+        longer: HistoryState
+        if isinstance(state, _StateWithRoom) and state.room.take(state.lengths, lengths_B):
+            longer = state.room.state(lengths_B)
         else:
             longer = self._empty(lengths_B, spare=max(SPARE_EVENTS, int(lengths_B.sum()) // 8))
             for request in range(len(state)):
@@ -248,6 +258,8 @@ class NativeEncoder(AmortizableEncoder):
 
     def _readable(self, state: HistoryState) -> HistoryState:
         """The state as native code reads it: itself, if it was written here."""
+        if isinstance(state, _StateWithRoom) and state.room.dtype == self.dtype:
+            return state
         if all(key.stride(2) == 1 and key.dtype == self.dtype for key in state.keys) and all(
             value.stride(0) == 1
             and value.stride(1) == value.shape[2] * value.stride(2)
@@ -263,6 +275,8 @@ class NativeEncoder(AmortizableEncoder):
 
     def pointers(self, state: HistoryState) -> list[native.StateStruct]:
         """Of each request in turn, where its keys and values of each layer are."""
+        if isinstance(state, _StateWithRoom) and len(state) == 1:
+            return state.room.pointers
         size = self.dtype.itemsize
         starts = [0] if len(state) == 1 else [0, *torch.cumsum(state.lengths, 0).tolist()][:-1]
         return [
