@@ -62,6 +62,7 @@ class Methods:
         self.schema = schema
         self._microbatch_size = microbatch_size
         self._scorers: dict[str, AmortizedScorer] = {}
+        self._encoders: dict[str, AmortizableEncoder] = {}
 
     def calls(self, batch: RequestBatch, methods: Sequence[Method]) -> dict[str, Call]:
         """Each method as a call without arguments that scores a batch.
@@ -74,9 +75,11 @@ class Methods:
             dict: calls by method; those of whole models return logits [C, T].
         """
         calls: dict[str, Call] = {}
+        of_encoder = self._encoder_calls(batch) if any(method.startswith("encoder") for method in methods) else {}
         for method in methods:
             if method.startswith("encoder"):
-                calls |= {name: call for name, call in self._encoder_calls(batch).items() if name == method}
+                if method in of_encoder:
+                    calls[method] = of_encoder[method]
             elif method == "impressions":
                 calls[method] = partial(self.model, batch.to_impressions())
             elif method == "model":
@@ -150,10 +153,6 @@ class Methods:
             dtype = torch.bfloat16 if kind == "bf16" else torch.float32
             self._encoders[kind] = arch if why_not_native(arch, dtype) else NativeEncoder(arch, dtype)
         return self._encoders[kind]
-
-    @cached_property
-    def _encoders(self) -> dict[str, AmortizableEncoder]:
-        return {}
 
 
 class _Growing:

@@ -154,10 +154,10 @@ def export_package(
                 "cpu": torch.backends.cpu.get_cpu_capability(),
                 "dtype": str(dtype).removeprefix("torch."),
                 "num_request_dense": head.num_request_dense,
-                "num_candidate_dense": 0 if head.dense.candidate is None else head.dense.candidate.in_features,
+                "num_candidate_dense": head.num_candidate_dense,
                 "embedding_dim": head.embedding_dim,
                 "event_features": [] if model.event_encoder is None else model.event_encoder.features,
-                "history_length": _limit(model),
+                "history_length": None if model.event_encoder is None else model.event_encoder.max_length,
                 **phases,
                 "tables": table_configs,
                 "sha256": {path.name: _checksum(path) for path in sorted(temporary.iterdir())},
@@ -177,11 +177,6 @@ def _why_not_exportable(encoder: nn.Module | None) -> str | None:
     return None
 
 
-def _limit(model: AmortizedDLRM) -> int | None:
-    recency = None if model.event_encoder is None else model.event_encoder.recency
-    return None if recency is None else recency.num_embeddings
-
-
 def _versions() -> dict[str, str]:
     packages = ("torchrec-amort", "torch", "torchrec")
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
@@ -197,7 +192,6 @@ def _compile(model: AmortizedDLRM, head: Head, dtype: torch.dtype, folder: Path)
     encoder = model.history_arch if isinstance(model.history_arch, AmortizableEncoder) else None
     dim, num_events, num_candidates = head.embedding_dim, 6, 5
     num_request_slots = 0 if model.request_sparse_arch is None else model.request_sparse_arch.F
-    of_candidate = head.dense.candidate
     state: tuple[Tensor, ...] = ()
     num_keys = 0
     if encoder is not None:
@@ -206,7 +200,7 @@ def _compile(model: AmortizedDLRM, head: Head, dtype: torch.dtype, folder: Path)
         events = torch.randn(len(model.event_encoder.features), num_events, dim)
         state = history(events)
         num_keys = len(encoder.encode_history(_no_events(dim, dtype)).keys)
-        _save(history, (events,), ({1: Dim("n", min=1, max=_limit(model))},), folder / "history.pt2")
+        _save(history, (events,), ({1: Dim("n", min=1, max=model.event_encoder.max_length)},), folder / "history.pt2")
     request = _Request(head, dtype)
     of_request = torch.randn(1, head.num_request_dense), torch.randn(1, num_request_slots, dim)
     terms = request(*of_request)
@@ -216,7 +210,7 @@ def _compile(model: AmortizedDLRM, head: Head, dtype: torch.dtype, folder: Path)
         list(state),
         list(terms),
         torch.randn(num_candidates, dim),
-        torch.randn(num_candidates, 0 if of_candidate is None else of_candidate.in_features),
+        torch.randn(num_candidates, head.num_candidate_dense),
         torch.randn(num_candidates, model.sparse_arch.F, dim),
     )
     rows, some = Dim("rows", min=1), Dim("m", min=1)

@@ -112,6 +112,11 @@ class Head(nn.Module, ABC):
             columns.append(model.over_arch.history_columns.weight.detach())
         self._set_interaction(model, torch.cat(columns, dim=1), first._linear.bias.detach())
 
+    @property
+    def num_candidate_dense(self) -> int:
+        """Dense inputs of a candidate that are read."""
+        return 0 if self.dense.candidate is None else self.dense.candidate.in_features
+
     @abstractmethod
     def _set_interaction(self, model: AmortizedDLRM, weight_OX: Tensor, bias_O: Tensor) -> None:
         """Take the weights of the interaction and of the over arch's first layer."""

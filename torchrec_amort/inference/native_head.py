@@ -90,7 +90,7 @@ class NativeHead:
             head.embedding_dim,
             len(head.of_request),
             num_vectors - len(dense[:1]) - (encoder is not None),
-            0 if head.dense.candidate is None else head.dense.candidate.in_features,
+            head.num_candidate_dense,
             len(dense),
             len(over),
             self.num_tasks,

@@ -133,13 +133,12 @@ def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
         )
     frozen = snapshot(model)
     request_arch, sequences, events = model.request_sparse_arch, model.history_embedding_collection, model.event_encoder
-    places = None if events is None else events.recency
     return Served(
         candidate_bags=BagLookup(model.sparse_arch.embedding_bag_collection),
         request_bags=None if request_arch is None else BagLookup(request_arch.embedding_bag_collection),
         sequences=None if sequences is None else SequenceLookup(sequences),
         event_features=() if events is None else tuple(events.features),
-        history_length=None if places is None else places.num_embeddings,
+        history_length=None if events is None else events.max_length,
         phases_of=lambda num_request_dense: ModelPhases(frozen, num_request_dense, dtype, backend),
     )
 
@@ -170,7 +169,6 @@ class ModelPhases(Phases):
 
     def __init__(self, model: AmortizedDLRM, num_request_dense: int, dtype: torch.dtype, backend: Backend) -> None:
         encoder, head = model.history_arch, build_head(model, num_request_dense)
-        of_candidate = head.dense.candidate
         self.dtype = dtype
         self.event_encoder: EventEncoder | None = model.event_encoder
         self.encoder: AmortizableEncoder | None = None
@@ -201,7 +199,7 @@ class ModelPhases(Phases):
         has_fixed_places = self.event_encoder is not None and self.event_encoder.recency is None
         super().__init__(
             head.num_request_dense,
-            0 if of_candidate is None else of_candidate.in_features,
+            head.num_candidate_dense,
             has_fixed_places and self.encoder is not None and self.encoder.is_extendable,
         )
         self.not_native = not_native

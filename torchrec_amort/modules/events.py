@@ -47,6 +47,11 @@ class EventEncoder(nn.Module):
             nn.init.normal_(self.recency.weight, std=embedding_dim**-0.5)
         self.dropout = nn.Dropout(dropout)
 
+    @property
+    def max_length(self) -> int | None:
+        """Events that a history may have; None if any number."""
+        return None if self.recency is None else self.recency.num_embeddings
+
     def forward(self, embeddings: Mapping[str, JaggedTensor]) -> JaggedTensor:
         """Sum up each event.
 
