@@ -21,7 +21,7 @@ def test_every_table_is_that_of_its_record(path: Path) -> None:
     assert f"examples/compare_{path.stem}.yaml" in PAGE
 
 
-@pytest.mark.parametrize("name", ["methods", "memory", "load", "mind"])
+@pytest.mark.parametrize("name", ["methods", "sweep", "memory", "load", "mind"])
 def test_every_benchmark_is_that_of_its_record(name: str) -> None:
     record = json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
     assert table(record) in (ROOT / "docs" / "benchmarks.md").read_text()

@@ -224,6 +224,7 @@ def score(
     return out
 
 
+@cache
 def _function(phase: str, dtype: torch.dtype) -> Callable[..., None]:
     function: Callable[..., None] = getattr(_library(dtype), f"torchrec_amort_{phase}{_SUFFIXES[dtype]}")
     return function

@@ -86,19 +86,16 @@ class _Room:
             for key, value in zip(self._keys, self._values, strict=True)
         ]
 
-    def take(self, past_B: Tensor, lengths_B: Tensor) -> bool:
-        """Take the space for the events of a single request that come after `past_B`, if nobody has and it is there."""
-        if len(lengths_B) != 1:
-            return False
+    def take(self, num_past: int, num_events: int) -> bool:
+        """Take the space for the events that come after the first `num_past`, if nobody has and it is there."""
         with self._lock:
-            if self._num_events != int(past_B) or int(lengths_B) > self._capacity:
+            if self._num_events != num_past or num_events > self._capacity:
                 return False
-            self._num_events = int(lengths_B)
+            self._num_events = num_events
             return True
 
-    def state(self, lengths_B: Tensor) -> _StateWithRoom:
-        """The first events, keys and values [N, H, K]."""
-        num_events = int(lengths_B) if len(lengths_B) == 1 else int(lengths_B.sum())
+    def state(self, num_events: int, lengths_B: Tensor) -> _StateWithRoom:
+        """The first events, keys and values [N, H, K]; they are of requests of these lengths."""
         (heads, head_dim), row = self._shape, self._capacity + 1
         shape = (num_events, heads, head_dim)
         # One view each, not one after the other: a request for few rows waits for every call.
@@ -184,7 +181,7 @@ class NativeEncoder(AmortizableEncoder):
             terms: what to add up, rows [N, D] each, one of B per request, oldest event first.
             lengths_B: int64 [B].
         """
-        state = self._empty(lengths_B)
+        state = self._empty(int(lengths_B.sum()), lengths_B)
         self._write(state, terms, lengths_B, torch.zeros_like(lengths_B, dtype=torch.int64))
         return state
 
@@ -198,11 +195,12 @@ class NativeEncoder(AmortizableEncoder):
             return super().extend_history(state, events)
         refuse_other_requests(state, events)
         lengths_B = state.lengths + events.lengths()
+        num_events = int(lengths_B.sum())
         longer: HistoryState
-        if isinstance(state, _StateWithRoom) and state.room.take(state.lengths, lengths_B):
-            longer = state.room.state(lengths_B)
+        if isinstance(state, _StateWithRoom) and len(state) == 1 and state.room.take(int(state.lengths), num_events):
+            longer = state.room.state(num_events, lengths_B)
         else:
-            longer = self._empty(lengths_B, spare=max(SPARE_EVENTS, int(lengths_B.sum()) // 8))
+            longer = self._empty(num_events, lengths_B, spare=max(SPARE_EVENTS, num_events // 8))
             for request in range(len(state)):
                 past, place = state[request], longer[request]
                 for old, new in zip(past.keys + past.values, place.keys + place.values, strict=True):
@@ -247,11 +245,10 @@ class NativeEncoder(AmortizableEncoder):
             )
         return num_events_B, [self._readable(state) for state in states]
 
-    def _empty(self, lengths_B: Tensor, spare: int = 0) -> HistoryState:
+    def _empty(self, num_events: int, lengths_B: Tensor, spare: int = 0) -> HistoryState:
         """A state to be written; a single request's may have room for more events."""
-        num_events = int(lengths_B.sum())
         room = _Room(num_events, num_events + spare, self._num_layers, self.embedding_dim, self.num_heads, self.dtype)
-        return room.state(lengths_B)
+        return room.state(num_events, lengths_B)
 
     def _write(self, state: HistoryState, terms: Sequence[EmbeddingRows], lengths_B: Tensor, past_B: Tensor) -> None:
         native.encode(self.struct, terms, lengths_B, past_B, self.pointers(state), self.dtype)
@@ -268,7 +265,7 @@ class NativeEncoder(AmortizableEncoder):
             for value in state.values
         ):
             return state
-        readable = self._empty(state.lengths)
+        readable = self._empty(state.keys[0].shape[0], state.lengths)
         for old, new in zip(state.keys + state.values, readable.keys + readable.values, strict=True):
             new.copy_(old)
         return readable
