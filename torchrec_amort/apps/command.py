@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from torchrec_amort.files import write_text
 from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.training.processes import Terminated
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.yaml"
+# No space, over quota, file too large, read-only, not permitted.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def parser_of(config_class: type[Any], command: str) -> ArgumentParser:
@@ -106,7 +111,11 @@ def refuse_other_schema(run: str | Path, data: str | Path) -> None:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command; bad input ends it with one line and exit status 2."""
+    """Run a command.
+
+    Bad input, and a disk that is full or may not be written, end it with one line and exit status 2; being told to stop
+    ends it with status 143, as SIGTERM does.
+    """
     # What TorchRec and torch deprecate of each other is not for who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -115,6 +124,16 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except InputError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end("error", error, 2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        _end("error", f"{error}: make room, or choose a folder that can be written", 2)
+    except Terminated as stop:
+        _end("terminated", stop, 128 + signal.SIGTERM)
+
+
+def _end(kind: str, message: object, status: int) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    print(f"{kind}: {message}" if rank == "0" else f"{kind} (rank {rank}): {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 from torchrec_amort.apps.command import parse, run_command
@@ -18,7 +19,7 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
 from torchrec_amort.schema import InputError
-from torchrec_amort.training.checkpoint import last_checkpoint, load_weights
+from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
 from torchrec_amort.training.processes import process_group
 from torchrec_amort.training.sharding import shard
@@ -26,7 +27,7 @@ from torchrec_amort.training.sharding import shard
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """AUC, GAUC (per user, weighted by impressions) and NE of a run's last checkpoint on a split.
+    """AUC, GAUC (per user, weighted by impressions) and NE of a run's last good checkpoint on a split.
 
     Args:
         run_folder: folder of a training run.
@@ -46,6 +47,7 @@ class EvaluateConfig:
     save_predictions: bool = False
 
 
+@record
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; it leaves `evaluate-SPLIT.json` in the run's folder.
 
@@ -76,7 +78,7 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
         InputError: as `predict_split`.
     """
     started = time.perf_counter()
-    predictions = predict_split(
+    predictions, checkpoint = predict_split(
         config.run_folder,
         config.split,
         device,
@@ -85,7 +87,7 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
         history_length=config.history_length,
     )
     if predictions is not None:
-        _report(config, predictions, time.perf_counter() - started)
+        _report(config, predictions, checkpoint.name, time.perf_counter() - started)
 
 
 def predict_split(
@@ -96,8 +98,8 @@ def predict_split(
     data: str | None = None,
     batch_size: int = 256,
     history_length: int | None = None,
-) -> Predictions | None:
-    """Score a split by a run's last checkpoint. All ranks call it together.
+) -> tuple[Predictions | None, Path]:
+    """Score a split by a run's last good checkpoint. All ranks call it together.
 
     Args:
         run_folder: folder of a training run.
@@ -108,7 +110,7 @@ def predict_split(
         history_length: keep at most this many events of each history; the length it was trained with unless given.
 
     Returns:
-        Predictions: of all ranks, on rank 0; None on the others.
+        tuple: the predictions of all ranks on rank 0, None on the others; and the checkpoint's folder.
 
     Raises:
         InputError: it is no such folder, the data does not fit, or `history_length` is above the model's.
@@ -132,17 +134,18 @@ def predict_split(
         device=device,
         optimizer=trained.optimizer,
         batch_size=batch_size,
+        sharding=trained.sharding,
     ).module
-    load_weights(run_folder, model)
-    return predict(model, DataLoader(dataset, batch_size=None), device)
+    checkpoint = load_weights(run_folder, model)
+    return predict(model, DataLoader(dataset, batch_size=None), device), checkpoint
 
 
-def _report(config: EvaluateConfig, predictions: Predictions, seconds: float) -> None:
+def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, seconds: float) -> None:
     trained, data, schema = load_run(config.run_folder, config.data)
     tasks = predictions.metrics(schema.labels)
-    record = {
+    results = {
         "run": config.run_folder,
-        "checkpoint": last_checkpoint(config.run_folder).name,
+        "checkpoint": checkpoint,
         "data": data,
         "split": config.split,
         "history_length": trained.model.history_length if config.history_length is None else config.history_length,
@@ -156,7 +159,7 @@ def _report(config: EvaluateConfig, predictions: Predictions, seconds: float) ->
     if config.save_predictions:
         predictions.save(Path(config.run_folder) / f"predictions-{config.split}.npz")
     path = Path(config.run_folder) / f"evaluate-{config.split}.json"
-    write_json(path, record)
+    write_json(path, results)
     for task, values in tasks.items():
         print(
             f"{config.run_folder} on {data}/{config.split} ({predictions.requests:,} requests, "

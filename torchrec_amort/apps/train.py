@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
+from torchx.tracker import app_run_from_env
 
 from torchrec_amort.apps.command import (
     CONFIG_FILE,
@@ -20,16 +22,17 @@ from torchrec_amort.apps.command import (
     run_command,
     save_config,
 )
+from torchrec_amort.apps.environment import is_restart_of, utc_now, write_environment
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.files import write_json, write_text
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
-from torchrec_amort.training.checkpoint import CHECKPOINTS, Position, last_checkpoint, load_checkpoint, load_weights
-from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, train
+from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint, load_weights
+from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, TrainResult, train
 from torchrec_amort.training.processes import is_first, process_group
-from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
+from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, ShardingConfig, shard
 
 
 @dataclass(kw_only=True)
@@ -42,13 +45,14 @@ class TrainConfig:
         model: size and kind of the model.
         optimizer: learning rates.
         loop: how long and how.
+        sharding: how tables are spread over ranks.
         batch_size: requests in a global batch, all ranks together.
         seed: of the initial weights and the order of the data.
         unknown_rate: for a request id, the share of training requests in which it is replaced by 0, the
             unknown id.
         num_workers: processes of each rank that read data.
-        resume: go on from the run's last checkpoint if it has one; without it, a run that has one is
-            refused.
+        resume: go on from the run's last good checkpoint if it has one; without it, a run that has one is refused,
+            unless torchrun started this job's ranks again.
     """
 
     data: str
@@ -56,6 +60,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     batch_size: int = 32
     seed: int = 0
     unknown_rate: dict[str, float] = field(default_factory=dict)
@@ -63,6 +68,7 @@ class TrainConfig:
     resume: bool = False
 
 
+@record
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command.
 
@@ -92,45 +98,60 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
     Raises:
         InputError: the data is missing or does not fit, or the run cannot go on.
     """
-    rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.run_folder)
+    run = Path(config.run_folder)
     dataset = RequestDataset(
         config.data,
         "train",
         batch_size=config.batch_size,
-        rank=rank,
-        world_size=world_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
         seed=config.seed,
         history_length=config.model.history_length,
         unknown_rate=config.unknown_rate,
     )
-    resuming = _refuse_or_resume(config, run)
+    resume = _refuse_or_resume(config, run)
     model = _sharded_model(config, dataset.schema, device)
     # No rank may write before all have looked at what is there.
     dist.barrier()
-    start = load_checkpoint(run, model) if resuming else Position()
     if is_first():
-        _write_run(config, run, dataset.schema, model)
+        _write_run(config, run, dataset.schema, model, device)
     dist.barrier()
-    data = DataLoader(dataset, batch_size=None, num_workers=config.num_workers, pin_memory=device.type == "cuda")
-    result = train(model, data, config.loop, run, start)
+    # Dropout differs from rank to rank.
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, dist.get_rank()]).generate_state(1)[0]))
+    data = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        # Of its own: what dropout draws must not depend on where an epoch was started from.
+        generator=torch.Generator(),
+    )
+    result = train(model, data, config.loop, run, resume=resume)
     if is_first():
-        speed = result.candidates / max(result.seconds, 1e-9)
-        record = {
-            **asdict(result),
-            "candidates_per_second": speed,
-            "world_size": world_size,
-            "threads_per_rank": torch.get_num_threads(),
-            "device": device.type,
-            "torch": torch.__version__,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        write_json(run / "train.json", record)
-        last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
-        print(
-            f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {world_size} ranks of "
-            f"{torch.get_num_threads()} threads ({device.type}), {result.seconds:.0f} s; "
-            f"checkpoint {last_checkpoint(run).name}"
-        )
+        _write_result(run, result, device)
+
+
+def _write_result(run: Path, result: TrainResult, device: torch.device) -> None:
+    """Leave what the training did in `train.json`, on the screen, and with the job's TorchX trackers."""
+    speed = result.candidates / max(result.seconds, 1e-9)
+    results = {
+        **asdict(result),
+        "candidates_per_second": speed,
+        "world_size": dist.get_world_size(),
+        "threads_per_rank": torch.get_num_threads(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "finished": utc_now(),
+    }
+    write_json(run / "train.json", results)
+    tracked = app_run_from_env()
+    tracked.add_metadata(**{name: value for name, value in results.items() if name != "losses"})
+    tracked.add_artifact("run_folder", str(run.resolve()))
+    last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
+    print(
+        f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {dist.get_world_size()} ranks of "
+        f"{torch.get_num_threads()} threads ({device.type}), {result.seconds:.0f} s; checkpoints in {run / CHECKPOINTS}"
+    )
 
 
 def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, RequestSchema]:
@@ -172,19 +193,19 @@ def load_model(run_folder: str) -> tuple[AmortizedDLRM, TrainConfig, RequestSche
 
 def _refuse_or_resume(config: TrainConfig, run: Path) -> bool:
     """Whether the run goes on; refuses to mix it with another run or another model."""
-    has_checkpoint = (run / CONFIG_FILE).exists() and any((run / CHECKPOINTS).glob("step-*"))
-    if has_checkpoint and not config.resume:
+    if not ((run / CONFIG_FILE).exists() and has_checkpoint(run)):
+        return False
+    if not config.resume and not is_restart_of(run):
         raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
-    if has_checkpoint:
-        saved = load_config(run, TrainConfig, "train")
-        for name, value in asdict(saved.model).items():
-            if value != getattr(config.model, name):
-                raise InputError(
-                    f"{run}: its checkpoint is of a model with model.{name}={value}, the config says "
-                    f"{getattr(config.model, name)}: use the same, or choose another run folder"
-                )
-        refuse_other_schema(run, config.data)
-    return has_checkpoint
+    saved = load_config(run, TrainConfig, "train")
+    for name, value in asdict(saved.model).items():
+        if value != getattr(config.model, name):
+            raise InputError(
+                f"{run}: its checkpoint is of a model with model.{name}={value}, the config says "
+                f"{getattr(config.model, name)}: use the same, or choose another run folder"
+            )
+    refuse_other_schema(run, config.data)
+    return True
 
 
 def _sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
@@ -197,15 +218,19 @@ def _sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.dev
         device=device,
         optimizer=config.optimizer,
         batch_size=-(-config.batch_size // world_size),
+        sharding=config.sharding,
         average_decay=config.loop.average_decay,
         ids_per_request=events | candidates | {"item": float(config.model.history_length)},
     )
 
 
-def _write_run(config: TrainConfig, run: Path, schema: RequestSchema, model: ShardedModel) -> None:
+def _write_run(
+    config: TrainConfig, run: Path, schema: RequestSchema, model: ShardedModel, device: torch.device
+) -> None:
     save_config(run, config, "train")
     write_text(run / SCHEMA_FILE, schema.to_json())
     write_text(run / "plan.txt", f"{model.plan}\n")
+    write_environment(run, device)
     print(model.plan)
 
 

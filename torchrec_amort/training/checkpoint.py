@@ -1,13 +1,17 @@
-"""Checkpoints of a run: written whole or not at all, by all ranks together."""
+"""Checkpoints of a run: written whole or not at all, by all ranks together, while training goes on."""
 
 from __future__ import annotations
 
+import json
+import logging
 import pickle
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,12 +19,20 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from torchrec_amort.files import write_json
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.processes import is_first
+from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel
 
 CHECKPOINTS = "checkpoints"
+CHECKSUMS = "checksums.json"
+READ_BYTES = 2**20
+
+Result = TypeVar("Result")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,84 +44,194 @@ class Position:
     total_steps: int = 0
 
 
-def save_checkpoint(run: str | Path, model: ShardedModel, position: Position) -> Path:
-    """Write weights, their average if there is one, optimizers' states and the position. All ranks call it together.
+class CheckpointWriter:
+    """Writes a run's checkpoints in the background. All ranks make and call it together.
+
+    A checkpoint gets its name when all ranks have written it and the checksums of its files are there; older ones go
+    then. Tensors are copied to the host first, which is what training waits for.
 
     Args:
         run: the run's folder.
-        model: what to save.
-        position: where its training is.
+        keep: how many checkpoints stay, the latest ones.
 
-    Returns:
-        Path: the checkpoint's folder; it replaces those before it.
+    Example::
+
+        with CheckpointWriter("runs/first", keep=2) as writer:
+            writer.save(model, Position(epoch=0, step=100, total_steps=100), report)
     """
-    folder = Path(run) / CHECKPOINTS
-    final = folder / f"step-{position.total_steps:09d}"
-    temporary = folder / f".{final.name}.tmp"
-    if is_first():
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    state = {**_training_state(model), "model": model.module.state_dict(), "position": _to_tensors(position)}
-    dcp.save(_flat(state), checkpoint_id=temporary, planner=DefaultSavePlanner(flatten_state_dict=False))
-    if is_first():
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in folder.iterdir():
-            if old != final:
-                shutil.rmtree(old)
-    dist.barrier()
-    return final
+
+    def __init__(self, run: str | Path, keep: int) -> None:
+        self._folder, self._keep = Path(run) / CHECKPOINTS, keep
+        self._is_first = is_first()
+        # Of its own, so that what is written in the background does not meet what training sends.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        """The writer itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last checkpoint; whether it is written matters only if training did not fail."""
+        if kind is None:
+            self.wait()
+        self._thread.shutdown()
+
+    def save(self, model: ShardedModel, position: Position, report: Report) -> None:
+        """Start to write a checkpoint; waits for the one before.
+
+        Args:
+            model: weights, their average if there is one, and optimizers' states.
+            position: where its training is.
+            report: what has not been reported yet.
+
+        Raises:
+            InputError: the one before could not be written.
+        """
+        self.wait()
+        final = self._folder / f"step-{position.total_steps:09d}"
+        temporary = self._folder / f".{final.name}.tmp"
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        dist.barrier(self._group)
+        state = {
+            **_training_state(model),
+            "model": model.module.state_dict(),
+            "position": _to_tensors(position),
+            "report": report.state(),
+            "random": _random_state(),
+        }
+        saved = dcp.async_save(
+            _flat(state),
+            checkpoint_id=temporary,
+            process_group=self._group,
+            planner=DefaultSavePlanner(flatten_state_dict=False),
+            async_stager=BlockingAsyncStager(),
+        )
+        self._writing = self._thread.submit(self._finish, cast("Future[object]", saved), temporary, final)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written has its name.
+
+        Raises:
+            InputError: it could not be written: the disk is full, for instance. All ranks raise it.
+        """
+        if self._writing is None:
+            return
+        error = self._writing.exception()
+        self._writing = None
+        failed = torch.tensor([int(error is not None)])
+        dist.all_reduce(failed, group=self._group)
+        if int(failed):
+            reason = _reason(error) if error else "on another rank"
+            raise InputError(
+                f"{self._folder}: a checkpoint could not be written ({reason}): "
+                "make room or choose another folder, then go on from the last one with --resume true"
+            ) from error
+
+    def _finish(self, saved: Future[object], temporary: Path, final: Path) -> None:
+        """Once all ranks have written, the rest is the first one's work."""
+        if not self._is_first:
+            saved.result()
+            return
+        try:
+            saved.result()
+            write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        kept = _newest_first(self._folder)[: self._keep]
+        for folder in self._folder.iterdir():
+            if folder not in kept:
+                shutil.rmtree(folder)
 
 
-def load_checkpoint(run: str | Path, model: ShardedModel) -> Position:
-    """Take up weights and optimizers of a run's last checkpoint, saved by any number of ranks.
+def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> Position:
+    """Take up all that a run's last good checkpoint has, saved by any number of ranks.
+
+    Random numbers go on where they were on the same number of ranks only.
 
     Args:
         run: the run's folder.
-        model: gets the weights.
+        model: gets weights, their average and optimizers' states.
+        report: gets what had not been reported yet.
 
     Returns:
         Position: from where to go on.
 
     Raises:
-        InputError: there is no checkpoint, or it is of another model.
+        InputError: there is no checkpoint, or none that is whole and of this model.
     """
     # AdamW has no state to load into before its first step, so TorchRec makes one with gradients of zero.
     model.optimizer.init_state()
-    state, position = _training_state(model), _to_tensors(Position())
-    _load(last_checkpoint(run), model.module, {**state, "position": position})
+    state, position, random = _training_state(model), _to_tensors(Position()), _random_state()
+    others = {**state, "position": position, "report": report.state(), "random": random}
+
+    def load(folder: Path) -> Position:
+        if not set(random) <= {key.removeprefix("random/") for key in _saved_keys(folder)}:
+            others.pop("random", None)
+        _load(folder, model.module, others)
+        return Position(**{name: int(value) for name, value in position.items()})
+
+    reached, _ = _last_good(run, load)
     model.module.fused_optimizer.load_state_dict(
         {**model.module.fused_optimizer.state_dict(), "state": state["table_optimizer"]}
     )
     model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": state["dense_optimizer"]})
-    return Position(**{name: int(value) for name, value in position.items()})
+    report.load_state(others["report"])
+    if "random" in others:
+        _set_random_state(random)
+    return reached
 
 
-def load_weights(run: str | Path, model: nn.Module) -> None:
-    """Load the weights of a run's last checkpoint, averaged if it has an average, into a model, sharded or not.
+def load_weights(run: str | Path, model: nn.Module) -> Path:
+    """Load the weights of a run's last good checkpoint, averaged if it has an average, into a model, sharded or not.
 
     Args:
         run: the run's folder.
         model: an `AmortizedDLRMTrain` of the run's config, sharded on all ranks or whole in one process.
 
-    Raises:
-        InputError: there is no checkpoint, or it is of another model.
-    """
-    folder = last_checkpoint(run)
-    is_averaged = any(key.startswith("average/") for key in _saved_keys(folder))
-    _load(folder, model, {}, "average" if is_averaged else "model")
-
-
-def last_checkpoint(run: str | Path) -> Path:
-    """The folder of a run's last checkpoint.
+    Returns:
+        Path: the checkpoint's folder.
 
     Raises:
-        InputError: the run has none.
+        InputError: there is no checkpoint, or none that is whole and of this model.
     """
-    folders = sorted((Path(run) / CHECKPOINTS).glob("step-*"))
+
+    def load(folder: Path) -> None:
+        is_averaged = any(key.startswith("average/") for key in _saved_keys(folder))
+        _load(folder, model, {}, "average" if is_averaged else "model")
+
+    return _last_good(run, load)[1]
+
+
+def has_checkpoint(run: str | Path) -> bool:
+    """Whether a run has a checkpoint, whole or damaged."""
+    return bool(_newest_first(Path(run) / CHECKPOINTS))
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    return sorted(checkpoints.glob("step-*"), reverse=True)
+
+
+def _last_good(run: str | Path, load: Callable[[Path], Result]) -> tuple[Result, Path]:
+    """What `load` makes of the newest checkpoint that it does not refuse, and that checkpoint."""
+    folders = _newest_first(Path(run) / CHECKPOINTS)
     if not folders:
         raise InputError(f"{run}: no checkpoint in {CHECKPOINTS}/: train first, or give another run")
-    return folders[-1]
+    errors: list[InputError] = []
+    for folder in folders:
+        try:
+            result = load(folder)
+        except InputError as error:
+            errors.append(error)
+            continue
+        for skipped in errors:
+            _logger.warning("%s; %s is used instead", skipped, folder.name)
+        return result, folder
+    raise errors[0]
 
 
 def _to_tensors(position: Position) -> dict[str, Tensor]:
@@ -140,8 +262,21 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _load(folder: Path, module: nn.Module, others: dict[str, Any], weights_name: str = "model") -> None:
+def _random_state() -> dict[str, Tensor]:
+    """State of this rank's random numbers, which nobody else has a use for."""
+    key = f"{dist.get_rank()}_of_{dist.get_world_size()}"
+    state = {f"cpu_{key}": torch.get_rng_state()}
+    return state | ({f"cuda_{key}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        (torch.cuda.set_rng_state if name.startswith("cuda") else torch.set_rng_state)(value)
+
+
+def _load(folder: Path, module: nn.Module, others: Mapping[str, Any], weights_name: str = "model") -> None:
     """Load a module's weights, and other tensors in place."""
+    _refuse_damage(folder)
     weights = module.state_dict()
     state = _flat({**others, weights_name: weights})
     planner = DefaultLoadPlanner(flatten_state_dict=False)
@@ -153,6 +288,32 @@ def _load(folder: Path, module: nn.Module, others: dict[str, Any], weights_name:
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise _unusable(folder, error) from error
     module.load_state_dict(weights)
+
+
+def _refuse_damage(folder: Path) -> None:
+    """Refuse files that are not what was written; each rank looks at some of them."""
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, error) from error
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = [name for name in sorted(written)[rank::world_size] if _checksum(folder / name) != written[name]]
+    damaged: list[list[str]] = [[] for _ in range(world_size)]
+    if dist.is_initialized():
+        dist.all_gather_object(damaged, mine)
+    if files := sum(damaged, mine):
+        raise _unusable(folder, ValueError(f"{files[0]} is not what was written"))
+
+
+def _checksum(path: Path) -> int | None:
+    """CRC-32 of a file, None if there is none."""
+    if not path.is_file():
+        return None
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _saved_keys(folder: Path) -> set[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,24 +14,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from torchrec.distributed.train_pipeline import TrainPipelineBase
-from torchrec.metrics.metrics_config import RecTaskInfo
-from torchrec.metrics.ne import NEMetric
-from tqdm import tqdm
+from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.files import write_text
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import RequestSchema
-from torchrec_amort.training.checkpoint import Position, save_checkpoint
+from torchrec_amort.schema import InputError
+from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
 from torchrec_amort.training.metrics import auc, grouped_auc, log_loss, normalized_entropy
-from torchrec_amort.training.processes import gather_on_first, is_first, sum_over_ranks
+from torchrec_amort.training.processes import (
+    Terminated,
+    TerminationRequests,
+    gather_on_first,
+    is_first,
+    sum_over_ranks,
+)
+from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel
 
 Precision = Literal["float32", "bfloat16"]
-METRICS_FILE = "metrics.jsonl"
+# Steps between two times that ranks ask each other whether one of them was told to stop.
+AGREE_EVERY = 10
+
+# Tracing, by which a pipeline finds the sharded modules, does not look into it.
+torch.fx.wrap("sum_over_ranks")
 
 
 @dataclass(kw_only=True)
@@ -45,6 +51,7 @@ class LoopConfig:
             evaluate with it; no average unless given.
         log_every: steps between two reports.
         checkpoint_every: steps between two checkpoints; there is one after each epoch in any case.
+        keep_checkpoints: how many checkpoints stay, the latest ones.
     """
 
     epochs: int = 2
@@ -52,6 +59,12 @@ class LoopConfig:
     average_decay: float | None = None
     log_every: int = 50
     checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"loop.{name} is {value}: give 1 or more")
 
 
 class GlobalBatchTrain(AmortizedDLRMTrain):
@@ -71,7 +84,7 @@ class GlobalBatchTrain(AmortizedDLRMTrain):
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """See `AmortizedDLRMTrain.forward`; all ranks call it together."""
-        device = batch.num_candidates.device.type
+        device = next(self.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
             loss, (detached, logits_CT, labels_CT) = super().forward(batch)
         candidates = labels_CT.shape[0]
@@ -104,7 +117,8 @@ def train(
     data: DataLoader[RequestBatch],
     config: LoopConfig,
     run: Path,
-    start: Position,
+    *,
+    resume: bool = False,
 ) -> TrainResult:
     """Train over the epochs that are left, with reports and checkpoints. All ranks call it together.
 
@@ -113,34 +127,43 @@ def train(
         data: over a `RequestDataset`.
         config: how long and how.
         run: folder for `metrics.jsonl`, TensorBoard events and checkpoints.
-        start: where to go on.
+        resume: go on from the run's last good checkpoint.
 
     Returns:
         TrainResult: of this rank.
 
     Raises:
         FloatingPointError: the loss is not finite.
+        InputError: a checkpoint could not be loaded or written.
+        Terminated: a rank was asked to stop; there is a checkpoint of where it was.
     """
     device = model.module.device
     dataset: Any = data.dataset
     steps_per_epoch = len(dataset)
-    pipeline: TrainPipelineBase[RequestBatch, Any] = TrainPipelineBase(model.module, model.optimizer, device)
-    result, position = TrainResult(steps=start.total_steps), start
-    report = _Report(run, dataset.schema, dataset.batch_size, device, start.total_steps)
+    report = Report(run, dataset.schema.labels, dataset.batch_size, device)
+    position = load_checkpoint(run, model, report) if resume else Position()
+    report.forget_after(position.total_steps)
+    pipeline = _pipeline(model, device)
+    result = TrainResult()
     model.module.train()
     started = time.perf_counter()
-    with progress(
-        total=config.epochs * steps_per_epoch,
-        initial=start.total_steps,
-        desc="train",
-        unit="steps",
-        disable=not is_first(),
-    ) as bar:
+    with (
+        TerminationRequests() as requests,
+        CheckpointWriter(run, config.keep_checkpoints) as checkpoints,
+        progress(
+            total=config.epochs * steps_per_epoch,
+            initial=position.total_steps,
+            desc="train",
+            unit="steps",
+            disable=not is_first(),
+        ) as bar,
+    ):
         while position.epoch < config.epochs:
             dataset.set_position(epoch=position.epoch, step=position.step)
-            batches = iter(data)
+            batches = _Batches(data)
             for step in range(position.step, steps_per_epoch):
-                report.add(*pipeline.progress(batches))
+                loss, logits_CT, labels_CT = pipeline.progress(batches)
+                report.add(loss, logits_CT, labels_CT, batches.waited())
                 bar.update()
                 position = Position(position.epoch, step + 1, position.total_steps + 1)
                 model.after_step(position.total_steps)
@@ -149,90 +172,42 @@ def train(
                     position = Position(position.epoch + 1, 0, position.total_steps)
                 if ended or position.total_steps % config.log_every == 0:
                     result.losses.append(report.write(position.total_steps, bar))
-                if ended or position.total_steps % (config.checkpoint_every or math.inf) == 0:
-                    save_checkpoint(run, model, position)
+                is_terminated = position.total_steps % AGREE_EVERY == 0 and requests.any_rank_has_one()
+                if ended or is_terminated or position.total_steps % (config.checkpoint_every or math.inf) == 0:
+                    checkpoints.save(model, position, report)
+                if is_terminated:
+                    checkpoints.wait()
+                    raise Terminated(f"{run}: stopped after step {position.total_steps}, which has a checkpoint")
             pipeline.reset()
     result.seconds = time.perf_counter() - started
-    result.steps, result.candidates = position.total_steps, report.close()
+    result.steps = position.total_steps
+    result.candidates = int(sum_over_ranks(torch.tensor([report.candidates], device=device)))
+    report.close()
     return result
 
 
-class _Report:
-    """Loss, NE and speed since the last report: on the progress line, in TensorBoard and in a file."""
+def _pipeline(model: ShardedModel, device: torch.device) -> TrainPipeline[RequestBatch, Any]:
+    """On a GPU the next batches are copied, and their ids sent, while this one is trained on."""
+    kind = TrainPipelineSparseDist if device.type == "cuda" else TrainPipelineBase
+    return kind(model.module, model.optimizer, device)
 
-    def __init__(
-        self, run: Path, schema: RequestSchema, batch_size: int, device: torch.device, total_steps: int
-    ) -> None:
-        self.tasks = schema.labels
-        self.device = device
-        self.candidates = 0
-        self.file = run / METRICS_FILE
-        self.tensorboard = SummaryWriter(str(run / "tensorboard")) if is_first() else None
-        self.ne = NEMetric(
-            world_size=dist.get_world_size(),
-            my_rank=dist.get_rank(),
-            batch_size=batch_size,
-            # Only the whole time between two reports is read, but a window must hold a batch.
-            window_size=batch_size * dist.get_world_size(),
-            tasks=[RecTaskInfo(name=task, label_name=task, prediction_name=task) for task in self.tasks],
-            compute_on_all_ranks=True,
-        ).to(device)
-        if is_first():
-            self._forget_after(total_steps)
-        self._restart()
 
-    def _forget_after(self, total_steps: int) -> None:
-        """Drop what a run that was resumed from an earlier checkpoint had already reported."""
-        lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-        write_text(self.file, "".join(line for line in lines if json.loads(line)["step"] <= total_steps))
+class _Batches(Iterator[RequestBatch]):
+    """The batches of an epoch, and how long they were waited for."""
 
-    def _restart(self) -> None:
-        self.ne.reset()
-        self.loss, self.steps = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        self.since, self.candidates_before = time.perf_counter(), self.candidates
+    def __init__(self, data: DataLoader[RequestBatch]) -> None:
+        self._batches, self._seconds = iter(data), 0.0
 
-    def add(self, loss: Tensor, logits_CT: Tensor, labels_CT: Tensor) -> None:
-        self.loss += loss
-        self.steps += 1
-        self.candidates += labels_CT.shape[0]
-        predictions = torch.sigmoid(logits_CT.double())
-        self.ne.update(
-            predictions={task: predictions[:, t] for t, task in enumerate(self.tasks)},
-            labels={task: labels_CT[:, t] for t, task in enumerate(self.tasks)},
-            weights={task: torch.ones_like(labels_CT[:, t]) for t, task in enumerate(self.tasks)},
-        )
+    def __next__(self) -> RequestBatch:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self._seconds += time.perf_counter() - started
+        return batch
 
-    def write(self, total_steps: int, bar: tqdm[Any]) -> float:
-        seconds = time.perf_counter() - self.since
-        candidates = int(sum_over_ranks(torch.tensor([self.candidates - self.candidates_before], device=self.device)))
-        record = {
-            "step": total_steps,
-            "loss": float(self.loss) / self.steps,
-            "candidates_per_second": candidates / seconds,
-        }
-        for name, value in self.ne.compute().items():
-            task, metric = name.split("-", 1)[1].split("|")
-            if metric == "lifetime_ne":
-                record[f"ne/{task}"] = float(value)
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"step {total_steps}: the loss is {record['loss']}: lower the learning rates, or look at the data"
-            )
-        if self.tensorboard is not None:
-            for name, value in record.items():
-                self.tensorboard.add_scalar(name, value, total_steps)
-            with self.file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        shown = {"loss": f"{record['loss']:.4f}", "cand/s": f"{record['candidates_per_second']:.0f}"}
-        bar.set_postfix(shown | {k: f"{v:.4f}" for k, v in record.items() if k.startswith("ne/")}, refresh=False)
-        self._restart()
-        return record["loss"]
-
-    def close(self) -> int:
-        """Candidates seen by all ranks."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        return int(sum_over_ranks(torch.tensor([self.candidates], device=self.device)))
+    def waited(self) -> float:
+        """Seconds since it was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 @dataclass(frozen=True)

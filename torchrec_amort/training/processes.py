@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ def process_group() -> Iterator[torch.device]:
 
     Under torchrun the ranks are those of its environment; without it, this process is the only one.
 
+    After an error ranks do not leave it: one that fails shows its traceback before the others notice that it is gone.
+
     Yields:
         torch.device: this rank's device.
     """
@@ -30,10 +33,13 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    has_failed = True
     try:
         yield device
+        has_failed = False
     finally:
-        dist.destroy_process_group()
+        if not has_failed or dist.get_world_size() == 1:
+            dist.destroy_process_group()
 
 
 def is_first() -> bool:
@@ -53,3 +59,41 @@ def gather_on_first(record: Any) -> list[Any]:
     records: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
     dist.gather_object(record, records)
     return records or []
+
+
+class Terminated(Exception):
+    """The job was told to stop, as by a scheduler that wants its place, and did so in order."""
+
+
+class TerminationRequests:
+    """Takes note of SIGTERM instead of dying of it. All ranks make and ask it together.
+
+    Example::
+
+        with TerminationRequests() as requests:
+            while not requests.any_rank_has_one():
+                step()
+    """
+
+    def __init__(self) -> None:
+        self._is_asked = False
+        # On the host, so that asking does not wait for the GPU.
+        self._group = dist.new_group(backend="gloo")
+
+    def __enter__(self) -> TerminationRequests:
+        """The requests from now on."""
+        self._before = signal.signal(signal.SIGTERM, self._take_note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Die of SIGTERM again."""
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _take_note(self, *_: object) -> None:
+        self._is_asked = True
+
+    def any_rank_has_one(self) -> bool:
+        """Whether a rank was asked to stop: the same answer on all of them."""
+        asked = torch.tensor([int(self._is_asked)])
+        dist.all_reduce(asked, group=self._group)
+        return bool(asked)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,16 +14,63 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_amort.schema import InputError
 from torchrec_amort.training.average import TableDecay, WeightAverage
+
+ShardingWay = Literal[
+    "table_wise",
+    "row_wise",
+    "column_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+    "data_parallel",
+]
+Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+Wire = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(kw_only=True)
+class TableSharding:
+    """What the planner may do with a table; among what it may, it takes what it estimates to be fastest.
+
+    Args:
+        ways: how its rows or columns may be spread over ranks; `docs/launching.md` tells which run on which device.
+        kernels: where its rows may be, unless it is `data_parallel`: `fused` in the device's memory, and on CUDA
+            `fused_uvm` in the host's, or `fused_uvm_caching` there with a cache on the device.
+        pooling_factor: ids that a request looks up in it on average; counted in the data unless given.
+        min_columns: columns of a piece, at least, if it is spread by columns.
+    """
+
+    ways: list[ShardingWay] = field(default_factory=lambda: ["table_wise", "row_wise"])
+    kernels: list[Kernel] = field(default_factory=lambda: ["fused"])
+    pooling_factor: float | None = None
+    min_columns: int | None = None
+
+
+@dataclass(kw_only=True)
+class ShardingConfig:
+    """How the planner spreads tables over ranks.
+
+    Args:
+        default: for all tables that are not named.
+        tables: for some tables, by their names.
+        wire: type of embeddings and their gradients between ranks; other than `float32` on nccl only.
+    """
+
+    default: TableSharding = field(default_factory=TableSharding)
+    tables: dict[str, TableSharding] = field(default_factory=dict)
+    wire: Wire = "float32"
 
 
 @dataclass(kw_only=True)
@@ -75,79 +123,41 @@ def shard(
     device: torch.device,
     optimizer: OptimizerConfig,
     batch_size: int,
+    sharding: ShardingConfig | None = None,
     ids_per_request: Mapping[str, float] | None = None,
     average_decay: float | None = None,
 ) -> ShardedModel:
     """Spread the tables of a model over the ranks of the default process group, weights unchanged.
 
-    The tables get TorchRec's fused row-wise Adagrad, all other weights AdamW.
+    The tables get row-wise Adagrad, fused with their lookup unless they are data-parallel, all other weights AdamW.
 
     Args:
         model: unsharded, the same on every rank.
         device: of this rank.
         optimizer: learning rates.
         batch_size: requests in a rank's batch, for the planner's estimates.
+        sharding: what the planner may do; the defaults if None.
         ids_per_request: ids that a request looks up in a table on average, for the planner's estimates;
             1 for tables that are not named.
         average_decay: decay of the weights' moving average at each step; no average if None.
 
     Returns:
         ShardedModel: of this rank.
+
+    Raises:
+        InputError: a table that is named does not exist, or the device does nothing of what is allowed for it.
     """
-    collections = [m for m in model.modules() if isinstance(m, EmbeddingBagCollection | EmbeddingCollection)]
-    for collection in collections:
-        apply_optimizer_in_backward(
-            RowWiseAdagrad, collection.parameters(), {"lr": optimizer.table_lr, "eps": optimizer.table_eps}
-        )
-    table_parameters = {id(parameter) for collection in collections for parameter in collection.parameters()}
-    tables = {name for name, parameter in model.named_parameters() if id(parameter) in table_parameters}
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    sharders = _sharders(device)
-    plan = _plan(model, collections, sharders, device, batch_size, ids_per_request or {})
-    module = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders)
-    # TorchRec draws the shards of an EmbeddingBagCollection anew, on each rank for itself.
-    module.load_state_dict(weights)
-    dense = dict(in_backward_optimizer_filter(module.named_parameters()))
-    return ShardedModel(
-        module,
-        plan,
-        KeyedOptimizerWrapper(
-            dense,
-            lambda parameters: torch.optim.AdamW(
-                parameters, lr=optimizer.dense_lr, weight_decay=optimizer.weight_decay
-            ),
-        ),
-        TableDecay(module, tables, optimizer.table_weight_decay),
-        None if average_decay is None else WeightAverage(module, average_decay),
-    )
-
-
-def _sharders(device: torch.device) -> list[ModuleSharder[nn.Module]]:
-    # fbgemm has no CPU kernel that removes duplicate ids.
-    return [
-        EmbeddingBagCollectionSharder(),
-        EmbeddingCollectionSharder(use_index_dedup=device.type == "cuda"),
-    ]
-
-
-def _plan(
-    model: nn.Module,
-    collections: Iterable[EmbeddingBagCollection | EmbeddingCollection],
-    sharders: list[ModuleSharder[nn.Module]],
-    device: torch.device,
-    batch_size: int,
-    ids_per_request: Mapping[str, float],
-) -> ShardingPlan:
-    """TorchRec's planner's choice, the same on every rank."""
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=[ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
-            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-            pooling_factors=[ids_per_request.get(table.name, 1.0)] * len(table.feature_names),
-        )
-        for collection in collections
-        for table in _tables(collection)
+    sharding = sharding or ShardingConfig()
+    collections = {
+        name: m for name, m in model.named_modules() if isinstance(m, EmbeddingBagCollection | EmbeddingCollection)
     }
+    tables = {
+        f"{path}.{name}": parameter
+        for path, collection in collections.items()
+        for name, parameter in collection.named_parameters()
+    }
+    sharders = _sharders(device, sharding.wire)
+    constraints = _constraints(collections, sharders, device, sharding, ids_per_request or {})
     planner = EmbeddingShardingPlanner(
         topology=Topology(
             world_size=dist.get_world_size(),
@@ -157,10 +167,112 @@ def _plan(
         batch_size=batch_size,
         constraints=constraints,
     )
-    return planner.collective_plan(model, sharders, dist.group.WORLD)
+    plan = planner.collective_plan(model, list(sharders.values()), dist.group.WORLD)
+    copies = _data_parallel(plan, tables)
+    adagrad = {"lr": optimizer.table_lr, "eps": optimizer.table_eps}
+    apply_optimizer_in_backward(
+        RowWiseAdagrad, [parameter for name, parameter in tables.items() if name not in copies], adagrad
+    )
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    module = DistributedModelParallel(model, device=device, plan=plan, sharders=list(sharders.values()))
+    # TorchRec draws the shards of an EmbeddingBagCollection anew, on each rank for itself.
+    module.load_state_dict(weights)
+    return ShardedModel(
+        module,
+        plan,
+        _optimizer(module, optimizer, copies),
+        TableDecay(module, tables, optimizer.table_weight_decay),
+        None if average_decay is None else WeightAverage(module, average_decay),
+    )
+
+
+def _sharders(device: torch.device, wire: Wire) -> dict[type[nn.Module], ModuleSharder[nn.Module]]:
+    registry = None
+    if wire != "float32":
+        if device.type != "cuda":
+            raise InputError(
+                f"sharding.wire is {wire}: between ranks on {device.type} embeddings are float32: leave it"
+            )
+        precision = {"float16": CommType.FP16, "bfloat16": CommType.BF16}[wire]
+        codecs = QCommsConfig(forward_precision=precision, backward_precision=precision)
+        registry = get_qcomm_codecs_registry(codecs, device=device)
+    # fbgemm has no CPU kernel that removes duplicate ids.
+    return {
+        EmbeddingBagCollection: EmbeddingBagCollectionSharder(qcomm_codecs_registry=registry),
+        EmbeddingCollection: EmbeddingCollectionSharder(
+            qcomm_codecs_registry=registry, use_index_dedup=device.type == "cuda"
+        ),
+    }
+
+
+def _constraints(
+    collections: Mapping[str, EmbeddingBagCollection | EmbeddingCollection],
+    sharders: Mapping[type[nn.Module], ModuleSharder[nn.Module]],
+    device: torch.device,
+    sharding: ShardingConfig,
+    ids_per_request: Mapping[str, float],
+) -> dict[str, ParameterConstraints]:
+    """What the planner may do with each table."""
+    tables = {table.name: (type(c), table) for c in collections.values() for table in _tables(c)}
+    if unknown := sorted(set(sharding.tables) - set(tables)):
+        raise InputError(f"sharding.tables: the model has no table {unknown[0]!r}, but {sorted(tables)}")
+    constraints = {}
+    for name, (kind, table) in tables.items():
+        wanted = sharding.tables.get(name, sharding.default)
+        possible = _ways(kind, sharders[kind], device)
+        ways = [way for way in wanted.ways if way in possible]
+        if not ways:
+            raise InputError(
+                f"sharding: table {name!r} of the {kind.__name__} may be {wanted.ways}, but ranks on {device.type} can "
+                f"make it {possible} only: allow one of these for it in sharding.tables"
+            )
+        ids = wanted.pooling_factor or ids_per_request.get(name, 1.0)
+        constraints[name] = ParameterConstraints(
+            sharding_types=ways,
+            compute_kernels=[*wanted.kernels, EmbeddingComputeKernel.DENSE.value],
+            pooling_factors=[ids] * len(table.feature_names),
+            min_partition=wanted.min_columns,
+        )
+    return constraints
+
+
+def _ways(kind: type[nn.Module], sharder: ModuleSharder[nn.Module], device: torch.device) -> list[str]:
+    """How ranks can spread a collection's tables."""
+    possible = [way for way in get_args(ShardingWay) if way in sharder.sharding_types(device.type)]
+    if kind is EmbeddingCollection and device.type == "cpu":
+        # fbgemm's dense lookup on a CPU adds up the ids of a list, where a sequence needs each.
+        possible.remove(ShardingType.DATA_PARALLEL.value)
+    return possible
 
 
 def _tables(collection: EmbeddingBagCollection | EmbeddingCollection) -> list[BaseEmbeddingConfig]:
     if isinstance(collection, EmbeddingBagCollection):
         return list(collection.embedding_bag_configs())
     return list(collection.embedding_configs())
+
+
+def _data_parallel(plan: ShardingPlan, tables: Iterable[str]) -> set[str]:
+    """The tables, by their keys in the state dict, of which each rank has a copy."""
+    copies = set()
+    for key in tables:
+        path, _, table, _ = key.rsplit(".", 3)
+        if plan.plan[path][table].sharding_type == ShardingType.DATA_PARALLEL.value:
+            copies.add(key)
+    return copies
+
+
+def _optimizer(module: nn.Module, config: OptimizerConfig, copies: set[str]) -> KeyedOptimizer:
+    """Steps all weights that are not stepped in backward."""
+    weights = dict(in_backward_optimizer_filter(module.named_parameters()))
+    dense = {name: weight for name, weight in weights.items() if name not in copies}
+    adamw = KeyedOptimizerWrapper(
+        dense,
+        lambda parameters: torch.optim.AdamW(parameters, lr=config.dense_lr, weight_decay=config.weight_decay),
+    )
+    if not copies:
+        return adamw
+    adagrad = KeyedOptimizerWrapper(
+        {name: weights[name] for name in copies},
+        lambda parameters: RowWiseAdagrad(parameters, lr=config.table_lr, eps=config.table_eps),
+    )
+    return CombinedOptimizer([adamw, adagrad])

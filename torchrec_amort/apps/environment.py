@@ -1,0 +1,85 @@
+"""Where a run was made: what a person asks for when its figures look odd, and what a restart goes by."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from torchrec_amort.files import write_json
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = ("torchrec-amort", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "pyarrow")
+
+
+def utc_now() -> str:
+    """The time, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def write_environment(run: str | Path, device: torch.device) -> None:
+    """Write `environment.json` into a run's folder: versions, git commit, job, ranks and command line.
+
+    Args:
+        run: the run's folder.
+        device: of this rank.
+    """
+    record = {
+        "started": utc_now(),
+        "command": sys.argv,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "host": socket.gethostname(),
+        "job": _job(),
+        "restarts": _restarts(),
+        "world_size": dist.get_world_size(),
+        "threads_per_rank": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+    write_json(Path(run) / ENVIRONMENT_FILE, record)
+
+
+def is_restart_of(run: str | Path) -> bool:
+    """Whether torchrun started this job's ranks again, after they had begun this run."""
+    path = Path(run) / ENVIRONMENT_FILE
+    return _restarts() > 0 and path.is_file() and json.loads(path.read_text())["job"] == _job()
+
+
+def _job() -> str | None:
+    """Torchrun's name of the job, the same for all starts of its ranks."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder that the command was started in, with a + if files differ from it."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return commit.stdout.strip() or None
