@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
+from torchrec_amort.schema import AGE_BUCKETS, KINDS_OF_IDS, Feature, RequestSchema, TableConfig
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
@@ -39,6 +39,9 @@ SCHEMA = RequestSchema(
         Feature("bought", "candidate", "label"),
     ),
 )
+
+HASHED_TABLES = {"user_id": 11, "interests": 5, "movie_id": 13, "genres": 4, "item": 17, "history_action": 3}
+HASHED = SCHEMA.with_tables({name: TableConfig(rows=rows, vocabulary="hash") for name, rows in HASHED_TABLES.items()})
 
 
 def make_request(random: np.random.Generator, events: int, candidates: int) -> dict[str, Any]:
@@ -66,6 +69,16 @@ def make_requests(shapes: list[tuple[int, int]], seed: int = 0) -> list[dict[str
     """Random requests of the given numbers of events and candidates."""
     random = np.random.default_rng(seed)
     return [make_request(random, events, candidates) for events, candidates in shapes]
+
+
+def spread_ids(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same requests with other ids, of any int64, but for the unknown one."""
+
+    def spread(ids: Any) -> Any:
+        return [spread(i) for i in ids] if isinstance(ids, list) else (ids * 0xD1342543DE82EF95 + 2**63) % 2**64 - 2**63
+
+    columns = {f.source for f in SCHEMA.features if f.kind in KINDS_OF_IDS}
+    return [{k: spread(v) if k in columns else v for k, v in request.items()} for request in requests]
 
 
 def make_table(num_requests: int, seed: int = 0) -> pa.Table:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.conftest import NUM_ITEMS, SCHEMA, make_requests
-from torchrec_amort import InputError, RequestBatch
+from tests.conftest import HASHED, NUM_ITEMS, SCHEMA, make_requests, spread_ids
+from torchrec_amort import InputError, RequestBatch, TableConfig, hash_ids
 
 shapes = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=5)
 
@@ -114,6 +114,64 @@ def test_pins_and_moves_to_a_gpu() -> None:
     assert_same(moved.to(torch.device("cpu")), batch)
 
 
+def hashed(ids: list[int], feature: str) -> list[int]:
+    return hash_ids(np.array(ids, dtype=np.int64), HASHED.table_sizes[feature]).tolist()
+
+
+@given(shapes, st.integers(0, 2**20))
+def test_ids_of_any_size_are_hashed_into_their_tables(sizes: list[tuple[int, int]], seed: int) -> None:
+    requests = spread_ids(make_requests(sizes, seed))
+    batch = RequestBatch.from_requests(requests, HASHED)
+    assert lists(batch.request_sparse) == {
+        "user_id": [hashed([r["user_id"]], "user_id") for r in requests],
+        "interests": [hashed(r["interests"], "interests") for r in requests],
+    }
+    assert lists(batch.candidate_sparse) == {
+        "movie_id": [hashed([item], "movie_id") for r in requests for item in r["candidate_item"]],
+        "genres": [hashed(genres, "genres") for r in requests for genres in r["genres"]],
+    }
+    assert lists(batch.sequences) == {
+        "history_item": [hashed(r["history_item"], "history_item") for r in requests],
+        "history_action": [hashed(r["history_action"], "history_action") for r in requests],
+        "history_age": [[(r["time"] - t).bit_length() for t in r["history_time"]] for r in requests],
+        "candidate_item": [hashed(r["candidate_item"], "candidate_item") for r in requests],
+    }
+    batch.validate(HASHED.table_sizes)
+
+
+@given(shapes, st.integers(0, 2**20))
+def test_ids_are_hashed_alike_at_once_or_one_by_one_from_requests_or_tables(
+    sizes: list[tuple[int, int]], seed: int
+) -> None:
+    requests = spread_ids(make_requests(sizes, seed))
+    batch = RequestBatch.from_requests(requests, HASHED)
+    table = pa.Table.from_pylist(requests, HASHED.arrow_schema())
+    assert_same(RequestBatch.from_arrow(table, HASHED), batch)
+    pieces = [RequestBatch.from_arrow(table.slice(row, 1), HASHED) for row in range(len(requests))]
+    for name in ("request_sparse", "candidate_sparse", "sequences"):
+        joined = {
+            key: [row for piece in pieces for row in lists(getattr(piece, name))[key]]
+            for key in getattr(batch, name).keys()
+        }
+        assert joined == lists(getattr(batch, name))
+
+
+def test_neighbours_beyond_the_integers_of_a_double_are_told_apart() -> None:
+    schema = SCHEMA.with_tables({"user_id": TableConfig(rows=10**9, vocabulary="hash")})
+    batch = RequestBatch.from_requests([request(user_id=2**53 + i) for i in range(4)], schema)
+    assert len(set(batch.request_sparse.values()[:4].tolist())) == 4
+
+
+@given(st.lists(st.one_of(st.integers(-2, 45), st.integers(-(2**63), 2**63 - 1)), max_size=8))
+def test_ids_outside_a_table_become_the_unknown_one(ids: list[int]) -> None:
+    schema = SCHEMA.with_tables({"item": TableConfig(rows=NUM_ITEMS, vocabulary="unknown")})
+    times = [1_000] * len(ids)
+    batch = RequestBatch.from_requests(
+        [request(history_item=ids, history_action=[1] * len(ids), history_time=times)], schema
+    )
+    assert lists(batch.sequences)["history_item"] == [[i if 0 <= i < NUM_ITEMS else 0 for i in ids]]
+
+
 def request(**changes: Any) -> dict[str, Any]:
     return {**make_requests([(3, 2)])[0], **changes}
 
@@ -129,7 +187,7 @@ def request(**changes: Any) -> dict[str, Any]:
         ({"history_action": [1, 2]}, "history_action lists 2 entries but history_item lists 3"),
         (
             {"candidate_item": [1, NUM_ITEMS]},
-            r"candidate 1: candidate_sparse\['movie_id'\] has id 40, not 0 to 39",
+            r"candidate 1: candidate_sparse\['movie_id'\] has id 40, not 0 to 39.* vocabulary 'unknown' or 'hash'",
         ),
         ({"user_id": 20}, r"request_sparse\['user_id'\] has id 20, not 0 to 19"),
         ({"history_item": [1, 2, -1]}, r"sequences\['history_item'\] has id -1, not 0 to 39"),

@@ -1,6 +1,7 @@
 """User history for TorchRec DLRMs, encoded once per request and read by every candidate."""
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.hashing import hash_ids
 from torchrec_amort.inference.cache import HistoryCache
 from torchrec_amort.inference.export import export_package, load_package
 from torchrec_amort.inference.scorer import AmortizedScorer
@@ -11,7 +12,7 @@ from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.modules.encoder import HistoryEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
-from torchrec_amort.schema import Feature, InputError, RequestSchema
+from torchrec_amort.schema import Feature, InputError, RequestSchema, TableConfig
 
 __all__ = [
     "RequestBatch",
@@ -32,5 +33,7 @@ __all__ = [
     "InputError",
     "ModelConfig",
     "RequestSchema",
+    "TableConfig",
     "build_model",
+    "hash_ids",
 ]

@@ -96,7 +96,8 @@ class RequestBatch(Pipelineable):
         Args:
             table: the columns of `schema.arrow_schema()`; `request_id` and `user` may be absent, `time` if
                 no feature needs it, and the labels, all together, when scoring.
-            schema: what the requests are made of.
+            schema: what the requests are made of. By the vocabulary of its features, ids become rows of tables here
+                and nowhere else: the ids of a batch are mapped already.
             history_length: keep at most this many events of each history, the most recent ones.
             source: where the table comes from, for error messages.
             first_row: number of the table's first row there, for error messages.
@@ -364,7 +365,8 @@ class _Check:
         size = self.table_sizes.get(keys[key])
         limit = "0 or more" if size is None else f"0 to {size - 1}, the rows of its table"
         raise InputError(
-            f"{where}: {name}[{keys[key]!r}] has id {values[position]}, not {limit}: map the id or enlarge the table"
+            f"{where}: {name}[{keys[key]!r}] has id {values[position]}, not {limit}: map the id, enlarge the table, "
+            "or give the feature vocabulary 'unknown' or 'hash'"
         )
 
     def _sequence_lengths(self, keys: list[str], lengths: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_amort.hashing import hash_ids
 from torchrec_amort.schema import Feature, InputError, RequestSchema, Side, refuse_missing
 
 
@@ -115,10 +116,10 @@ class Rows:
             entries = self._entries(feature)
             if feature.kind == "ids":
                 lengths.append(entries.value_lengths().to_numpy())
-                values.append(entries.flatten().to_numpy())
+                entries = entries.flatten()
             else:
                 lengths.append(np.ones(len(entries), dtype=np.int64))
-                values.append(entries.to_numpy())
+            values.append(_table_rows(feature, entries.to_numpy()))
         return _keyed_jagged([f.name for f in features], values, lengths, self._stride(side))
 
     def sequences(self) -> KeyedJaggedTensor:
@@ -130,12 +131,11 @@ class Rows:
 
     def _sequence(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
         values, lengths = self._lists(feature.source)
-        if feature.side == "candidate":
-            return values, lengths
-        self._refuse_other_lengths(feature.source, lengths, "history_item")
+        if feature.side == "event":
+            self._refuse_other_lengths(feature.source, lengths, "history_item")
         if feature.kind == "age":
-            values = self._age_buckets(values, lengths)
-        return values, lengths
+            return self._age_buckets(values, lengths), lengths
+        return _table_rows(feature, values), lengths
 
     def _age_buckets(self, event_times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         times = np.repeat(self.scalars("time"), lengths)
@@ -148,6 +148,16 @@ class Rows:
                 f"time {times[event]}: a history is what was known at the request"
             )
         return np.frexp(ages.astype(np.float64))[1].astype(np.int64)
+
+
+def _table_rows(feature: Feature, ids: np.ndarray) -> np.ndarray:
+    """The row of the feature's table for each id; ids that are to be refused stay as they are."""
+    table_size = feature.table_size or 0
+    if feature.vocabulary == "hash":
+        return hash_ids(ids, table_size)
+    if feature.vocabulary == "unknown":
+        return np.where((ids >= 0) & (ids < table_size), ids, 0)
+    return ids
 
 
 def _first_null(array: pa.Array) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ SCHEMA_FILE = "schema.json"
 
 Side = Literal["request", "candidate", "event"]
 Kind = Literal["id", "ids", "item", "age", "dense", "label"]
+Vocabulary = Literal["refuse", "unknown", "hash"]
 
 # What may stand on which side; `item` is the one id that history and candidates share a table for.
 KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,7 @@ KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
     "event": ("item", "id", "age"),
 }
 KINDS_WITH_TABLE = ("id", "ids", "item", "age")
+KINDS_OF_IDS = ("id", "ids", "item")
 
 # An age of s seconds falls into bucket s.bit_length(): one bucket an octave, and 63 holds any int64.
 AGE_BUCKETS = 64
@@ -45,9 +47,12 @@ class Feature:
         table_size: number of rows of the embedding table; ids run from 0 to `table_size - 1`.
             Only for kinds that are looked up.
         column: the column it is read from, if not `name`.
+        vocabulary: what becomes of an id outside the table: `refuse` (an error) or `unknown` (it becomes 0, the
+            unknown id). With `hash`, ids are any int64: each goes to the row that `hash_ids` says. Only for ids.
 
     Raises:
-        InputError: the kind does not exist on that side, or the table size is missing or not positive.
+        InputError: the kind does not exist on that side, the table size is missing or too small, or there is no such
+            vocabulary for the kind.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Feature:
     kind: Kind
     table_size: int | None = None
     column: str | None = None
+    vocabulary: Vocabulary = "refuse"
 
     def __post_init__(self) -> None:
         if self.side not in get_args(Side) or self.kind not in KINDS_OF_SIDE[self.side]:
@@ -66,6 +72,22 @@ class Feature:
             raise InputError(f"feature {self.name!r} of kind {self.kind!r} needs a table_size of 1 or more")
         if self.kind not in KINDS_WITH_TABLE and self.table_size is not None:
             raise InputError(f"feature {self.name!r} of kind {self.kind!r} has no table: leave out table_size")
+        words = get_args(Vocabulary) if self.kind in KINDS_OF_IDS else ("refuse",)
+        if self.vocabulary not in words:
+            raise InputError(
+                f"feature {self.name!r} of kind {self.kind!r}: no vocabulary {self.vocabulary!r}; there is "
+                f"{', '.join(words)}"
+            )
+        if self.vocabulary == "hash" and self.table_size == 1:
+            raise InputError(
+                f"feature {self.name!r}: vocabulary 'hash' needs a table_size of 2 or more, not 1: row 0 is the "
+                "unknown id's"
+            )
+
+    @property
+    def table(self) -> str:
+        """Name of its embedding table, if it has one."""
+        return "item" if self.kind == "item" else self.name
 
     @property
     def source(self) -> str:
@@ -80,6 +102,19 @@ class Feature:
         return per_row if self.side == "request" else pa.list_(per_row)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Another size and vocabulary of the table of a feature's ids.
+
+    Args:
+        rows: number of its rows.
+        vocabulary: what becomes of an id outside it: `refuse`, `unknown` or `hash`; see `Feature`.
+    """
+
+    rows: int
+    vocabulary: Vocabulary
+
+
 @dataclass(frozen=True)
 class RequestSchema:
     """The features of a data set, in the order the model reads them.
@@ -88,11 +123,12 @@ class RequestSchema:
         dataset: name of the data set, for people.
         features: all features. A schema has exactly one `item` feature on the candidate side, named
             `candidate_item`; event features, if there are any, include the `item` feature
-            `history_item`, with the same table size.
+            `history_item`, with the same table size and vocabulary.
         format_version: version of the file format this schema was written with.
 
     Raises:
-        InputError: two features have one name, an item feature is missing or its table sizes differ.
+        InputError: two features have one name, an item feature is missing, or table sizes or vocabularies of the two
+            differ.
 
     Example::
 
@@ -116,17 +152,19 @@ class RequestSchema:
         names = [feature.name for feature in self.features]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"schema {self.dataset!r}: feature {twice[0]!r} is there twice; rename one")
-        items = {f.name: f.table_size for f in self.features if f.kind == "item"}
+        items = {f.name: f for f in self.features if f.kind == "item"}
         expected = {"candidate_item", "history_item"} if self.of("event") else {"candidate_item"}
         if set(items) != expected:
             raise InputError(
                 f"schema {self.dataset!r}: the features of kind 'item' are {sorted(items)}, not {sorted(expected)}"
             )
-        if len(set(items.values())) != 1:
-            raise InputError(
-                f"schema {self.dataset!r}: one table serves history and candidates, but table_size is "
-                f"{items['history_item']} for history_item and {items['candidate_item']} for candidate_item"
-            )
+        for field in ("table_size", "vocabulary"):
+            values = {name: getattr(feature, field) for name, feature in items.items()}
+            if len(set(values.values())) != 1:
+                raise InputError(
+                    f"schema {self.dataset!r}: one table serves history and candidates, but {field} is "
+                    f"{values['history_item']} for history_item and {values['candidate_item']} for candidate_item"
+                )
 
     def of(self, side: Side, *kinds: Kind) -> tuple[Feature, ...]:
         """The features of one side, in order; of the given kinds only, if any are given."""
@@ -168,6 +206,62 @@ class RequestSchema:
             )
         return replace(self, features=tuple(f for f in self.features if f.name not in left_out))
 
+    def with_tables(self, tables: Mapping[str, TableConfig]) -> RequestSchema:
+        """The schema with other tables for some ids, so that a run reads the same data into smaller ones.
+
+        Args:
+            tables: by the name of the table: the feature's, or `item` for the one that history and candidates share.
+
+        Raises:
+            InputError: there is no such table, or it refuses ids that the schema allows.
+
+        Example::
+
+            schema.with_tables({"user_id": TableConfig(rows=100_000, vocabulary="hash")})
+        """
+        known = dict.fromkeys(f.table for f in self.features if f.kind in KINDS_OF_IDS)
+        if unknown := sorted(tables.keys() - known.keys()):
+            raise InputError(f"schema {self.dataset!r}: no table {unknown[0]!r} of ids; there are {list(known)}")
+        features = list(self.features)
+        for place, feature in enumerate(features):
+            if feature.kind in KINDS_OF_IDS and (table := tables.get(feature.table)):
+                features[place] = replace(feature, table_size=table.rows, vocabulary=table.vocabulary)
+        changed = replace(self, features=tuple(features))
+        changed.refuse_other_data(self, f"schema {self.dataset!r}")
+        return changed
+
+    def refuse_other_data(self, data: RequestSchema, source: str = "data") -> None:
+        """Refuse data of a schema whose rows cannot be read by this one.
+
+        Its features may differ in their tables, if this schema's take all ids that the data may have.
+
+        Args:
+            data: the schema that the data was prepared with.
+            source: where the data is, for error messages.
+
+        Raises:
+            InputError: names the first feature that the data does not have, or has other ids for.
+
+        Example::
+
+            trained.refuse_other_data(RequestSchema.load("data/films"), "data/films")
+        """
+        given = {(f.name, f.side, f.kind, f.source): f for f in data.features}
+        for feature in self.features:
+            other = given.get((feature.name, feature.side, feature.kind, feature.source))
+            if other is None:
+                raise InputError(
+                    f"{source}: the model reads {feature}, which this data set does not have: use data prepared in "
+                    "the same way"
+                )
+            is_larger = (other.table_size or 0) > (feature.table_size or 0)
+            if feature.vocabulary == "refuse" and (is_larger or other.vocabulary != "refuse"):
+                raise InputError(
+                    f"{source}: {feature.name} has {other.table_size} rows and vocabulary {other.vocabulary!r}, but "
+                    f"the model's table for it has {feature.table_size} and refuses other ids: train with vocabulary "
+                    "'unknown' or 'hash' for it, or with rows for all ids"
+                )
+
     def arrow_schema(self) -> pa.Schema:
         """The columns of a request-level Parquet file: one row per request."""
         columns = {"request_id": pa.int64(), "user": pa.int64(), "time": pa.int64()}
@@ -175,9 +269,9 @@ class RequestSchema:
         return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
     def to_json(self) -> str:
-        """The schema as readable JSON, features without their empty fields."""
-        record = asdict(self)
-        record["features"] = [{k: v for k, v in f.items() if v is not None} for f in record["features"]]
+        """The schema as readable JSON, features without the fields that have their default."""
+        record, defaults = asdict(self), {field.name: field.default for field in fields(Feature)}
+        record["features"] = [{k: v for k, v in f.items() if v != defaults[k]} for f in record["features"]]
         return json.dumps(record, indent=2) + "\n"
 
     @classmethod

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import SCHEMA, make_table
-from torchrec_amort import InputError, RequestBatch
+from tests.conftest import HASHED, SCHEMA, make_table, spread_ids
+from torchrec_amort import InputError, RequestBatch, TableConfig, hash_ids
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import write_requests
 
@@ -145,6 +145,41 @@ def test_some_ids_are_made_unknown_and_which_depends_on_the_epoch(small_groups: 
         users(unknown_rate={"user_id": 1.5})
     with pytest.raises(InputError, match="give a seed"):
         users(unknown_rate={"user_id": 0.5}, seed=None)
+
+
+@pytest.mark.parametrize("options", [{"seed": 0}, {"seed": 0, "unknown_rate": {"user_id": 0.5}}, {"seed": None}])
+def test_a_run_with_tables_of_its_own_reads_the_same_requests_each_id_hashed_once(
+    small_groups: Path, options: dict[str, Any]
+) -> None:
+    def batches(**more: Any) -> list[RequestBatch]:
+        return list(RequestDataset(small_groups, "train", batch_size=16, **options, **more))
+
+    for raw, batch in zip(batches(), batches(schema=HASHED), strict=True):
+        assert fingerprints(batch) == fingerprints(raw)
+        for name in ("request_sparse", "candidate_sparse", "sequences"):
+            ids, rows = getattr(raw, name), getattr(batch, name)
+            assert torch.equal(rows.lengths(), ids.lengths())
+            for key in set(ids.keys()) - {"history_age"}:
+                expected = hash_ids(ids[key].values().numpy(), HASHED.table_sizes[key])
+                assert rows[key].values().tolist() == expected.tolist()
+
+
+def test_ids_of_any_size_are_written_as_they_are_and_read_as_rows(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(spread_ids(make_table(40).to_pylist()), HASHED.arrow_schema())
+    write_requests(tmp_path / "large", HASHED, {"train": [table]})
+    assert pq.read_table(tmp_path / "large" / "train").equals(table)
+    (batch,) = RequestDataset(tmp_path / "large", "train", batch_size=40)
+    expected = RequestBatch.from_arrow(table, HASHED)
+    assert fingerprints(batch) == fingerprints(expected)
+    assert torch.equal(batch.sequences.values(), expected.sequences.values())
+
+
+def test_data_that_a_runs_tables_do_not_fit_is_refused(small_groups: Path) -> None:
+    larger = SCHEMA.with_tables({"user_id": TableConfig(rows=30, vocabulary="refuse")})
+    write_requests(small_groups / "larger", larger, {"train": [make_table(20)]})
+    RequestDataset(small_groups, "train", batch_size=16, schema=larger)
+    with pytest.raises(InputError, match="larger: user_id has 30 rows .* has 20 and refuses other ids"):
+        RequestDataset(small_groups / "larger", "train", batch_size=16, schema=SCHEMA)
 
 
 def test_the_latest_events_are_kept(small_groups: Path) -> None:

@@ -10,7 +10,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.models.dlrm import DLRM, DLRM_DCN
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from tests.conftest import MAX_HISTORY, NUM_ITEMS, SCHEMA, make_requests
+from tests.conftest import HASHED, MAX_HISTORY, NUM_ITEMS, SCHEMA, make_requests, spread_ids
 from torchrec_amort import (
     AmortizedDLRM,
     AmortizedHistoryArch,
@@ -19,6 +19,7 @@ from torchrec_amort import (
     InputError,
     ModelConfig,
     RequestBatch,
+    RequestSchema,
     attach_history,
     build_model,
 )
@@ -30,11 +31,11 @@ SERVED = [word for word in ENCODERS if word not in ("append_self", "concatenatio
 TOLERANCE = 1e-5
 
 
-def make_model(seed: int = 0, **changes: Any) -> AmortizedDLRM:
+def make_model(seed: int = 0, schema: RequestSchema = SCHEMA, **changes: Any) -> AmortizedDLRM:
     """A model none of whose weights is zero."""
     sizes: dict[str, Any] = {"embedding_dim": 8, "dense_layers": [6], "over_layers": [16, 10]}
     config = ModelConfig(**(sizes | {"history_length": MAX_HISTORY} | changes))
-    model = build_model(SCHEMA, config, seed=seed).eval()
+    model = build_model(schema, config, seed=seed).eval()
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or ".bias." in name:
@@ -221,6 +222,20 @@ def grown(requests: list[dict[str, Any]], events: int, seed: int) -> list[dict[s
     keys = ("history_item", "history_action", "history_time")
     pairs = zip(requests, later, strict=True)
     return [new | {k: old[k] + new[k] for k in keys} | {"user": old["user"]} for old, new in pairs]
+
+
+@given(shapes, st.one_of(st.none(), st.integers(1, 7)), seeds)
+def test_requests_with_ids_of_any_size_score_as_the_model_on_their_rows(
+    sizes: list[tuple[int, int]], microbatch: int | None, seed: int
+) -> None:
+    model, requests = make_model(schema=HASHED), spread_ids(make_requests(sizes, seed))
+    requests = [request | {"user": row} for row, request in enumerate(requests)]
+    expected = by_impressions(model, RequestBatch.from_requests(requests, HASHED))
+    scorer = AmortizedScorer(model, microbatch, HistoryCache(2**20), schema=HASHED)
+    for _ in range(2):
+        assert_same(scorer.score(requests), expected)
+    assert scorer.cache is not None
+    assert scorer.cache.counters()["hits"] == len(requests)
 
 
 WITHOUT_AGE: dict[str, Any] = {"leave_out": ["history_age"], "positions": "none", "history": "append_cross_causal"}

@@ -21,8 +21,17 @@ from torchrec_amort.training.processes import Terminated
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.yaml"
-# No space, over quota, file too large, read-only, not permitted.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# No space, over quota, file too large, read-only, not permitted (twice), a file where a folder should be (twice).
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 def parser_of(config_class: type[Any], command: str) -> ArgumentParser:
@@ -101,13 +110,7 @@ def refuse_other_schema(run: str | Path, data: str | Path) -> None:
     Raises:
         InputError: names the first feature that differs.
     """
-    trained, given = RequestSchema.load(run), RequestSchema.load(data)
-    for feature in trained.features:
-        if feature not in given.features:
-            raise InputError(
-                f"{data}: the model of {run} was trained on {feature}, which this data set does not have: "
-                "evaluate it on data prepared in the same way"
-            )
+    RequestSchema.load(run).refuse_other_data(RequestSchema.load(data), str(data))
 
 
 def run_command(command: Callable[[], None]) -> None:

@@ -128,6 +128,7 @@ def predict_split(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         history_length=trained.model.history_length if history_length is None else history_length,
+        schema=schema,
     )
     model = shard(
         GlobalBatchTrain(build_model(schema, trained.model), trained.loop.precision),

@@ -112,6 +112,7 @@ def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torc
         world_size=dist.get_world_size(),
         seed=one.seed,
         history_length=max(arm.model.history_length for arm in arms.values()),
+        schema=RequestSchema.load(one.data).with_tables(one.tables),
     )
     models = {name: _sharded(arm, dataset.schema, device) for name, arm in arms.items()}
     steps = config.warmup + config.train_steps
@@ -177,7 +178,7 @@ def _scoring(
     arms: Mapping[str, TrainConfig], requests: pa.Table, config: SpeedConfig, device: torch.device
 ) -> dict[str, Any]:
     one = next(iter(arms.values()))
-    schema = RequestSchema.load(one.data)
+    schema = RequestSchema.load(one.data).with_tables(one.tables)
     history_length = config.history_length or max(arm.model.history_length for arm in arms.values())
     models = {name: build_model(schema, arm.model, seed=arm.seed).eval().to(device) for name, arm in arms.items()}
     times = Times(config.warmup)

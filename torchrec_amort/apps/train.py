@@ -28,7 +28,7 @@ from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.files import write_json, write_text
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
-from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema, TableConfig
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint, load_weights
 from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, TrainResult, train
 from torchrec_amort.training.processes import is_first, process_group
@@ -48,6 +48,8 @@ class TrainConfig:
         sharding: how tables are spread over ranks.
         batch_size: requests in a global batch, all ranks together.
         seed: of the initial weights and the order of the data.
+        tables: other sizes and vocabularies of tables of ids than the data's, by the name of the table: the feature's,
+            or `item` for the one that history and candidates share. `docs/data.md` tells of vocabularies.
         unknown_rate: for a request id, the share of training requests in which it is replaced by 0, the
             unknown id.
         num_workers: processes of each rank that read data.
@@ -63,6 +65,7 @@ class TrainConfig:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     batch_size: int = 32
     seed: int = 0
+    tables: dict[str, TableConfig] = field(default_factory=dict)
     unknown_rate: dict[str, float] = field(default_factory=dict)
     num_workers: int = 0
     resume: bool = False
@@ -99,6 +102,8 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
         InputError: the data is missing or does not fit, or the run cannot go on.
     """
     run = Path(config.run_folder)
+    resume = _refuse_or_resume(config, run)
+    schema = RequestSchema.load(run) if resume else RequestSchema.load(config.data).with_tables(config.tables)
     dataset = RequestDataset(
         config.data,
         "train",
@@ -108,13 +113,13 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
         seed=config.seed,
         history_length=config.model.history_length,
         unknown_rate=config.unknown_rate,
+        schema=schema,
     )
-    resume = _refuse_or_resume(config, run)
-    model = _sharded_model(config, dataset.schema, device)
+    model = _sharded_model(config, schema, device)
     # No rank may write before all have looked at what is there.
     dist.barrier()
     if is_first():
-        _write_run(config, run, dataset.schema, model, device)
+        _write_run(config, run, schema, model, device)
     dist.barrier()
     # Dropout differs from rank to rank.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, dist.get_rank()]).generate_state(1)[0]))
@@ -204,7 +209,11 @@ def _refuse_or_resume(config: TrainConfig, run: Path) -> bool:
                 f"{run}: its checkpoint is of a model with model.{name}={value}, the config says "
                 f"{getattr(config.model, name)}: use the same, or choose another run folder"
             )
-    refuse_other_schema(run, config.data)
+    if saved.tables != config.tables:
+        raise InputError(
+            f"{run}: its checkpoint is of a model with tables={saved.tables}, the config says {config.tables}: use the "
+            "same, or choose another run folder"
+        )
     return True
 
 

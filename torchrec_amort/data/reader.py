@@ -55,12 +55,13 @@ class RequestDataset(IterableDataset[RequestBatch]):
         history_length: keep at most this many events of each history, the latest ones; all if None.
         unknown_rate: for a request id feature, the share of requests whose id is replaced by 0, the
             unknown id, so that the model learns to score those it will not know. Needs a seed.
+        schema: what to read the requests by, such as a run's with tables of its own; the folder's if None.
         num_lanes: lanes that the requests are dealt to.
         shuffle_rows: requests that are shuffled at once, all lanes together.
 
     Raises:
-        InputError: the folder, split or a file is missing or damaged, a column is missing, or there are
-            fewer requests, lanes or places in a batch than ranks.
+        InputError: the folder, split or a file is missing or damaged, a column is missing, the schema reads other
+            data, or there are fewer requests, lanes or places in a batch than ranks.
 
     Example::
 
@@ -81,10 +82,13 @@ class RequestDataset(IterableDataset[RequestBatch]):
         seed: int | None = None,
         history_length: int | None = None,
         unknown_rate: Mapping[str, float] | None = None,
+        schema: RequestSchema | None = None,
         num_lanes: int = 12,
         shuffle_rows: int = 65_536,
     ) -> None:
-        self.schema = RequestSchema.load(folder)
+        prepared = RequestSchema.load(folder)
+        self.schema = schema or prepared
+        self.schema.refuse_other_data(prepared, str(folder))
         self.batch_size = batch_size
         self.history_length = history_length
         self.seed = seed

@@ -230,7 +230,7 @@ def _sequences(schema: RequestSchema, dim: int, device: torch.device | None) -> 
     """One table for the items of histories and candidates, and one for each other event feature."""
     features_of_table: dict[str, list[Feature]] = {}
     for feature in schema.sequence_features:
-        features_of_table.setdefault("item" if feature.kind == "item" else feature.name, []).append(feature)
+        features_of_table.setdefault(feature.table, []).append(feature)
     tables = [
         EmbeddingConfig(
             name=name,

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchrec_amort.schema import InputError
+
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
@@ -23,6 +25,9 @@ def process_group() -> Iterator[torch.device]:
 
     Yields:
         torch.device: this rank's device.
+
+    Raises:
+        InputError: torchrun may start the ranks of several nodes again, but keeps what they told each other before.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -30,7 +35,9 @@ def process_group() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(
+            backend, store=_store(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     has_failed = True
@@ -40,6 +47,24 @@ def process_group() -> Iterator[torch.device]:
     finally:
         if not has_failed or dist.get_world_size() == 1:
             dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Where the ranks of this start of a job find each other.
+
+    Torchrun keeps one store for all starts, and ranks that are started again wait for ever for those that they find
+    there (pytorch/pytorch issue 135712). Its count of restarts tells starts apart, on one node.
+    """
+    store, _, world_size = next(dist.rendezvous("env://"))
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not is_kept or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return store
+    if world_size != int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise InputError(
+            f"torchrun may start these {world_size} ranks of several nodes again, but keeps the store in which they "
+            "find each other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or --max-restarts 0"
+        )
+    return dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def is_first() -> bool:

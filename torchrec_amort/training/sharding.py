@@ -190,9 +190,7 @@ def _sharders(device: torch.device, wire: Wire) -> dict[type[nn.Module], ModuleS
     registry = None
     if wire != "float32":
         if device.type != "cuda":
-            raise InputError(
-                f"sharding.wire is {wire}: between ranks on {device.type} embeddings are float32: leave it"
-            )
+            raise InputError(f"sharding.wire is {wire}, but ranks on {device.type} send float32 only: leave it out")
         precision = {"float16": CommType.FP16, "bfloat16": CommType.BF16}[wire]
         codecs = QCommsConfig(forward_precision=precision, backward_precision=precision)
         registry = get_qcomm_codecs_registry(codecs, device=device)
