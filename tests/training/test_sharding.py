@@ -1,4 +1,6 @@
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
-from torchrec_amort.training.sharding import OptimizerConfig, shard
+from tests.launch import torchrun
+from tests.training.every_way import WAYS, train_every_way
+from torchrec_amort.schema import InputError
+from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig, TableSharding, shard
 
 ROWS, DIM = 6, 4
 
@@ -52,3 +57,46 @@ def test_tables_move_by_row_wise_adagrad() -> None:
                 weight[row] -= 0.1 * slope / (squares[row].sqrt() + 1e-8)
         (shards,) = module.state_dict()[name].local_shards()
         torch.testing.assert_close(shards.tensor, weight)
+
+
+def reports(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k == "loss" or k.startswith("ne/")} for line in lines]
+
+
+def test_losses_and_metrics_are_the_same_on_1_2_and_3_ranks_for_every_way(data_folder: Path, tmp_path: Path) -> None:
+    train_every_way(str(data_folder), str(tmp_path / "1"))
+    for ranks in (2, 3):
+        torchrun(ranks, "tests.training.every_way", str(data_folder), str(tmp_path / str(ranks)))
+    for way, kinds in WAYS.items():
+        expected = reports(tmp_path / "1" / way)
+        assert len(expected) == 6
+        for ranks in (2, 3):
+            run = tmp_path / str(ranks) / way
+            plan = (run / "plan.txt").read_text()
+            assert all(f" {kind} " in plan for kind in kinds), plan
+            for line, same in zip(reports(run), expected, strict=True):
+                assert line == pytest.approx(same, rel=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("sharding", "message"),
+    [
+        (ShardingConfig(tables={"sequences": TableSharding()}), "no table 'sequences', but ['bag', 'sequence']"),
+        (
+            ShardingConfig(default=TableSharding(ways=["grid_shard"])),
+            "table 'bag' of the EmbeddingBagCollection may be ['grid_shard'], but ranks on cpu can make it",
+        ),
+        # It runs, but fbgemm's lookup would add up the ids of a sequence.
+        (
+            ShardingConfig(tables={"sequence": TableSharding(ways=["data_parallel"])}),
+            "['table_wise', 'row_wise', 'column_wise'] only",
+        ),
+        (ShardingConfig(wire="bfloat16"), "sharding.wire is bfloat16, but ranks on cpu send float32 only"),
+    ],
+)
+def test_what_cannot_be_is_refused(sharding: ShardingConfig, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        shard(Lookup(), device=torch.device("cpu"), optimizer=OptimizerConfig(), batch_size=2, sharding=sharding)
+    assert message in str(error.value)

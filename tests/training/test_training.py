@@ -82,6 +82,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     more = ["--loop.epochs=2", "--loop.checkpoint_every=10", "--unknown_rate.user_id=0.5"]
+    more += ["--loop.log_every=7", "--model.dropout=0.2"]  # the checkpoint is between two reports
     train.main(arguments(data_folder, whole, *more))
     steps = iter(range(38))
     original = TrainPipelineBase.progress
@@ -97,7 +98,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert checkpoints(stopped) == ["step-000000025", "step-000000030"]
     train.main(arguments(data_folder, stopped, *more, "--resume=true"))
     assert losses(stopped) == losses(whole)
-    assert len(losses(whole)) == 50
+    assert list(losses(whole)) == [7, 14, 21, 25, 28, 35, 42, 49, 50]
     finished = weights(data_folder, stopped)
     assert all(torch.equal(value, finished[name]) for name, value in weights(data_folder, whole).items())
 
@@ -214,8 +215,24 @@ def test_data_with_other_features_is_refused(
     schema = (data_folder / "schema.json").read_text()
     (tmp_path / "schema.json").write_text(schema.replace('"table_size": 20', '"table_size": 21'))
     line = refused(capsys, evaluate.main, ["--run_folder", str(trained), "--data", str(tmp_path)])
-    assert "name='user_id'" in line
-    assert "table_size=20" in line
+    assert "user_id has 21 rows" in line
+    assert "the model's table for it has 20" in line
+
+
+def test_ids_are_hashed_into_smaller_tables_by_config(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    tables = ["--tables.user_id={rows: 7, vocabulary: hash}", "--tables.item={rows: 11, vocabulary: hash}"]
+    train.main(arguments(data_folder, run, *tables, "--sharding.tables.item={ways: [row_wise], pooling_factor: 9.5}"))
+    schema = RequestSchema.load(run)
+    assert [schema.table_sizes[name] for name in ("user_id", "candidate_item", "history_item")] == [7, 11, 11]
+    evaluate.main(["--run_folder", str(run)])
+    assert quality(run)["requests"] == 90
+    train.main(arguments(data_folder, run, *tables, "--loop.epochs=2", "--resume=true"))
+    assert len(losses(run)) == 50
+    line = refused(capsys, train.main, arguments(data_folder, run, "--resume=true"))
+    assert "its checkpoint is of a model with tables={'user_id': TableConfig(rows=7, vocabulary='hash')" in line
 
 
 def test_batches_may_be_large(data_folder: Path, tmp_path: Path) -> None:

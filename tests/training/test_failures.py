@@ -1,0 +1,240 @@
+"""What goes wrong on a cluster: ranks that die, jobs that are told to stop, checkpoints and disks that fail."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SCHEMA, make_table
+from tests.launch import start, torchrun, torchrun_command
+from tests.training.test_training import arguments, checkpoints, losses, quality, refused, weights
+from torchrec_amort.apps import evaluate, train
+from torchrec_amort.data.writer import write_requests
+
+LONG = ["--loop.epochs=8", "--loop.checkpoint_every=10"]
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Watch for what a process is to do; it must still be at work then."""
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks that torchrun started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(child) for child in children if "torchrec_amort" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train.main(arguments(data_folder, run, *LONG))
+    return run
+
+
+def test_a_killed_rank_starts_the_job_again_from_the_last_checkpoint(
+    data_folder: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    command = torchrun_command(2, "train", *arguments(data_folder, run, *LONG), max_restarts=1)
+    launcher = start(*command)
+    wait_for(lambda: list(run.glob("checkpoints/step-*")), launcher)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, output
+    environment = json.loads((run / "environment.json").read_text())
+    assert (environment["restarts"], environment["world_size"]) == (1, 2)
+    # Sums of two ranks are in another order: 5e-4 after 200 steps.
+    assert losses(run) == pytest.approx(losses(undisturbed), rel=5e-4)
+    assert checkpoints(run) == ["step-000000190", "step-000000200"]
+    for folder in (run, undisturbed):
+        evaluate.main(["--run_folder", str(folder)])
+    for task in ("liked", "bought"):
+        assert quality(run)["tasks"][task] == pytest.approx(quality(undisturbed)["tasks"][task], rel=2e-3)
+
+
+def test_a_restart_does_not_take_up_the_run_of_another_job(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.main(arguments(data_folder, run))
+    launcher = start(*torchrun_command(2, "train", *arguments(data_folder, run), max_restarts=1))
+    output, _ = launcher.communicate(timeout=300)
+    assert launcher.returncode != 0
+    # Once by each rank of the first start and of the second.
+    assert output.count("has a checkpoint already: go on with --resume true") == 4
+    assert losses(run).keys() == set(range(1, 26))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_ends_the_job(ranks: int, data_folder: Path, tmp_path: Path, undisturbed: Path) -> None:
+    run = tmp_path / "run"
+    command = arguments(data_folder, run, "--loop.epochs=8")
+    process = start(*(("torchrec-amort", "train", *command) if ranks == 1 else torchrun_command(2, "train", *command)))
+    wait_for(lambda: (run / "metrics.jsonl").exists() and losses(run), process)
+    process.terminate()
+    output, _ = process.communicate(timeout=300)
+    step = int(checkpoints(run)[-1].removeprefix("step-"))
+    assert f"terminated: {run}: stopped after step {step}, which has a checkpoint" in output
+    assert step % 10 == 0
+    if ranks == 1:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "Traceback" not in output
+    assert max(losses(run)) == step < 200
+    train.main([*command, "--resume=true"])
+    assert losses(run) == (losses(undisturbed) if ranks == 1 else pytest.approx(losses(undisturbed), rel=5e-4))
+
+
+def test_a_rank_that_raises_shows_its_own_traceback_first(data_folder: Path, tmp_path: Path) -> None:
+    failed = torchrun(2, "tests.training.failing_rank", *arguments(data_folder, tmp_path / "run"), check=False)
+    assert failed.returncode != 0
+    assert failed.stderr.count("Traceback") > 1
+    first = failed.stderr.split("Traceback")[1]
+    assert "RuntimeError: a cosmic ray" in first
+    root_cause = failed.stderr.split("Root Cause (first observed failure):")[1]
+    assert "rank      : 1" in root_cause
+    assert "RuntimeError: a cosmic ray" in root_cause
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a bit flipped": lambda folder: flip(folder / "__0_0.distcp"),
+    "half a file": lambda folder: halve(folder / "__0_0.distcp"),
+    "half the index": lambda folder: halve(folder / ".metadata"),
+    "no index": lambda folder: (folder / ".metadata").unlink(),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "no file": lambda folder: (folder / "__0_0.distcp").unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def two_epochs(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "two_epochs"
+    train.main(arguments(data_folder, run, "--loop.epochs=2"))
+    return run
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    damage: str, data_folder: Path, tmp_path: Path, two_epochs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(two_epochs, tmp_path / "run"))
+    assert checkpoints(run) == ["step-000000025", "step-000000050"]
+    DAMAGES[damage](run / "checkpoints" / "step-000000050")
+    # What a rank left that died while it wrote.
+    (run / "checkpoints" / ".step-000000051.tmp").mkdir()
+    evaluate.main(["--run_folder", str(run)])
+    assert quality(run)["checkpoint"] == "step-000000025"
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("torchrec_amort")]
+    assert "step-000000050: the checkpoint is damaged or does not fit the model" in warning
+    assert "step-000000025 is used instead" in warning
+    train.main(arguments(data_folder, run, "--loop.epochs=2", "--resume=true"))
+    assert losses(run) == losses(two_epochs)
+    expected = weights(data_folder, two_epochs)
+    assert all(value.equal(expected[name]) for name, value in weights(data_folder, run).items())
+    assert checkpoints(run) == ["step-000000025", "step-000000050"]
+
+
+def test_two_ranks_skip_a_checkpoint_that_one_finds_damaged(
+    data_folder: Path, tmp_path: Path, two_epochs: Path
+) -> None:
+    run = tmp_path / "run"
+    torchrun(2, "train", *arguments(data_folder, run, "--loop.epochs=2"))
+    flip(run / "checkpoints" / "step-000000050" / "__1_0.distcp")
+    again = torchrun(2, "train", *arguments(data_folder, run, "--loop.epochs=2", "--resume=true"))
+    assert "__1_0.distcp is not what was written" in again.stderr
+    assert losses(run) == pytest.approx(losses(two_epochs), rel=5e-4)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_on_three(data_folder: Path, tmp_path: Path) -> None:
+    runs = {ranks: tmp_path / str(ranks) for ranks in (2, 1, 3)}
+    more = ("--loop.log_every=4", "--loop.checkpoint_every=10")
+    torchrun(2, "train", *arguments(data_folder, runs[2], *more))
+    for ranks in (1, 3):
+        shutil.copytree(runs[2], runs[ranks])
+        # Back to a step in mid-epoch and between two reports.
+        shutil.rmtree(runs[ranks] / "checkpoints" / "step-000000025")
+        torchrun(ranks, "train", *arguments(data_folder, runs[ranks], *more, "--resume=true"))
+    for run in runs.values():
+        evaluate.main(["--run_folder", str(run)])
+    for ranks in (1, 3):
+        for metric in ("loss", "ne/liked"):
+            assert losses(runs[ranks], metric) == pytest.approx(losses(runs[2], metric), rel=1e-5)
+        for task, expected in quality(runs[2])["tasks"].items():
+            assert quality(runs[ranks])["tasks"][task] == pytest.approx(expected, rel=1e-4)
+
+
+def test_uneven_data_trains_on_three_ranks_as_on_one(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_requests(data, SCHEMA, {split: [make_table(31, seed)] for seed, split in enumerate(("train", "test"))})
+    # Five steps of 6 or 7 requests; of the 7 lanes one rank has three and the others two.
+    one, three = (arguments(data, tmp_path / name, "--batch_size=7") for name in ("one", "three"))
+    train.main(one)
+    torchrun(3, "train", *three)
+    assert len(losses(tmp_path / "one")) == 4
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
+    ranks: int, data_folder: Path, tmp_path: Path, two_epochs: Path
+) -> None:
+    run = Path(shutil.copytree(two_epochs, tmp_path / "run"))
+    command = arguments(data_folder, run, "--loop.epochs=3", "--resume=true")
+    # A limit on the size of files stands for the disk's.
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    launcher = torchrun_command(ranks, "train", *command)
+    process = start(*(("torchrec-amort", "train", *command) if ranks == 1 else launcher), preexec_fn=limit)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == (2 if ranks == 1 else 1), output
+    assert "a checkpoint could not be written (" in output
+    assert "File too large" in output
+    assert "go on from the last one with --resume true" in output
+    assert checkpoints(run) == ["step-000000025", "step-000000050"]
+    train.main(command)
+    assert checkpoints(run) == ["step-000000050", "step-000000075"]
+
+
+@pytest.fixture
+def closed_folder(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    yield folder
+    folder.chmod(0o700)
+
+
+def test_a_folder_that_may_not_be_written_is_refused(
+    data_folder: Path, closed_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, train.main, arguments(data_folder, closed_folder / "run"))
+    assert "Permission denied" in line
+    assert "choose a folder that can be written" in line
+
+
+def test_a_file_where_the_run_should_be_is_refused(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    line = refused(capsys, train.main, arguments(data_folder, tmp_path / "file" / "run"))
+    assert "Not a directory" in line
