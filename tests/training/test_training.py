@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torchrec.distributed.train_pipeline import TrainPipelineBase
+from torchx.tracker.api import AppRun
 
 from tests.launch import torchrun
 from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestSchema, build_model
@@ -233,6 +234,31 @@ def test_ids_are_hashed_into_smaller_tables_by_config(
     assert len(losses(run)) == 50
     line = refused(capsys, train.main, arguments(data_folder, run, "--resume=true"))
     assert "its checkpoint is of a model with tables={'user_id': TableConfig(rows=7, vocabulary='hash')" in line
+
+
+def test_a_run_says_where_it_was_made_and_tells_trackers(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackers, run = tmp_path / "trackers", tmp_path / "run"
+    trackers.mkdir()
+    (tmp_path / "fsspec.conf").write_text(f"protocol=file\nroot_path={trackers}\n")
+    monkeypatch.setenv("TORCHX_TRACKERS", "torchx.tracker.backend.fsspec:create")
+    monkeypatch.setenv("TORCHX_TRACKER_TORCHX.TRACKER.BACKEND.FSSPEC:CREATE_CONFIG", str(tmp_path / "fsspec.conf"))
+    monkeypatch.setenv("TORCHX_JOB_ID", "local://session/train-1")
+    AppRun.run_from_env.cache_clear()
+    train.main(arguments(data_folder, run))
+    evaluate.main(["--run_folder", str(run)])
+    job = AppRun.run_from_env()
+    AppRun.run_from_env.cache_clear()
+    (tracker,) = job.backends
+    metadata = tracker.metadata(job.id)
+    assert metadata["steps"] == 25
+    assert metadata["tasks"] == quality(run)["tasks"]
+    assert tracker.artifacts(job.id)["run_folder"].path == str(run)
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert (environment["world_size"], environment["restarts"], environment["job"]) == (1, 0, None)
+    assert all(0 <= share < 1 for share in losses(run, "waited_for_data").values())
 
 
 def test_batches_may_be_large(data_folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model with or without history, on any number of ranks",
     "evaluate": "AUC, GAUC and NE of a trained model on a split",
     "compare": "train and test several history encoders on one data set: quality, latency, speed",
+    "throughput": "time reading and training, request by request and impression by impression",
     "export": "write a trained model as a package of compiled phases, quantized tables and a manifest",
     "benchmark": "time the same weights amortized and impression by impression",
 }
@@ -21,7 +22,7 @@ def main() -> None:
     if not arguments or arguments[0] not in COMMANDS:
         asked_for_help = arguments[:1] in (["-h"], ["--help"])
         lines = ["usage: torchrec-amort COMMAND [--help] ...", ""]
-        lines += [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+        lines += [f"  {name:<11} {summary}" for name, summary in COMMANDS.items()]
         if arguments and not asked_for_help:
             lines.append(f"\nerror: no command {arguments[0]!r}")
         print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torchx.tracker import app_run_from_env
 
 from torchrec_amort.files import write_json
 
@@ -47,6 +49,18 @@ def write_environment(run: str | Path, device: torch.device) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
     write_json(Path(run) / ENVIRONMENT_FILE, record)
+
+
+def track(run: str | Path, results: Mapping[str, object]) -> None:
+    """Tell the job's TorchX trackers, if it has any, its results and where its run is.
+
+    Args:
+        run: the run's folder.
+        results: names and values, as JSON has them.
+    """
+    job = app_run_from_env()
+    job.add_metadata(**results)
+    job.add_artifact("run_folder", str(Path(run).resolve()))
 
 
 def is_restart_of(run: str | Path) -> bool:

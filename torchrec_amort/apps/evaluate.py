@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 from torchrec_amort.apps.command import parse, run_command
+from torchrec_amort.apps.environment import track
 from torchrec_amort.apps.train import load_run
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.files import write_json
@@ -161,6 +162,7 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
         predictions.save(Path(config.run_folder) / f"predictions-{config.split}.npz")
     path = Path(config.run_folder) / f"evaluate-{config.split}.json"
     write_json(path, results)
+    track(config.run_folder, results)
     for task, values in tasks.items():
         print(
             f"{config.run_folder} on {data}/{config.split} ({predictions.requests:,} requests, "

@@ -123,7 +123,7 @@ def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torc
             methods: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
                 seen = batch.keep_latest(arms[name].model.history_length)
-                methods |= {f"{name}/{way}": step for way, step in _ways_to_train(model, seen).items()}
+                methods |= {f"{name}/{way}": step for way, step in ways_to_train(model, seen).items()}
             times.take(methods)
             bar.update()
     candidates = [int(batch.num_candidates.sum()) for batch in batches[config.warmup :]]
@@ -139,7 +139,8 @@ def _sharded(arm: TrainConfig, schema: RequestSchema, device: torch.device) -> S
     return shard(model, device=device, optimizer=arm.optimizer, batch_size=arm.batch_size)
 
 
-def _ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callable[[], object]]:
+def ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callable[[], object]]:
+    """Ways to make one training step: by `requests`, and where that is not the same, `impressions` and `padded`."""
     ways: dict[str, Callable[[], object]] = {"requests": partial(_step, model, batch)}
     encoder = _of(model).history_arch
     if encoder is not None and encoder.is_amortizable:

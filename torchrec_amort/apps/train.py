@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
-from torchx.tracker import app_run_from_env
 
 from torchrec_amort.apps.command import (
     CONFIG_FILE,
@@ -22,7 +21,7 @@ from torchrec_amort.apps.command import (
     run_command,
     save_config,
 )
-from torchrec_amort.apps.environment import is_restart_of, utc_now, write_environment
+from torchrec_amort.apps.environment import is_restart_of, track, utc_now, write_environment
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.files import write_json, write_text
@@ -104,18 +103,8 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
     run = Path(config.run_folder)
     resume = _refuse_or_resume(config, run)
     schema = RequestSchema.load(run) if resume else RequestSchema.load(config.data).with_tables(config.tables)
-    dataset = RequestDataset(
-        config.data,
-        "train",
-        batch_size=config.batch_size,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        seed=config.seed,
-        history_length=config.model.history_length,
-        unknown_rate=config.unknown_rate,
-        schema=schema,
-    )
-    model = _sharded_model(config, schema, device)
+    dataset = read_train_split(config, schema)
+    model = sharded_model(config, schema, device)
     # No rank may write before all have looked at what is there.
     dist.barrier()
     if is_first():
@@ -149,9 +138,7 @@ def _write_result(run: Path, result: TrainResult, device: torch.device) -> None:
         "finished": utc_now(),
     }
     write_json(run / "train.json", results)
-    tracked = app_run_from_env()
-    tracked.add_metadata(**{name: value for name, value in results.items() if name != "losses"})
-    tracked.add_artifact("run_folder", str(run.resolve()))
+    track(run, results)
     last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
     print(
         f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {dist.get_world_size()} ranks of "
@@ -217,7 +204,23 @@ def _refuse_or_resume(config: TrainConfig, run: Path) -> bool:
     return True
 
 
-def _sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
+def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDataset:
+    """This rank's part of the training requests, read by a schema."""
+    return RequestDataset(
+        config.data,
+        "train",
+        batch_size=config.batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        seed=config.seed,
+        history_length=config.model.history_length,
+        unknown_rate=config.unknown_rate,
+        schema=schema,
+    )
+
+
+def sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
+    """The untrained model, its tables spread over all ranks."""
     world_size = dist.get_world_size()
     counts = json.loads((Path(config.data) / COUNTS_FILE).read_text())["train"]
     events = {feature.name: float(config.model.history_length) for feature in schema.of("event")}

@@ -45,7 +45,7 @@ class TableSharding:
     """What the planner may do with a table; among what it may, it takes what it estimates to be fastest.
 
     Args:
-        ways: how its rows or columns may be spread over ranks; `docs/launching.md` tells which run on which device.
+        ways: how its rows or columns may be spread over ranks; `docs/training.md` tells which run on which device.
         kernels: where its rows may be, unless it is `data_parallel`: `fused` in the device's memory, and on CUDA
             `fused_uvm` in the host's, or `fused_uvm_caching` there with a cache on the device.
         pooling_factor: ids that a request looks up in it on average; counted in the data unless given.
