@@ -18,6 +18,9 @@ from tests.launch import start, torchrun, torchrun_command
 from tests.training.test_training import arguments, checkpoints, losses, quality, refused, weights
 from torchrec_amort.apps import evaluate, train
 from torchrec_amort.data.writer import write_requests
+from torchrec_amort.schema import InputError
+from torchrec_amort.training.loop import LoopConfig
+from torchrec_amort.training.processes import process_group
 
 LONG = ["--loop.epochs=8", "--loop.checkpoint_every=10"]
 
@@ -74,6 +77,17 @@ def test_a_restart_does_not_take_up_the_run_of_another_job(data_folder: Path, tm
     # Once by each rank of the first start and of the second.
     assert output.count("has a checkpoint already: go on with --resume true") == 4
     assert losses(run).keys() == set(range(1, 26))
+
+
+def test_restarts_on_several_nodes_are_refused_where_ranks_would_wait_for_the_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in (node | torchrun).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group():
+        pass
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -212,6 +226,12 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
     assert checkpoints(run) == ["step-000000025", "step-000000050"]
     train.main(command)
     assert checkpoints(run) == ["step-000000050", "step-000000075"]
+
+
+@pytest.mark.parametrize("field", ["log_every", "checkpoint_every", "keep_checkpoints"])
+def test_a_loop_that_never_saves_is_refused(field: str) -> None:
+    with pytest.raises(InputError, match=f"loop.{field} is 0: give 1 or more"):
+        LoopConfig(**{field: 0})  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -104,23 +104,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert all(torch.equal(value, finished[name]) for name, value in weights(data_folder, whole).items())
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_on_two_and_on_one(data_folder: Path, tmp_path: Path) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train.main(arguments(data_folder, whole, "--loop.epochs=2"))
-    torchrun(2, "train", *arguments(data_folder, run))
-    copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    torchrun(2, "train", *arguments(data_folder, run, "--loop.epochs=2", "--resume=true"))
-    train.main(arguments(data_folder, copy, "--loop.epochs=2", "--resume=true"))
-    assert losses(run) == pytest.approx(losses(whole), rel=5e-4)
-    assert losses(copy) == pytest.approx(losses(run), rel=5e-4)
-
-
 def test_bfloat16_autocast_learns_what_float32_does(data_folder: Path, tmp_path: Path) -> None:
     for precision in ("float32", "bfloat16"):
         train.main(arguments(data_folder, tmp_path / precision, f"--loop.precision={precision}"))
     low, full = losses(tmp_path / "bfloat16"), losses(tmp_path / "float32")
     assert low != full
     assert low == pytest.approx(full, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_learns_the_same_with_embeddings_in_bfloat16_between_ranks(data_folder: Path, tmp_path: Path) -> None:
+    for wire in ("float32", "bfloat16"):
+        train.main(arguments(data_folder, tmp_path / wire, f"--sharding.wire={wire}"))
+    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.02)
 
 
 def test_workers_and_the_control_train(data_folder: Path, tmp_path: Path) -> None:

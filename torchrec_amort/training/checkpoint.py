@@ -142,7 +142,8 @@ class CheckpointWriter:
             temporary.rename(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        kept = _newest_first(self._folder)[: self._keep]
+        # Later ones were skipped for damage; their steps are made anew.
+        kept = [folder for folder in _newest_first(self._folder) if folder.name <= final.name][: self._keep]
         for folder in self._folder.iterdir():
             if folder not in kept:
                 shutil.rmtree(folder)
@@ -167,23 +168,23 @@ def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> Pos
     # AdamW has no state to load into before its first step, so TorchRec makes one with gradients of zero.
     model.optimizer.init_state()
     state, position, random = _training_state(model), _to_tensors(Position()), _random_state()
-    others = {**state, "position": position, "report": report.state(), "random": random}
+    unreported = report.state()
+    others = _flat({**state, "position": position, "report": unreported, "random": random})
 
-    def load(folder: Path) -> Position:
-        if not set(random) <= {key.removeprefix("random/") for key in _saved_keys(folder)}:
-            others.pop("random", None)
-        _load(folder, model.module, others)
-        return Position(**{name: int(value) for name, value in position.items()})
+    def load(folder: Path) -> None:
+        saved = _saved_keys(folder)
+        # Another number of ranks left no random numbers for this one.
+        wanted = {key: value for key, value in others.items() if key in saved or not key.startswith("random/")}
+        _load(folder, model.module, wanted)
 
-    reached, _ = _last_good(run, load)
+    _last_good(run, load)
     model.module.fused_optimizer.load_state_dict(
         {**model.module.fused_optimizer.state_dict(), "state": state["table_optimizer"]}
     )
     model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": state["dense_optimizer"]})
-    report.load_state(others["report"])
-    if "random" in others:
-        _set_random_state(random)
-    return reached
+    report.load_state(unreported)
+    _set_random_state(random)
+    return Position(**{name: int(value) for name, value in position.items()})
 
 
 def load_weights(run: str | Path, model: nn.Module) -> Path:
@@ -228,7 +229,7 @@ def _last_good(run: str | Path, load: Callable[[Path], Result]) -> tuple[Result,
         except InputError as error:
             errors.append(error)
             continue
-        for skipped in errors:
+        for skipped in errors if not dist.is_initialized() or is_first() else ():
             _logger.warning("%s; %s is used instead", skipped, folder.name)
         return result, folder
     raise errors[0]

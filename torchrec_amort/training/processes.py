@@ -55,16 +55,15 @@ def _store() -> dist.Store:
     Torchrun keeps one store for all starts, and ranks that are started again wait for ever for those that they find
     there (pytorch/pytorch issue 135712). Its count of restarts tells starts apart, on one node.
     """
-    store, _, world_size = next(dist.rendezvous("env://"))
-    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not is_kept or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
-        return store
-    if world_size != int(os.environ["LOCAL_WORLD_SIZE"]):
+    env = os.environ
+    is_kept = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if is_kept and env["WORLD_SIZE"] != env["LOCAL_WORLD_SIZE"]:
         raise InputError(
-            f"torchrun may start these {world_size} ranks of several nodes again, but keeps the store in which they "
-            "find each other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or --max-restarts 0"
+            f"torchrun may start these {env['WORLD_SIZE']} ranks of several nodes again, but keeps the store in which "
+            "they find each other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or --max-restarts 0"
         )
-    return dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store) if is_kept else store
 
 
 def is_first() -> bool:
