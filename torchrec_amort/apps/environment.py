@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torchx.tracker import app_run_from_env
 
 from torchrec_amort.files import write_json
+from torchrec_amort.training.processes import sum_over_ranks
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("torchrec-amort", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "pyarrow")
@@ -63,10 +64,12 @@ def track(run: str | Path, results: Mapping[str, object]) -> None:
     job.add_artifact("run_folder", str(Path(run).resolve()))
 
 
-def is_restart_of(run: str | Path) -> bool:
-    """Whether torchrun started this job's ranks again, after they had begun this run."""
+def is_restart_of(run: str | Path, device: torch.device) -> bool:
+    """Whether torchrun started this job's ranks again, after they had begun this run. All ranks call it together."""
     path = Path(run) / ENVIRONMENT_FILE
-    return _restarts() > 0 and path.is_file() and json.loads(path.read_text())["job"] == _job()
+    # Each node counts its own restarts; one of them was the first to restart.
+    restarts = int(sum_over_ranks(torch.tensor(_restarts(), device=device)))
+    return restarts > 0 and path.is_file() and json.loads(path.read_text())["job"] == _job()
 
 
 def _job() -> str | None:

@@ -101,7 +101,7 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
         InputError: the data is missing or does not fit, or the run cannot go on.
     """
     run = Path(config.run_folder)
-    resume = _refuse_or_resume(config, run)
+    resume = _refuse_or_resume(config, run, device)
     schema = RequestSchema.load(run) if resume else RequestSchema.load(config.data).with_tables(config.tables)
     dataset = read_train_split(config, schema)
     model = sharded_model(config, schema, device)
@@ -183,11 +183,11 @@ def load_model(run_folder: str) -> tuple[AmortizedDLRM, TrainConfig, RequestSche
     return model.eval(), trained, schema
 
 
-def _refuse_or_resume(config: TrainConfig, run: Path) -> bool:
+def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> bool:
     """Whether the run goes on; refuses to mix it with another run or another model."""
     if not ((run / CONFIG_FILE).exists() and has_checkpoint(run)):
         return False
-    if not config.resume and not is_restart_of(run):
+    if not config.resume and not is_restart_of(run, device):
         raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
     saved = load_config(run, TrainConfig, "train")
     for name, value in asdict(saved.model).items():
