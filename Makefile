@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-slurm lint
 
 setup: $(VENV)/.installed
 
@@ -24,3 +24,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy torchrec_amort examples tests torchx_components
+
+# On Debian, as root: two nodes of a real Slurm on this machine. Not part of `test`.
+test-slurm: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/slurm/cluster.sh $(BIN)/python -m pytest tests/slurm/two_nodes.py

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 from tests.conftest import make_request
 from tests.launch import BIN, ROOT, launch
+from tests.pages import blocks, commands
 from torchrec_amort import RequestSchema
 
 README = (ROOT / "README.md").read_text()
@@ -18,17 +18,8 @@ SMALL = ["--model.embedding_dim=8", "--loop.epochs=1"]
 SMALL_BENCHMARK = ["--history_lengths=[5]", "--candidates=[4]", "--turns=2", "--methods=[impressions,amortized]"]
 
 
-def blocks(language: str) -> list[str]:
-    return [textwrap.dedent(block) for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)]
-
-
-def commands() -> list[str]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
-    made = [line.split()[1] for line in commands() if line.startswith("make ")]
+    made = [line.split()[1] for line in commands("README.md") if line.startswith("make ")]
     assert made[:2] == ["demo", "test"]
     for target in made:
         assert launch("make", "--dry-run", target).returncode == 0
@@ -37,7 +28,7 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
 
 def test_every_other_command_runs(data_folder: Path, tmp_path: Path) -> None:
     ran = []
-    for command in commands():
+    for command in commands("README.md"):
         if command.startswith(("make ", "git ", "cd ", "pip ", "torchrec-amort prepare")):
             continue
         line = command.replace("data/movielens-1m", str(data_folder)).replace("runs/", f"{tmp_path}/runs/")
@@ -64,7 +55,7 @@ def test_the_python_code_runs(data_folder: Path, tmp_path: Path) -> None:
     schema = RequestSchema.load(data_folder)
     request = make_request(np.random.default_rng(0), 5, 3)
     given = {k: v for k, v in request.items() if k in schema.arrow_schema().names and k not in schema.labels}
-    for block in blocks("python"):
+    for block in blocks("README.md", "python"):
         code = block.replace("data/movielens-1m", str(data_folder)).replace("runs/movielens-1m", str(run))
         code = re.sub(r"requests = \[.*?\n\]\n", f"requests = [{given!r}]\n", code, flags=re.DOTALL)
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
@@ -72,8 +63,7 @@ def test_the_python_code_runs(data_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["encoders", "serving"])
 def test_the_python_code_of_the_pages_runs(name: str) -> None:
-    page = (ROOT / "docs" / f"{name}.md").read_text()
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    code = "\n".join(blocks(f"docs/{name}.md", "python"))
     exec(compile(code, f"{name}.md", "exec"), {"__name__": name})
 
 
