@@ -17,10 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import InputError, RequestSchema, refuse_missing
-
-# More than any id: of a feature whose table is not known.
-_ANY = np.iinfo(np.int64).max
+from torchrec_amort.schema import ANY_ID, InputError, RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)
@@ -351,7 +348,7 @@ class _Check:
             self._sequence_lengths(keys, lengths)
 
     def _ids(self, name: str, keys: list[str], lengths: np.ndarray, values: np.ndarray, per_candidate: bool) -> None:
-        sizes, counts = np.array([self.table_sizes.get(key, _ANY) for key in keys]), lengths.sum(1)
+        sizes, counts = np.array([self.table_sizes.get(key, ANY_ID) for key in keys]), lengths.sum(1)
         some = counts > 0
         # The greatest id of each key, without an array of the size of the batch.
         greatest = np.maximum.reduceat(values, (np.cumsum(counts) - counts)[some]) if some.any() else counts[:0]
@@ -362,8 +359,8 @@ class _Check:
         place = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
         key, row = divmod(place, lengths.shape[1])
         where = self._candidate(row) if per_candidate else self._request(row)
-        size = self.table_sizes.get(keys[key])
-        limit = "0 or more" if size is None else f"0 to {size - 1}, the rows of its table"
+        size = self.table_sizes.get(keys[key], ANY_ID)
+        limit = "0 to 2**63 - 2" if size == ANY_ID else f"0 to {size - 1}, the rows of its table"
         raise InputError(
             f"{where}: {name}[{keys[key]!r}] has id {values[position]}, not {limit}: map the id, enlarge the table, "
             "or give the feature vocabulary 'unknown' or 'hash'"

@@ -15,7 +15,7 @@ SCHEMA_FILE = "schema.json"
 
 Side = Literal["request", "candidate", "event"]
 Kind = Literal["id", "ids", "item", "age", "dense", "label"]
-Vocabulary = Literal["refuse", "unknown", "hash"]
+Vocabulary = Literal["refuse", "unknown", "hash", "managed"]
 
 # What may stand on which side; `item` is the one id that history and candidates share a table for.
 KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
@@ -25,9 +25,17 @@ KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
 }
 KINDS_WITH_TABLE = ("id", "ids", "item", "age")
 KINDS_OF_IDS = ("id", "ids", "item")
+VOCABULARIES_OF_KIND: dict[str, tuple[str, ...]] = {
+    "id": ("refuse", "unknown", "hash"),
+    "ids": ("refuse", "unknown", "hash"),
+    "item": get_args(Vocabulary),
+}
 
 # An age of s seconds falls into bucket s.bit_length(): one bucket an octave, and 63 holds any int64.
 AGE_BUCKETS = 64
+
+# Ids run from 0 to this less 1 where no table limits them.
+ANY_ID = 2**63 - 1
 
 
 class InputError(ValueError):
@@ -48,7 +56,8 @@ class Feature:
             Only for kinds that are looked up.
         column: the column it is read from, if not `name`.
         vocabulary: what becomes of an id outside the table: `refuse` (an error) or `unknown` (it becomes 0, the
-            unknown id). With `hash`, ids are any int64: each goes to the row that `hash_ids` says. Only for ids.
+            unknown id). With `hash`, ids are any int64: each goes to the row that `hash_ids` says. Only for ids. With
+            `managed`, ids are 0 to 2**63 - 2, and the model learns which ones get a row. Only for `item`.
 
     Raises:
         InputError: the kind does not exist on that side, the table size is missing or too small, or there is no such
@@ -72,7 +81,7 @@ class Feature:
             raise InputError(f"feature {self.name!r} of kind {self.kind!r} needs a table_size of 1 or more")
         if self.kind not in KINDS_WITH_TABLE and self.table_size is not None:
             raise InputError(f"feature {self.name!r} of kind {self.kind!r} has no table: leave out table_size")
-        words = get_args(Vocabulary) if self.kind in KINDS_OF_IDS else ("refuse",)
+        words = VOCABULARIES_OF_KIND.get(self.kind, ("refuse",))
         if self.vocabulary not in words:
             raise InputError(
                 f"feature {self.name!r} of kind {self.kind!r}: no vocabulary {self.vocabulary!r}; there is "
@@ -108,7 +117,7 @@ class TableConfig:
 
     Args:
         rows: number of its rows.
-        vocabulary: what becomes of an id outside it: `refuse`, `unknown` or `hash`; see `Feature`.
+        vocabulary: what becomes of an id outside it: `refuse`, `unknown`, `hash` or `managed`; see `Feature`.
     """
 
     rows: int
@@ -182,8 +191,9 @@ class RequestSchema:
 
     @property
     def table_sizes(self) -> dict[str, int]:
-        """Rows of the embedding table of each feature that is looked up."""
-        return {f.name: f.table_size for f in self.features if f.table_size is not None}
+        """Ids that each feature that is looked up may have: the rows of its table, or any if that is managed."""
+        sizes = {f.name: ANY_ID if f.vocabulary == "managed" else f.table_size for f in self.features}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     @property
     def needs_time(self) -> bool:

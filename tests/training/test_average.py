@@ -12,9 +12,11 @@ from torchrec_amort.training.average import UPDATE_EVERY, TableDecay, WeightAver
 
 def test_the_average_follows_the_weights_by_the_decay() -> None:
     linear = nn.Linear(1, 1, bias=False)
+    linear.register_buffer("ids", torch.tensor([3]))
     nn.init.zeros_(linear.weight)
     average = WeightAverage(linear, decay=0.9)
     nn.init.ones_(linear.weight)
+    linear.get_buffer("ids").fill_(2**60 + 1)
     expected = 0.0
     for step in range(1, 300):
         average.update(step)
@@ -24,6 +26,7 @@ def test_the_average_follows_the_weights_by_the_decay() -> None:
             expected = decay * expected + 1 - decay
         assert float(average.weights["weight"]) == pytest.approx(expected, abs=1e-6)
     assert float(average.weights["weight"]) > 0.99
+    assert int(average.weights["ids"]) == 2**60 + 1
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5])

@@ -34,6 +34,7 @@ from torchrec_amort.inference.heads import Head, Terms, build_head
 from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
 from torchrec_amort.inference.phases import Phases, Served, snapshot
 from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
@@ -138,7 +139,7 @@ def export_package(
         export_package(model, "packages/films", schema)
         scorer = AmortizedScorer(load_package("packages/films"))
     """
-    if reason := _why_not_exportable(model.history_arch):
+    if reason := _why_not_exportable(model):
         raise InputError(f"the model cannot be exported: {reason}; serve it by AmortizedScorer itself")
     model = snapshot(model)
     head = build_head(model, len(schema.of("request", "dense")))
@@ -165,7 +166,10 @@ def export_package(
         )
 
 
-def _why_not_exportable(encoder: nn.Module | None) -> str | None:
+def _why_not_exportable(model: AmortizedDLRM) -> str | None:
+    encoder = model.history_arch
+    if isinstance(model.history_embedding_collection, SequenceTables):
+        return "its table of items is managed, and packages do not hold which ids have its rows"
     if encoder is None or isinstance(encoder, MeanPooling):
         return None
     if not isinstance(encoder, AmortizedHistoryArch):

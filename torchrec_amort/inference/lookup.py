@@ -19,6 +19,9 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_amort.models.managed import SequenceTables
+from torchrec_amort.schema import ANY_ID
+
 Rows = tuple[Tensor, Tensor]  # values [V], and lengths: how many of each row
 
 
@@ -102,7 +105,7 @@ class BagLookup:
 
 
 class SequenceLookup:
-    """Reads an EmbeddingCollection, or its quantized kind.
+    """Reads an EmbeddingCollection, its quantized kind, or one with a managed table.
 
     Args:
         collection: read where it is.
@@ -113,13 +116,15 @@ class SequenceLookup:
         events_ND = lookup({"history_item": (ids_N, lengths_B)})["history_item"].tensor()
     """
 
-    def __init__(self, collection: EmbeddingCollection) -> None:
+    def __init__(self, collection: EmbeddingCollection | SequenceTables) -> None:
         self._collection = collection
         tables = collection.embedding_configs()
         self.table_sizes = _table_sizes(tables)
         self._features = [name for table in tables for name in table.feature_names]
         self._weights: dict[str, Tensor] | None = None
-        if type(collection) is EmbeddingCollection and _are_plain(collection.embeddings):
+        if isinstance(collection, SequenceTables):
+            self.table_sizes |= dict.fromkeys(collection.item_features, ANY_ID)
+        elif type(collection) is EmbeddingCollection and _are_plain(collection.embeddings):
             self._weights = {
                 name: collection.embeddings[table.name].weight.detach()
                 for table in tables

@@ -13,6 +13,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.managed import ManagedCollection, SequenceTables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
@@ -61,6 +62,7 @@ class ModelConfig:
         dcn_low_rank_dim: rank of its cross layers.
         dense_layers: hidden layers of the dense arch.
         over_layers: hidden layers of the over arch.
+        eviction_interval: steps after which a table with vocabulary `managed` gives rows to other ids.
     """
 
     embedding_dim: int = 32
@@ -81,6 +83,7 @@ class ModelConfig:
     dcn_low_rank_dim: int = 32
     dense_layers: list[int] = field(default_factory=lambda: [64])
     over_layers: list[int] = field(default_factory=lambda: [128, 64])
+    eviction_interval: int = 10
 
 
 def build_model(
@@ -130,7 +133,7 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
         dense_in_features=len(schema.of("request", "dense") + schema.of("candidate", "dense")),
         dense_arch_layer_sizes=[*config.dense_layers, dim],
         over_arch_layer_sizes=[*config.over_layers, len(schema.labels)],
-        history_embedding_collection=_sequences(schema, dim, device) if has_history else None,
+        history_embedding_collection=_sequences(schema, config, device) if has_history else None,
         event_encoder=_event_encoder(schema, config, device) if has_history else None,
         history_arch=build_encoder(config, device) if has_history else None,
         interaction=config.interaction,
@@ -226,7 +229,9 @@ def _bags(features: Sequence[Feature], dim: int, device: torch.device | None) ->
     return EmbeddingBagCollection(tables=tables, device=device)
 
 
-def _sequences(schema: RequestSchema, dim: int, device: torch.device | None) -> EmbeddingCollection:
+def _sequences(
+    schema: RequestSchema, config: ModelConfig, device: torch.device | None
+) -> EmbeddingCollection | SequenceTables:
     """One table for the items of histories and candidates, and one for each other event feature."""
     features_of_table: dict[str, list[Feature]] = {}
     for feature in schema.sequence_features:
@@ -236,9 +241,14 @@ def _sequences(schema: RequestSchema, dim: int, device: torch.device | None) -> 
             name=name,
             feature_names=[feature.name for feature in features],
             num_embeddings=features[0].table_size or 0,
-            embedding_dim=dim,
-            init_fn=_init(dim),
+            embedding_dim=config.embedding_dim,
+            init_fn=_init(config.embedding_dim),
         )
         for name, features in features_of_table.items()
     ]
-    return EmbeddingCollection(tables=tables, device=device)
+    if features_of_table["item"][0].vocabulary != "managed":
+        return EmbeddingCollection(tables=tables, device=device)
+    (item,) = (table for table in tables if table.name == "item")
+    others = [table for table in tables if table is not item]
+    plain = EmbeddingCollection(tables=others, device=device) if others else None
+    return SequenceTables(ManagedCollection(item, config.eviction_interval, device), plain)

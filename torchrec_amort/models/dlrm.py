@@ -14,6 +14,7 @@ from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch,
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 
@@ -69,7 +70,7 @@ class AmortizedDLRM(nn.Module):
         dense_in_features: int,
         dense_arch_layer_sizes: list[int],
         over_arch_layer_sizes: list[int],
-        history_embedding_collection: EmbeddingCollection | None = None,
+        history_embedding_collection: EmbeddingCollection | SequenceTables | None = None,
         event_encoder: EventEncoder | None = None,
         history_arch: HistoryEncoder | None = None,
         interaction: str = "dot",

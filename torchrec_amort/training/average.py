@@ -52,6 +52,8 @@ class TableDecay:
 class WeightAverage:
     """An exponential moving average of all weights, sharded as they are (Polyak averaging).
 
+    What is no floating-point number, such as the ids of a managed table, is as it was when it last moved.
+
     It moves every few steps, and faster than `decay` in the first ones, so that it soon forgets the initial weights.
 
     Args:
@@ -85,15 +87,18 @@ class WeightAverage:
         updates = step // UPDATE_EVERY
         decay = min(self.decay**UPDATE_EVERY, updates / (updates + 10))
         for average, current in zip(_local_tensors(self.weights), self._current, strict=True):
-            average.lerp_(current, 1 - decay)
+            if average.is_floating_point():
+                average.lerp_(current, 1 - decay)
+            else:
+                average.copy_(current)
 
 
 def _local_tensors(weights: Mapping[str, Any]) -> list[Tensor]:
-    """The floating-point tensors that this rank has of the weights."""
+    """The tensors that this rank has of the weights."""
     tensors: list[Tensor] = []
     for weight in weights.values():
         if isinstance(weight, ShardedTensor):
             tensors += [shard.tensor for shard in weight.local_shards()]
         else:
             tensors.append(weight)
-    return [tensor for tensor in tensors if tensor.is_floating_point()]
+    return tensors

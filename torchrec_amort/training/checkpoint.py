@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchrec_amort.files import write_json
+from torchrec_amort.models.managed import refuse_other_ranks
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.processes import is_first
 from torchrec_amort.training.report import Report
@@ -151,6 +152,8 @@ class CheckpointWriter:
 
 def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> Position:
     """Take up all that a run's last good checkpoint has, saved by any number of ranks.
+
+    A managed table goes on on the same number of ranks only.
 
     Random numbers go on where they were on the same number of ranks only.
 
@@ -288,6 +291,7 @@ def _load(folder: Path, module: nn.Module, others: Mapping[str, Any], weights_na
         dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise _unusable(folder, error) from error
+    refuse_other_ranks(weights, str(folder))
     module.load_state_dict(weights)
 
 

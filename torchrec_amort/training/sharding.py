@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_amort.models.managed import MAP, TABLE, ManagedCollection, ManagedCollectionSharder
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.average import TableDecay, WeightAverage
 
@@ -38,6 +39,7 @@ ShardingWay = Literal[
 ]
 Kernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 Wire = Literal["float32", "float16", "bfloat16"]
+Collection: TypeAlias = EmbeddingBagCollection | EmbeddingCollection | ManagedCollection
 
 
 @dataclass(kw_only=True)
@@ -149,7 +151,7 @@ def shard(
     """
     sharding = sharding or ShardingConfig()
     collections = {
-        name: m for name, m in model.named_modules() if isinstance(m, EmbeddingBagCollection | EmbeddingCollection)
+        name: m for name, m in model.named_modules() if isinstance(m, Collection) and not name.endswith(TABLE)
     }
     tables = {
         f"{path}.{name}": parameter
@@ -173,10 +175,10 @@ def shard(
     apply_optimizer_in_backward(
         RowWiseAdagrad, [parameter for name, parameter in tables.items() if name not in copies], adagrad
     )
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if MAP not in name}
     module = DistributedModelParallel(model, device=device, plan=plan, sharders=list(sharders.values()))
     # TorchRec draws the shards of an EmbeddingBagCollection anew, on each rank for itself.
-    module.load_state_dict(weights)
+    module.load_state_dict({**module.state_dict(), **weights})
     return ShardedModel(
         module,
         plan,
@@ -200,11 +202,12 @@ def _sharders(device: torch.device, wire: Wire) -> dict[type[nn.Module], ModuleS
         EmbeddingCollection: EmbeddingCollectionSharder(
             qcomm_codecs_registry=registry, use_index_dedup=device.type == "cuda"
         ),
+        ManagedCollection: ManagedCollectionSharder(registry),
     }
 
 
 def _constraints(
-    collections: Mapping[str, EmbeddingBagCollection | EmbeddingCollection],
+    collections: Mapping[str, Collection],
     sharders: Mapping[type[nn.Module], ModuleSharder[nn.Module]],
     device: torch.device,
     sharding: ShardingConfig,
@@ -243,7 +246,7 @@ def _ways(kind: type[nn.Module], sharder: ModuleSharder[nn.Module], device: torc
     return possible
 
 
-def _tables(collection: EmbeddingBagCollection | EmbeddingCollection) -> list[BaseEmbeddingConfig]:
+def _tables(collection: Collection) -> list[BaseEmbeddingConfig]:
     if isinstance(collection, EmbeddingBagCollection):
         return list(collection.embedding_bag_configs())
     return list(collection.embedding_configs())
@@ -254,7 +257,7 @@ def _data_parallel(plan: ShardingPlan, tables: Iterable[str]) -> set[str]:
     copies = set()
     for key in tables:
         path, _, table, _ = key.rsplit(".", 3)
-        if plan.plan[path][table].sharding_type == ShardingType.DATA_PARALLEL.value:
+        if plan.plan[path.removesuffix(TABLE)][table].sharding_type == ShardingType.DATA_PARALLEL.value:
             copies.add(key)
     return copies
 

@@ -1,0 +1,114 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from torchrec.distributed.mc_embedding import ShardedManagedCollisionEmbeddingCollection
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+
+from tests.conftest import MAX_HISTORY, make_requests
+from tests.launch import torchrun
+from tests.models.test_managed import MANAGED
+from tests.training.test_training import arguments, checkpoints, losses, refused
+from torchrec_amort import AmortizedScorer, ModelConfig, RequestBatch, build_model
+from torchrec_amort.apps import evaluate, train
+from torchrec_amort.apps.train import load_model
+from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
+
+# 40 items compete for 18 rows.
+MORE = ["--tables.item={rows: 20, vocabulary: managed}", "--model.eviction_interval=5", "--loop.average_decay=0.9"]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_model() -> ShardedModel:
+    config = ModelConfig(embedding_dim=8, history_length=MAX_HISTORY, eviction_interval=2)
+    torch.manual_seed(0)
+    model = shard(
+        GlobalBatchTrain(build_model(MANAGED, config, seed=0)),
+        device=torch.device("cpu"),
+        optimizer=OptimizerConfig(),
+        batch_size=3,
+    )
+    model.module.train()
+    return model
+
+
+def make_batches(count: int = 8) -> Iterator[RequestBatch]:
+    shapes = [(3, 2), (0, 1), (8, 4)]
+    return iter([RequestBatch.from_requests(make_requests(shapes, seed), MANAGED) for seed in range(count)])
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_torchrecs_pipeline_takes_the_managed_collection_ahead() -> None:
+    results = []
+    for kind in (TrainPipelineSparseDist, TrainPipelineBase):
+        model, batches = make_model(), make_batches()
+        pipeline = kind(model.module, model.optimizer, torch.device("cpu"))
+        results.append([float(pipeline.progress(batches)[0].detach()) for _ in range(6)])
+        if kind is TrainPipelineSparseDist:
+            kinds = [type(module).__mro__ for module in pipeline._pipelined_modules]
+            assert len(kinds) == 4
+            assert sum(ShardedManagedCollisionEmbeddingCollection in mro for mro in kinds) == 1
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_rows_that_change_hands_are_drawn_anew_without_their_adagrad_state() -> None:
+    model, seen = make_model(), []
+    (managed,) = (m for m in model.module.modules() if isinstance(m, ShardedManagedCollisionEmbeddingCollection))
+    tables, _ = managed._table_to_tbe_and_index["item"]
+    (weight,), ((squares,),) = tables.split_embedding_weights(), tables.split_optimizer_states()
+    evict = managed._evict
+
+    def watched(evictions: dict[str, Any]) -> None:
+        rows, before = evictions["item"], weight.clone()
+        evict(evictions)
+        if rows is not None:
+            seen.append((squares[rows].abs().sum(), (weight[rows] != before[rows]).all(), weight[rows].std()))
+            kept = torch.ones(16, dtype=torch.bool).index_fill(0, rows, False)
+            assert torch.equal(weight[kept], before[kept])
+
+    managed._evict = watched
+    for batch in make_batches():
+        model.module(batch)[0].backward()
+    assert len(seen) == 4
+    assert squares[:-1].max() > 0
+    for state, all_drawn, std in seen:
+        assert state == 0
+        assert all_drawn
+        assert 0.2 < std < 0.6  # of embedding_dim**-0.5
+
+
+def test_two_ranks_train_go_on_and_are_read_by_one_process(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    torchrun(2, "train", *arguments(data_folder, whole, *MORE, "--loop.epochs=2"))
+    assert losses(whole)[50] < losses(whole)[1]
+    torchrun(2, "train", *arguments(data_folder, run, *MORE))
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    torchrun(2, "train", *arguments(data_folder, run, *MORE, "--loop.epochs=2", "--resume=true"))
+    assert checkpoints(run) == ["step-000000025", "step-000000050"]
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    line = refused(capsys, train.main, arguments(data_folder, copy, *MORE, "--loop.epochs=2", "--resume=true"))
+    assert "was spread over 2 ranks, and there are 1 now: use as many as it was trained on" in line
+    assert "was spread over 2 ranks" in refused(capsys, evaluate.main, ["--run_folder", str(run)])
+    torchrun(2, "evaluate", "--run_folder", str(run), "--save_predictions=true")
+    model, _, schema = load_model(str(run))
+    scorer, data = AmortizedScorer(model), RequestDataset(data_folder, "test", batch_size=30, schema=schema)
+    scores = [scorer.score(batch) for batch in DataLoader(data, batch_size=None)]
+    expected = np.load(run / "predictions-test.npz")["logits"]
+    np.testing.assert_allclose(np.sort(torch.cat(scores).numpy(), 0), np.sort(expected, 0), atol=1e-5)
