@@ -106,7 +106,8 @@ def test_sigterm_saves_and_ends_the_job(ranks: int, data_folder: Path, tmp_path:
         assert "Traceback" not in output
     assert max(losses(run)) == step < 200
     train.main([*command, "--resume=true"])
-    assert losses(run) == (losses(undisturbed) if ranks == 1 else pytest.approx(losses(undisturbed), rel=5e-4))
+    # Not to the last bit: the two processes may share out sums among threads in other ways.
+    assert losses(run) == pytest.approx(losses(undisturbed), rel=5e-4)
 
 
 def test_a_rank_that_raises_shows_its_own_traceback_first(data_folder: Path, tmp_path: Path) -> None:

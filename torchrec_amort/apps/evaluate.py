@@ -48,7 +48,6 @@ class EvaluateConfig:
     save_predictions: bool = False
 
 
-@record
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; it leaves `evaluate-SPLIT.json` in the run's folder.
 
@@ -63,6 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     run_command(lambda: _evaluate(config))
 
 
+@record
 def _evaluate(config: EvaluateConfig) -> None:
     with process_group() as device:
         evaluate_run(config, device)

@@ -70,7 +70,6 @@ class TrainConfig:
     resume: bool = False
 
 
-@record
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command.
 
@@ -85,6 +84,7 @@ def main(args: Sequence[str] | None = None) -> None:
     run_command(lambda: _train(config))
 
 
+@record
 def _train(config: TrainConfig) -> None:
     with process_group() as device:
         train_run(config, device)
