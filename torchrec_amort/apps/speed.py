@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from torchrec_amort.apps.timing import Times
-from torchrec_amort.apps.train import TrainConfig
+from torchrec_amort.apps.train import TrainConfig, sharded_model
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
@@ -23,9 +23,8 @@ from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
-from torchrec_amort.training.loop import GlobalBatchTrain
 from torchrec_amort.training.processes import is_first
-from torchrec_amort.training.sharding import ShardedModel, shard
+from torchrec_amort.training.sharding import ShardedModel
 
 
 @dataclass(kw_only=True)
@@ -114,7 +113,7 @@ def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torc
         history_length=max(arm.model.history_length for arm in arms.values()),
         schema=RequestSchema.load(one.data).with_tables(one.tables),
     )
-    models = {name: _sharded(arm, dataset.schema, device) for name, arm in arms.items()}
+    models = {name: sharded_model(arm, dataset.schema, device) for name, arm in arms.items()}
     steps = config.warmup + config.train_steps
     batches = [batch.to(device) for batch in islice(chain.from_iterable(repeat(dataset)), steps)]
     times = Times(config.warmup)
@@ -132,11 +131,6 @@ def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torc
         name, way = method.rsplit("/", 1)
         speeds[name][way] = times.median_rate(method, candidates)
     return speeds
-
-
-def _sharded(arm: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
-    model = GlobalBatchTrain(build_model(schema, arm.model, seed=arm.seed), arm.loop.precision)
-    return shard(model, device=device, optimizer=arm.optimizer, batch_size=arm.batch_size)
 
 
 def ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callable[[], object]]:
