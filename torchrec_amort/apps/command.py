@@ -138,5 +138,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 def _end(kind: str, message: object, status: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
-    print(f"{kind}: {message}" if rank == "0" else f"{kind} (rank {rank}): {message}", file=sys.stderr, flush=True)
+    # In one piece with its line end, or the lines of two ranks run into each other.
+    sys.stderr.write(f"{kind}: {message}\n" if rank == "0" else f"{kind} (rank {rank}): {message}\n")
+    sys.stderr.flush()
     sys.exit(status)

@@ -243,6 +243,8 @@ def _write_run(
     write_text(run / SCHEMA_FILE, schema.to_json())
     write_text(run / "plan.txt", f"{model.plan}\n")
     write_environment(run, device)
+    # Before any step: a tracker that cannot be written must not be found out after hours of training.
+    track(run, {"started": utc_now()})
     print(model.plan)
 
 
