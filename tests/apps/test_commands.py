@@ -87,7 +87,7 @@ def test_evaluation_says_what_was_measured_and_on_what(
     counts = json.loads((data_folder / "counts.json").read_text())["validation"]
     assert {name: record[name] for name in counts} == counts
     assert set(record["tasks"]) == {"liked", "bought"}
-    assert set(record["tasks"]["liked"]) == {"auc", "gauc", "ne", "log_loss", "positive_rate"}
+    assert set(record["tasks"]["liked"]) == {"auc", "gauc", "ne", "log_loss", "calibration", "positive_rate"}
     shown = capsys.readouterr().out
     assert f"(60 requests, {counts['candidates']} candidates), bought: AUC" in shown
 

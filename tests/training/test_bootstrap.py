@@ -3,8 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_amort.training.bootstrap import UserWeightedMetrics, paired_differences
-from torchrec_amort.training.metrics import auc, grouped_auc, normalized_entropy
+from torchrec_amort.training.bootstrap import (
+    UserWeightedCosts,
+    UserWeightedMetrics,
+    paired_differences,
+    paired_ratios,
+)
+from torchrec_amort.training.metrics import auc, calibration, grouped_auc, ndcg_of_requests, normalized_entropy
 
 NUM_USERS = 7
 
@@ -21,7 +26,9 @@ def make_predictions(seed: int, rows: int = 60, bias: float = 1.0) -> tuple[np.n
 @given(st.integers(0, 1000), st.lists(st.integers(0, 3), min_size=NUM_USERS, max_size=NUM_USERS))
 def test_weighing_users_is_repeating_their_rows(seed: int, times: list[int]) -> None:
     logits, labels, users = make_predictions(seed)
-    found = UserWeightedMetrics(logits, labels, users).at(np.array(times, dtype=np.float64))
+    # Each user has two requests, some of them perhaps empty.
+    requests = np.unique(2 * users + np.random.default_rng(seed).integers(2, size=len(users)), return_inverse=True)[1]
+    found = UserWeightedMetrics(logits, labels, users, requests).at(np.array(times, dtype=np.float64))
     repeats = [(user, copy) for user, count in enumerate(times) for copy in range(count)]
     rows = [np.flatnonzero(users == user) for user, _ in repeats]
     if not rows or len(set(labels[np.concatenate(rows)])) < 2:
@@ -32,6 +39,11 @@ def test_weighing_users_is_repeating_their_rows(seed: int, times: list[int]) -> 
     groups = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     assert found["auc"] == pytest.approx(auc(logits[chosen], labels[chosen]), abs=1e-12)
     assert found["ne"] == pytest.approx(normalized_entropy(logits[chosen], labels[chosen]), abs=1e-12)
+    assert found["calibration"] == pytest.approx(calibration(logits[chosen], labels[chosen]), abs=1e-12)
+    copies = np.unique(groups * 1000 + requests[chosen], return_inverse=True)[1]
+    ndcg = ndcg_of_requests(logits[chosen], labels[chosen], copies)
+    counted = ndcg[~np.isnan(ndcg)]
+    assert found["ndcg"] == pytest.approx(counted.mean() if len(counted) else np.nan, abs=1e-12, nan_ok=True)
     if any(len(set(labels[r])) == 2 for r in rows):
         assert found["gauc"] == pytest.approx(grouped_auc(logits[chosen], labels[chosen], groups), abs=1e-12)
 
@@ -51,3 +63,25 @@ def test_a_model_does_not_differ_from_itself_and_a_worse_one_does() -> None:
         assert difference["low"] > 0 if metric == "ne" else difference["high"] < 0
     expected = np.mean([auc(np.random.default_rng(9).normal(size=3000) + x / 2, y) - auc(x, y) for x, y, _ in good])
     assert found["worse"]["auc"]["difference"] == pytest.approx(expected)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 3), min_size=NUM_USERS, max_size=NUM_USERS).filter(any))
+def test_weighing_users_is_repeating_their_requests(seed: int, times: list[int]) -> None:
+    random = np.random.default_rng(seed)
+    costs, users = random.random(40), np.append(random.integers(NUM_USERS, size=33), np.arange(NUM_USERS))
+    repeated = np.repeat(costs, np.array(times)[users])
+    found = UserWeightedCosts(costs, users).at(np.array(times, dtype=np.float64))
+    assert found["mean"] == pytest.approx(repeated.mean())
+    for percent in (50, 95, 99):
+        assert found[f"p{percent}"] == np.percentile(repeated, percent, method="inverted_cdf")
+
+
+def test_ratios_of_like_requests_lie_around_1_and_of_slower_ones_above() -> None:
+    random = np.random.default_rng(0)
+    users = np.arange(4000) % 50
+    first, same = (UserWeightedCosts(random.gamma(9.0, size=4000), users) for _ in range(2))
+    slower = UserWeightedCosts(2 * random.gamma(9.0, size=4000), users)
+    ratios = paired_ratios(first, same, num_users=50, samples=300, seed=0)
+    assert all(ratios[figure]["low"] <= 1 <= ratios[figure]["high"] for figure in ("p50", "p95", "mean"))
+    ratios = paired_ratios(first, slower, num_users=50, samples=300, seed=0)
+    assert all(1.5 < bounds["low"] < bounds["ratio"] < bounds["high"] < 2.5 for bounds in ratios.values())

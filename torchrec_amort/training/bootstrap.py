@@ -1,19 +1,29 @@
 """How much of a difference between two models is chance: paired bootstrap over users.
 
-Shape suffixes: R rows (impressions) of a split; U users.
+Shape suffixes: R rows (impressions) of a split; Q requests; U users.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from torchrec_amort.training.metrics import log_losses
+from torchrec_amort.training.metrics import log_losses, ndcg_of_requests, probabilities
+
+PERCENTILES = (50, 95, 99)
+
+
+class UserWeighted(Protocol):
+    """Figures that are known for any number of times that each user counts."""
+
+    def at(self, weights_U: np.ndarray) -> dict[str, float]:
+        """The figures with these weights of users; NaN where there is none."""
 
 
 class UserWeightedMetrics:
-    """AUC, GAUC and NE of one task when each user counts a given number of times.
+    """AUC, GAUC, NE, calibration and NDCG of one task when each user counts a given number of times.
 
     What does not depend on those numbers is worked out once.
 
@@ -21,6 +31,7 @@ class UserWeightedMetrics:
         logits: [R].
         labels: [R], 0 or 1.
         users: [R], places of users from 0 to U - 1.
+        requests: [R], places of requests from 0, each of one user; without them there is no NDCG.
 
     Example::
 
@@ -28,7 +39,9 @@ class UserWeightedMetrics:
         metrics.at(np.ones(num_users))  # the metrics of the split itself
     """
 
-    def __init__(self, logits: np.ndarray, labels: np.ndarray, users: np.ndarray) -> None:
+    def __init__(
+        self, logits: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray | None = None
+    ) -> None:
         order = np.argsort(logits, kind="stable")
         scores = logits[order]
         self._users, self._positive = users[order], labels[order].astype(np.float64)
@@ -37,7 +50,9 @@ class UserWeightedMetrics:
         self._loss = np.bincount(users, log_losses(logits, labels), num_users)
         self._rows = np.bincount(users, minlength=num_users).astype(np.float64)
         self._positives = np.bincount(users, labels.astype(np.float64), num_users)
+        self._predicted = np.bincount(users, probabilities(logits), num_users)
         self._user_auc = self._auc_of_each_user(num_users)
+        self._gains = None if requests is None else _gains_of_each_user(logits, labels, users, requests)
 
     def _auc_of_each_user(self, num_users: int) -> np.ndarray:
         """[U], NaN for users whose labels are all the same."""
@@ -51,20 +66,66 @@ class UserWeightedMetrics:
         return auc
 
     def at(self, weights_U: np.ndarray) -> dict[str, float]:
-        """AUC, GAUC and NE with these weights of users; NaN where only one kind of label is left."""
+        """The metrics with these weights of users; NaN where only one kind of label is left."""
         weights = weights_U[self._users]
         rows, positives = weights_U @ self._rows, weights_U @ self._positives
         has_auc = ~np.isnan(self._user_auc)
         user_weights = (weights_U * self._rows)[has_auc]
         rate = positives / rows if rows else np.nan
-        if not 0 < rate < 1 or not user_weights.sum():
-            return {"auc": np.nan, "gauc": np.nan, "ne": np.nan}
+        names = ("auc", "gauc", "ne", "calibration", *(() if self._gains is None else ("ndcg",)))
+        if not 0 < rate < 1:
+            return dict.fromkeys(names, np.nan)
         entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-        return {
-            "auc": _auc(weights * self._positive, weights * (1 - self._positive), self._tie_starts),
-            "gauc": float(user_weights @ self._user_auc[has_auc] / user_weights.sum()),
-            "ne": float(weights_U @ self._loss / rows / entropy),
-        }
+        values = [
+            _auc(weights * self._positive, weights * (1 - self._positive), self._tie_starts),
+            _ratio(user_weights @ self._user_auc[has_auc], user_weights.sum()),
+            float(weights_U @ self._loss / rows / entropy),
+            float(weights_U @ self._predicted / positives),
+        ]
+        if self._gains is not None:
+            values.append(_ratio(*(self._gains @ weights_U)))
+        return dict(zip(names, values, strict=True))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator else np.nan
+
+
+def _gains_of_each_user(logits: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray) -> np.ndarray:
+    """[2, U]: the sum of the NDCG of each user's requests, and how many of them have one."""
+    ndcg_Q = ndcg_of_requests(logits, labels, requests)
+    _, first_rows = np.unique(requests, return_index=True)
+    counted = ~np.isnan(ndcg_Q)
+    users_Q, num_users = users[first_rows][counted], int(users.max()) + 1
+    return np.stack([np.bincount(users_Q, ndcg_Q[counted], num_users), np.bincount(users_Q, minlength=num_users)])
+
+
+class UserWeightedCosts:
+    """Percentiles and mean of what requests cost when each user counts a given number of times.
+
+    Args:
+        costs: [Q], such as the seconds of each request.
+        users: [Q], places of users from 0 to U - 1.
+
+    Example::
+
+        UserWeightedCosts(seconds, users).at(np.ones(num_users))["p99"]
+    """
+
+    def __init__(self, costs: np.ndarray, users: np.ndarray) -> None:
+        order = np.argsort(costs, kind="stable")
+        self._costs, self._users = costs[order], users[order]
+
+    def at(self, weights_U: np.ndarray) -> dict[str, float]:
+        """The smallest cost that so many percent of the requests do not exceed, and the mean."""
+        weights_Q = weights_U[self._users]
+        below_Q = np.cumsum(weights_Q)
+        total = below_Q[-1]
+        if not total:
+            return dict.fromkeys((*(f"p{percent}" for percent in PERCENTILES), "mean"), np.nan)
+        places = np.searchsorted(below_Q, np.array(PERCENTILES) / 100 * total)
+        values = {f"p{percent}": float(self._costs[k]) for percent, k in zip(PERCENTILES, places, strict=True)}
+        return values | {"mean": float(weights_Q @ self._costs / total)}
 
 
 def _auc(positives: np.ndarray, negatives: np.ndarray, tie_starts: np.ndarray) -> float:
@@ -75,8 +136,8 @@ def _auc(positives: np.ndarray, negatives: np.ndarray, tie_starts: np.ndarray) -
 
 
 def paired_differences(
-    first: Sequence[UserWeightedMetrics],
-    others: Mapping[str, Sequence[UserWeightedMetrics]],
+    first: Sequence[UserWeighted],
+    others: Mapping[str, Sequence[UserWeighted]],
     *,
     num_users: int,
     samples: int,
@@ -99,23 +160,54 @@ def paired_differences(
 
         paired_differences(ours, {"mean_pooling": theirs}, num_users=1209, samples=1000, seed=0)
     """
-    draws = np.random.default_rng(seed)
-    weights = [np.ones(num_users)]
-    for _ in range(samples):
-        weights.append(np.bincount(draws.integers(num_users, size=num_users), minlength=num_users).astype(np.float64))
+    weights = list(_weights(num_users, samples, seed))
     base = _means(first, weights)
     record: dict[str, dict[str, dict[str, float]]] = {}
     for name, model in others.items():
         means = _means(model, weights)
-        record[name] = {}
-        for metric, values in means.items():
-            differences = values - base[metric]
-            low, high = np.nanpercentile(differences[1:], [2.5, 97.5])
-            record[name][metric] = {"difference": float(differences[0]), "low": float(low), "high": float(high)}
+        record[name] = {metric: _bounds(values - base[metric], "difference") for metric, values in means.items()}
     return record
 
 
-def _means(model: Sequence[UserWeightedMetrics], weights: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def paired_ratios(
+    first: UserWeighted, other: UserWeighted, *, num_users: int, samples: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """How many times the figures of a model are those of the first, and between which bounds by chance of users.
+
+    Args:
+        first: the model to compare with.
+        other: the other model.
+        num_users: U.
+        samples: bootstrap samples, as of `paired_differences`.
+        seed: of the draws.
+
+    Returns:
+        dict: for each figure, the `ratio` on the split itself, and its bounds `low` and `high`.
+
+    Example::
+
+        paired_ratios(UserWeightedCosts(s, users), UserWeightedCosts(t, users), num_users=9, samples=1000, seed=0)
+    """
+    weights = list(_weights(num_users, samples, seed))
+    base, means = _means([first], weights), _means([other], weights)
+    return {figure: _bounds(means[figure] / base[figure], "ratio") for figure in means}
+
+
+def _weights(num_users: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each user counts, [U]: once in the split itself, which comes first, and as drawn in each sample."""
+    draws = np.random.default_rng(seed)
+    yield np.ones(num_users)
+    for _ in range(samples):
+        yield np.bincount(draws.integers(num_users, size=num_users), minlength=num_users).astype(np.float64)
+
+
+def _means(model: Sequence[UserWeighted], weights: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """For each metric, its mean over seeds for each vector of weights."""
     rows = [[one.at(weights_U) for one in model] for weights_U in weights]
     return {metric: np.array([np.mean([one[metric] for one in row]) for row in rows]) for metric in rows[0][0]}
+
+
+def _bounds(values: np.ndarray, name: str) -> dict[str, float]:
+    """The value of the split itself, which is the first one, and the bounds of the central 95% of the others."""
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+    return {name: float(values[0]), "low": float(low), "high": float(high)}

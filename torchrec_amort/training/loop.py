@@ -21,7 +21,7 @@ from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
-from torchrec_amort.training.metrics import auc, grouped_auc, log_loss, normalized_entropy
+from torchrec_amort.training.metrics import auc, calibration, grouped_auc, log_loss, normalized_entropy
 from torchrec_amort.training.processes import (
     Terminated,
     TerminationRequests,
@@ -234,7 +234,7 @@ class Predictions:
         temporary.rename(path)
 
     def metrics(self, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        """AUC, GAUC, NE, log loss and positive rate of each task.
+        """AUC, GAUC, NE, log loss, calibration and positive rate of each task.
 
         Raises:
             ValueError: a task has labels of one kind only.
@@ -245,6 +245,7 @@ class Predictions:
                 "gauc": grouped_auc(self.logits[:, t], self.labels[:, t], self.users),
                 "ne": normalized_entropy(self.logits[:, t], self.labels[:, t]),
                 "log_loss": log_loss(self.logits[:, t], self.labels[:, t]),
+                "calibration": calibration(self.logits[:, t], self.labels[:, t]),
                 "positive_rate": float(self.labels[:, t].mean(dtype=np.float64)),
             }
             for t, task in enumerate(tasks)

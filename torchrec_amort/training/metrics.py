@@ -95,3 +95,60 @@ def grouped_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> f
     if not both.any():
         raise ValueError(f"none of {len(rows)} groups has both labels: there is no AUC to report")
     return float(np.average(wins[both] / (positives * negatives)[both], weights=rows[both]))
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Positives that were predicted for each that there was: 1 is neither too many nor too few (He et al., 3).
+
+    Args:
+        logits: [R].
+        labels: [R], 0 or 1.
+
+    Raises:
+        ValueError: there is no positive.
+
+    Example::
+
+        calibration(np.array([0.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0]))  # 1.5
+    """
+    if not labels.any():
+        raise ValueError(f"none of {len(labels)} labels is positive: there is nothing to predict")
+    return float(probabilities(logits).sum() / labels.sum(dtype=np.float64))
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """The logistic function of each logit: float64 [R]."""
+    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
+
+
+def ndcg_of_requests(scores: np.ndarray, labels: np.ndarray, requests: np.ndarray) -> np.ndarray:
+    """Normalized discounted cumulative gain of each request's candidates, over the whole list.
+
+    A positive at rank k gains 1 / log2(k + 1), and the sum is divided by that of the best order (Järvelin and
+    Kekäläinen, TOIS 2002, 2.2). Candidates of one score share the mean of their ranks' gains (McSherry and Najork,
+    ECIR 2008, 3).
+
+    Args:
+        scores: [R].
+        labels: [R], 0 or 1.
+        requests: [R], places of requests from 0.
+
+    Returns:
+        np.ndarray: float64, one for each request; NaN where labels are all the same, which every order ranks alike.
+
+    Example::
+
+        ndcg_of_requests(np.array([2.0, 1.0, 0.0]), np.array([0.0, 1.0, 0.0]), np.zeros(3, dtype=np.int64))  # [0.63]
+    """
+    order = np.lexsort((-scores, requests))
+    request, scores, positive = requests[order], scores[order], labels[order].astype(np.float64)
+    rows = np.bincount(request)
+    ranks = np.arange(len(request)) - (np.cumsum(rows) - rows)[request]
+    gains = 1 / np.log2(2.0 + ranks)
+    is_new = np.append(True, (scores[1:] != scores[:-1]) | (request[1:] != request[:-1]))
+    tie = np.cumsum(is_new) - 1
+    shared = (np.bincount(tie, gains) / np.bincount(tie))[tie]
+    positives = np.bincount(request, positive).astype(np.int64)
+    best = np.append(0.0, np.cumsum(1 / np.log2(2.0 + np.arange(rows.max()))))[positives]
+    both = (positives > 0) & (positives < rows)
+    return np.divide(np.bincount(request, positive * shared), best, out=np.full(len(rows), np.nan), where=both)
