@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from torchrec_amort.apps.command import parse, run_command
 from torchrec_amort.apps.cost import encoder_flops, fit
 from torchrec_amort.apps.load import measure_load
 from torchrec_amort.apps.methods import SLOW, Methods
-from torchrec_amort.apps.timing import Times, peak_memory
+from torchrec_amort.apps.timing import Times, machine, peak_memory
 from torchrec_amort.files import write_json
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.history import AmortizedHistoryArch
@@ -51,7 +50,7 @@ def _benchmark(config: BenchmarkConfig) -> None:
     record: dict[str, Any] = {
         "run_folder": config.run_folder,
         "date": time.strftime("%Y-%m-%d"),
-        "machine": _machine(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "microbatch_size": config.microbatch_size,
@@ -64,16 +63,6 @@ def _benchmark(config: BenchmarkConfig) -> None:
     plot(record, out / "benchmark.png")
     print(table(record))
     print(f"written to {out}/benchmark.json and {out}/benchmark.png")
-
-
-def _machine() -> str:
-    """What runs it, in words."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    devices = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{devices}"
 
 
 @torch.inference_mode()

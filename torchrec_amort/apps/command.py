@@ -44,8 +44,11 @@ def parser_of(config_class: type[Any], command: str) -> ArgumentParser:
 
 
 def parse(config_class: type[Config], command: str, args: Sequence[str] | None) -> Config:
-    """Read a dataclass from a command line."""
-    return _config(parser_of(config_class, command).parse_args(args), config_class, command)
+    """Read a dataclass from a command line; what it does not allow ends the process with one line."""
+    try:
+        return _config(parser_of(config_class, command).parse_args(args), config_class, command)
+    except InputError as error:
+        _end("error", error, 2)
 
 
 def _config(namespace: Namespace, config_class: type[Config], command: str) -> Config:
@@ -122,6 +125,8 @@ def run_command(command: Callable[[], None]) -> None:
     # What TorchRec and torch deprecate of each other is not for who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
+    # One process that loads a checkpoint is as meant.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     for library in ("torchrec", "torch.fx"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:

@@ -55,6 +55,10 @@ class CostModel:
         """Milliseconds of a request of n events and m candidates."""
         return float((_terms(np.array([[n, m]])) @ np.array(self.coefficients))[0])
 
+    def error_on(self, points: Sequence[tuple[int, int, float]]) -> float:
+        """Median of the relative difference of model and measurement on other points than those it was fitted to."""
+        return float(np.median([abs(self(n, m) / time - 1) for n, m, time in points]))
+
 
 def fit(points: Sequence[tuple[int, int, float]]) -> CostModel:
     """Fit a cost model to measured points, so that relative errors are small.
@@ -72,8 +76,10 @@ def fit(points: Sequence[tuple[int, int, float]]) -> CostModel:
     """
     terms = _terms(np.array([[n, m] for n, m, _ in points], dtype=np.float64))
     times = np.array([time for _, _, time in points])
-    if len(points) < terms.shape[1]:
-        raise ValueError(f"{len(points)} points cannot tell {terms.shape[1]} coefficients: measure more lengths")
+    # Without events, there is nothing that n could cost.
+    needed = int(terms.any(axis=0).sum())
+    if len(points) < needed:
+        raise ValueError(f"{len(points)} points cannot tell {needed} coefficients: measure more lengths")
     # Least squares, and again without the terms that came out below zero, which no work costs.
     kept = list(range(terms.shape[1]))
     while True:

@@ -39,9 +39,9 @@ def write_environment(run: str | Path, device: torch.device) -> None:
     record = {
         "started": utc_now(),
         "command": sys.argv,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "python": platform.python_version(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "host": socket.gethostname(),
         "job": _job(),
         "restarts": _restarts(),
@@ -81,6 +81,11 @@ def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def versions() -> dict[str, str | None]:
+    """The version of each package that a result depends on; None for one that is not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -88,7 +93,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the folder that the command was started in, with a + if files differ from it."""
     try:
         commit = subprocess.run(

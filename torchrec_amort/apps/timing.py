@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +35,16 @@ class Times:
         self._processor_seconds: dict[str, list[float]] = {}
         self._random = random.Random(0)
 
-    def take(self, methods: Mapping[str, Callable[[], object]]) -> None:
-        """Run each method once, in random order: what ran before leaves memory and caches as it likes."""
+    def take(self, methods: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Run each method once, in random order: what ran before leaves memory and caches as it likes.
+
+        Returns:
+            dict: what each method returned.
+        """
+        results = {}
         for name in self._random.sample(list(methods), len(methods)):
             busy, started = time.process_time(), time.perf_counter()
-            methods[name]()
+            results[name] = methods[name]()
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             seconds, busy = time.perf_counter() - started, time.process_time() - busy
@@ -45,6 +52,15 @@ class Times:
                 self._seconds.setdefault(name, []).append(seconds)
                 self._processor_seconds.setdefault(name, []).append(busy)
         self._turns_to_skip = max(0, self._turns_to_skip - 1)
+        return results
+
+    def seconds(self, method: str) -> np.ndarray:
+        """Seconds of each of a method's turns."""
+        return np.array(self._seconds[method])
+
+    def processor_seconds(self, method: str) -> np.ndarray:
+        """Processor seconds, of all threads together, of each of a method's turns."""
+        return np.array(self._processor_seconds[method])
 
     def median(self, method: str) -> float:
         """Median seconds of a method."""
@@ -72,8 +88,26 @@ class Times:
         return float(np.median(np.asarray(amounts) / self._seconds[method]))
 
 
+def machine() -> str:
+    """What runs it, in words."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    devices = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{devices}"
+
+
 def peak_memory(function: Callable[[], object]) -> int | None:
-    """Bytes of memory that a function needs at its peak, beyond what the process had; None if not on Linux."""
+    """Bytes of memory that a function needs at its peak, beyond what the process had; None if not on Linux.
+
+    Once a GPU is in use, the GPU's memory is meant.
+    """
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return int(torch.cuda.max_memory_allocated() - before)
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         # What was freed before would otherwise be used again unseen.

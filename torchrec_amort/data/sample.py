@@ -81,6 +81,30 @@ def first_requests(folder: str | Path, split: str, num_requests: int) -> pa.Tabl
     return _split(folder, split).head(num_requests)
 
 
+def drawn_requests(folder: str | Path, split: str, num_requests: int, *, seed: int) -> pa.Table:
+    """Requests of a split as they are, drawn at random if there are more than wanted, in the order of the split.
+
+    Args:
+        folder: prepared data folder.
+        split: of it.
+        num_requests: at most so many.
+        seed: of the draw.
+
+    Raises:
+        InputError: there is no such split.
+
+    Example::
+
+        table = drawn_requests("data/movielens-1m", "test", 1000, seed=0)
+    """
+    dataset = _split(folder, split)
+    have = dataset.count_rows()
+    rows = np.arange(have)
+    if have > num_requests:
+        rows = np.sort(np.random.default_rng(seed).choice(have, num_requests, replace=False))
+    return dataset.take(pa.array(rows)).combine_chunks()
+
+
 def _split(folder: str | Path, split: str) -> ds.Dataset:
     path = Path(folder) / split
     if not path.is_dir():

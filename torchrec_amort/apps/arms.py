@@ -1,0 +1,118 @@
+"""The arms of a pilot: a trained model, and the way in which it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from torchrec_amort.apps.train import load_model
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.inference.scorer import AmortizedScorer
+from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.training.loop import Precision
+
+Serving = Literal["amortized", "model", "impressions"]
+
+
+@dataclass(kw_only=True)
+class ArmConfig:
+    """One arm of a pilot.
+
+    Args:
+        run_folder: folder of the training run whose last good checkpoint is served.
+        serving: `amortized`: by the scorer; `model`: by the model itself, request by request, which is the only way
+            for encoders that cannot be amortized; `impressions`: by the model, each candidate a request of its own, as
+            an ordinary DLRM scores.
+        dtype: of the scorer's dense weights.
+        microbatch_size: candidates that the scorer scores at a time; all at once unless given.
+    """
+
+    run_folder: str
+    serving: Serving = "amortized"
+    dtype: Precision = "float32"
+    microbatch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.serving != "amortized" and (self.dtype != "float32" or self.microbatch_size is not None):
+            raise InputError(f"{self.run_folder}: dtype and microbatch_size are the scorer's: use serving: amortized")
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """A trained model, ready to score.
+
+    Args:
+        config: what it was made by.
+        history: the kind of its encoder, or `none`.
+        schema: of the requests that it reads.
+        history_length: events that it reads of a history, the latest ones.
+        device: where it is.
+        parameter_bytes: of tables and dense weights.
+        score: what is timed: from what `read` returned to logits [C, T].
+    """
+
+    config: ArmConfig
+    history: str
+    schema: RequestSchema
+    history_length: int
+    device: torch.device
+    parameter_bytes: int
+    score: Callable[[RequestBatch], Tensor]
+
+    def read(self, requests: pa.Table, history_length: int | None = None) -> RequestBatch:
+        """What the arm scores of some requests.
+
+        Args:
+            requests: with the columns of `schema.arrow_schema()`; labels may be absent.
+            history_length: events of a history, if that is less than what the arm can read.
+        """
+        length = self.history_length if history_length is None else min(history_length, self.history_length)
+        batch = RequestBatch.from_arrow(requests, self.schema, length).to(self.device)
+        return batch.to_impressions() if self.config.serving == "impressions" else batch
+
+
+def load_arm(config: ArmConfig) -> Arm:
+    """Load the model of an arm.
+
+    Args:
+        config: which one, served how.
+
+    Raises:
+        InputError: there is no such run, or its encoder cannot be amortized.
+
+    Example::
+
+        arm = load_arm(ArmConfig(run_folder="runs/movielens-1m"))
+        logits_CT = arm.score(arm.read(table))
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, trained, schema = load_model(config.run_folder)
+    read = schema.without(trained.model.leave_out)
+    parameters = [*model.parameters(), *model.buffers()]
+    return Arm(
+        config=config,
+        history=trained.model.history,
+        schema=read,
+        history_length=trained.model.history_length,
+        device=device,
+        parameter_bytes=sum(tensor.numel() * tensor.element_size() for tensor in parameters),
+        score=_way_to_score(model.to(device), config, read),
+    )
+
+
+def _way_to_score(model: AmortizedDLRM, config: ArmConfig, schema: RequestSchema) -> Callable[[RequestBatch], Tensor]:
+    if config.serving != "amortized":
+        return model
+    if model.history_arch is not None and not model.history_arch.is_amortizable:
+        raise InputError(
+            f"{config.run_folder}: its encoder reads the candidate beside every event and cannot be amortized: use "
+            "serving: model, or impressions"
+        )
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    return AmortizedScorer(model, config.microbatch_size, schema=schema, dtype=dtype).score

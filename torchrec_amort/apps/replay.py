@@ -1,0 +1,193 @@
+"""Replays logged requests through two arms: what each one answered, how long it took, and what it used.
+
+Shape suffixes: Q requests; R candidates of all of them; T tasks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from torchrec_amort.apps.arms import Arm
+from torchrec_amort.apps.timing import Times, peak_memory
+from torchrec_amort.data.sample import sample_requests
+from torchrec_amort.progress import progress
+from torchrec_amort.schema import RequestSchema
+
+# Requests that are scored in one call where only the scores matter.
+REQUESTS_PER_CALL = 64
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is known of the replayed requests.
+
+    Args:
+        labels: float32 [R, T].
+        users: int64 [Q], places of users from 0.
+        num_candidates: int64 [Q].
+        num_events: int64 [Q], as logged.
+    """
+
+    labels: np.ndarray
+    users: np.ndarray
+    num_candidates: np.ndarray
+    num_events: np.ndarray
+
+    @classmethod
+    def of(cls, requests: pa.Table, schema: RequestSchema) -> Log:
+        """Read it off the requests."""
+        labels = [pc.list_flatten(requests[name]).to_numpy() for name in schema.labels]
+        num_candidates = pc.list_value_length(requests["candidate_item"]).to_numpy()
+        num_events = np.zeros_like(num_candidates)
+        if schema.of("event"):
+            num_events = pc.list_value_length(requests["history_item"]).to_numpy()
+        users = np.unique(requests["user"].to_numpy(), return_inverse=True)[1]
+        return cls(np.stack(labels, axis=1), users, num_candidates, num_events)
+
+    @property
+    def requests(self) -> np.ndarray:
+        """Place of each candidate's request: int64 [R]."""
+        return np.repeat(np.arange(len(self.users)), self.num_candidates)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What an arm made of the requests.
+
+    Args:
+        logits: float32 [R, T].
+        seconds: [Q].
+        processor_seconds: [Q], of all threads together.
+    """
+
+    logits: np.ndarray
+    seconds: np.ndarray
+    processor_seconds: np.ndarray
+
+
+@torch.inference_mode()
+def replay(arms: Mapping[str, Arm], requests: pa.Table, warmup: int) -> dict[str, Replayed]:
+    """Score each request by each arm, one request at a time, the arms in random order.
+
+    Args:
+        arms: by name.
+        requests: Q requests.
+        warmup: requests that are scored before the clock starts, too.
+
+    Raises:
+        FloatingPointError: a score is not finite.
+    """
+    times = Times(warmup)
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in arms}
+    rows = [*itertools.islice(itertools.cycle(range(requests.num_rows)), warmup), *range(requests.num_rows)]
+    with progress(total=len(rows), desc="replay", unit="requests") as bar:
+        for turn, row in enumerate(rows):
+            one = requests.slice(row, 1)
+            answers = times.take({name: partial(arm.score, arm.read(one)) for name, arm in arms.items()})
+            for name, logits_CT in answers.items() if turn >= warmup else ():
+                logits[name].append(_finite(logits_CT, name, row))
+            bar.update()
+    return {
+        name: Replayed(np.concatenate(logits[name]), times.seconds(name), times.processor_seconds(name))
+        for name in arms
+    }
+
+
+def _finite(logits_CT: torch.Tensor, arm: str, row: int) -> np.ndarray:
+    logits = logits_CT.float().cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise FloatingPointError(f"{arm}: a score of replayed request {row} is not finite: look for such weights")
+    return logits
+
+
+@torch.inference_mode()
+def replay_memory(arm: Arm, requests: pa.Table) -> int | None:
+    """Bytes that an arm needs at its peak, beyond its model, to score the requests one after the other.
+
+    That is host memory, or a GPU's if the arm is on one; None where it cannot be told.
+    """
+
+    def score_all() -> None:
+        for row in range(requests.num_rows):
+            arm.score(arm.read(requests.slice(row, 1)))
+
+    return peak_memory(score_all)
+
+
+@torch.inference_mode()
+def score_shorter(arm: Arm, requests: pa.Table, history_length: int) -> np.ndarray:
+    """Logits [R, T] of requests whose histories are cut to the latest events."""
+    logits = []
+    for start in range(0, requests.num_rows, REQUESTS_PER_CALL):
+        batch = arm.read(requests.slice(start, REQUESTS_PER_CALL), history_length)
+        logits.append(_finite(arm.score(batch), arm.config.run_folder, start))
+    return np.concatenate(logits)
+
+
+@torch.inference_mode()
+def time_shapes(
+    arms: Mapping[str, Arm],
+    data: str,
+    split: str,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    turns: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Median milliseconds of requests of given shapes, by each arm, the arms in random order.
+
+    Args:
+        arms: by name.
+        data: prepared data folder, from whose requests those to score are made.
+        split: of it.
+        shapes: events and candidates.
+        turns: requests of each shape.
+        seed: of the draw.
+
+    Returns:
+        list: for each shape, `history_length`, `candidates` and, by arm, `ms` and, on one thread, `one_thread_ms`.
+
+    Raises:
+        InputError: the split has too few histories that long.
+    """
+    points = []
+    with progress(total=len(shapes), desc="shapes", unit="shapes") as bar:
+        for events, candidates in shapes:
+            drawn = sample_requests(
+                data, split, num_requests=turns, num_candidates=candidates, history_length=events, seed=seed
+            )
+            point: dict[str, Any] = {"history_length": events, "candidates": candidates}
+            point["ms"] = _median_ms(arms, drawn, events)
+            with _one_thread():
+                point["one_thread_ms"] = _median_ms(arms, drawn, events)
+            points.append(point)
+            bar.update()
+    return points
+
+
+def _median_ms(arms: Mapping[str, Arm], requests: pa.Table, history_length: int) -> dict[str, float]:
+    times = Times(warmup=2)
+    for row in (0, 0, *range(requests.num_rows)):
+        one = requests.slice(row, 1)
+        times.take({name: partial(arm.score, arm.read(one, history_length)) for name, arm in arms.items()})
+    return {name: 1e3 * times.median(name) for name in arms}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
