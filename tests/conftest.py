@@ -81,11 +81,11 @@ def spread_ids(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: spread(v) if k in columns else v for k, v in request.items()} for request in requests]
 
 
-def make_table(num_requests: int, seed: int = 0) -> pa.Table:
-    """A table of random requests with request ids 0, 1, ..."""
+def make_table(num_requests: int, seed: int = 0, first_id: int = 0) -> pa.Table:
+    """A table of random requests with request ids from the first one on."""
     random = np.random.default_rng(seed)
     shapes = [(int(random.integers(MAX_HISTORY + 1)), int(random.integers(1, 5))) for _ in range(num_requests)]
-    requests = [{**r, "request_id": i} for i, r in enumerate(make_requests(shapes, seed))]
+    requests = [{**r, "request_id": i} for i, r in enumerate(make_requests(shapes, seed), first_id)]
     return pa.Table.from_pylist(requests, SCHEMA.arrow_schema())
 
 
@@ -99,7 +99,8 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of random requests."""
     folder = tmp_path_factory.mktemp("data") / "films"
     sizes = {"train": 600, "validation": 60, "test": 90}
-    write_requests(folder, SCHEMA, {split: [make_table(n, seed)] for seed, (split, n) in enumerate(sizes.items())})
+    splits = {split: [make_table(n, seed, 1000 * seed)] for seed, (split, n) in enumerate(sizes.items())}
+    write_requests(folder, SCHEMA, splits)
     return folder
 
 

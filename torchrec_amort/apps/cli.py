@@ -7,12 +7,14 @@ import sys
 
 COMMANDS = {
     "prepare": "write a public data set as request-level Parquet",
+    "migrate": "turn a log of impressions into request-level Parquet, and back",
     "train": "train a model with or without history, on any number of ranks",
     "evaluate": "AUC, GAUC and NE of a trained model on a split",
     "compare": "train and test several history encoders on one data set: quality, latency, speed",
     "throughput": "time reading and training, request by request and impression by impression",
     "export": "write a trained model as a package of compiled phases, quantized tables and a manifest",
     "benchmark": "time the same weights amortized and impression by impression",
+    "pilot": "replay logged requests through two arms: latency, quality and cost side by side",
 }
 
 
