@@ -73,12 +73,28 @@ def assert_same(batch: RequestBatch, expected: RequestBatch) -> None:
             assert torch.equal(value, other), field.name
 
 
+@given(shapes, st.data(), st.integers(0, 2**20))
+def test_selected_requests_are_those_requests_alone(
+    sizes: list[tuple[int, int]], data: st.DataObject, seed: int
+) -> None:
+    requests = make_requests(sizes, seed)
+    rows = data.draw(st.lists(st.integers(0, len(requests) - 1), min_size=1))
+    batch = RequestBatch.from_requests(requests, SCHEMA)
+    expected = RequestBatch.from_requests([requests[row] for row in rows], SCHEMA)
+    assert_same(batch.select(torch.tensor(rows)), expected)
+    batch.labels = batch.users = None
+    selected = batch.select(torch.tensor(rows))
+    assert selected.labels is None
+    assert selected.users is None
+
+
 def test_impressions_of_a_batch_without_request_features() -> None:
     schema = dataclasses.replace(SCHEMA, features=tuple(f for f in SCHEMA.features if f.side != "request"))
     batch = RequestBatch.from_requests(make_requests([(2, 3), (0, 1)]), schema)
     impressions = batch.to_impressions().validate(schema.table_sizes)
     assert impressions.request_sparse.stride() == 4
     assert impressions.request_dense.shape == (4, 0)
+    assert batch.select(torch.tensor([1])).validate(schema.table_sizes).request_sparse.stride() == 1
 
 
 def test_keeps_the_latest_events_of_a_long_history() -> None:

@@ -4,6 +4,7 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.hashing import hash_ids
 from torchrec_amort.inference.cache import HistoryCache
 from torchrec_amort.inference.export import export_package, load_package
+from torchrec_amort.inference.rollout import Rollout, score_impressions, user_places
 from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.inference.service import Overloaded, ScoringService
 from torchrec_amort.models.attach import attach_history
@@ -24,9 +25,12 @@ __all__ = [
     "AmortizedScorer",
     "HistoryCache",
     "Overloaded",
+    "Rollout",
     "ScoringService",
     "export_package",
     "load_package",
+    "score_impressions",
+    "user_places",
     "EventEncoder",
     "HistoryEncoder",
     "Feature",

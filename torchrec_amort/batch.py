@@ -69,7 +69,7 @@ class RequestBatch(Pipelineable):
 
         Example::
 
-            RequestBatch.from_requests([{"history_item": [3, 4], "candidate_item": [5]}], schema)
+            RequestBatch.from_requests([{"user_id": 7, "history_item": [3, 4], "candidate_item": [5]}], schema)
         """
         known = schema.arrow_schema()
         if not requests:
@@ -164,6 +164,34 @@ class RequestBatch(Pipelineable):
         recency = ends - 1 - torch.arange(ends.numel(), device=ends.device)
         values = self.sequences.values()[recency < kept.repeat_interleave(lengths)]
         return replace(self, sequences=KeyedJaggedTensor(keys=keys, values=values, lengths=kept, stride=len(self)))
+
+    def select(self, requests: Tensor) -> RequestBatch:
+        """Some of the requests, as a batch of their own; a copy.
+
+        Args:
+            requests: int64 [S], their rows in this batch, in the order that is wanted; at least one.
+
+        Returns:
+            RequestBatch: of S requests.
+
+        Example::
+
+            logits_CT = model(batch.select(torch.tensor([2, 0])))
+        """
+        counts_S = self.num_candidates[requests]
+        first_S = torch.cumsum(self.num_candidates, 0)[requests] - torch.cumsum(counts_S, 0)
+        candidates_C = torch.repeat_interleave(first_S, counts_S)
+        candidates_C = candidates_C + torch.arange(candidates_C.numel(), device=requests.device)
+        return RequestBatch(
+            request_dense=self.request_dense[requests],
+            candidate_dense=self.candidate_dense[candidates_C],
+            request_sparse=_select(self.request_sparse, requests, self.request_sparse.keys()),
+            candidate_sparse=_select(self.candidate_sparse, candidates_C, self.candidate_sparse.keys()),
+            sequences=_select(self.sequences, requests, self.sequences.keys()),
+            num_candidates=counts_S,
+            labels=None if self.labels is None else self.labels[candidates_C],
+            users=None if self.users is None else self.users[requests],
+        )
 
     def to_impressions(self) -> RequestBatch:
         """The same data as C requests of one candidate each: what an ordinary DLRM scores.

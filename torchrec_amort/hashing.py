@@ -28,11 +28,27 @@ def hash_ids(ids: np.ndarray, table_size: int) -> np.ndarray:
     """
     if table_size < 2:
         raise ValueError(f"table_size is {table_size}, not 2 or more: row 0 is the unknown id's")
-    bits = ids.astype(np.uint64)
+    rows = 1 + (mix(ids) % (table_size - 1)).astype(np.int64)
+    return np.where(ids == 0, 0, rows)
+
+
+def mix(numbers: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64: every bit of a number changes about half of the bits that come out.
+
+    Args:
+        numbers: int64 or uint64, of any shape.
+
+    Returns:
+        np.ndarray: uint64, of that shape; different numbers stay different, and 0 stays 0.
+
+    Example::
+
+        mix(np.array([1]))  # [6238072747940578789]
+    """
+    bits = numbers.astype(np.uint64)
     bits ^= bits >> 30
     bits *= 0xBF58476D1CE4E5B9
     bits ^= bits >> 27
     bits *= 0x94D049BB133111EB
     bits ^= bits >> 31
-    rows = 1 + (bits % (table_size - 1)).astype(np.int64)
-    return np.where(ids == 0, 0, rows)
+    return bits

@@ -42,7 +42,7 @@ def test_results_and_errors_go_to_who_sent_the_request() -> None:
 
 def test_a_full_queue_refuses_at_once_and_loses_nothing() -> None:
     held = Held()
-    service = ScoringService(held, num_workers=1, max_waiting=3)  # type: ignore[arg-type]
+    service = ScoringService(held, num_workers=1, max_waiting=3)
     first: Future[torch.Tensor] = service.submit(make_batch([(1, 1)]))
     held.started.acquire()
     waiting = [service.submit(make_batch([(1, 1)])) for _ in range(3)]

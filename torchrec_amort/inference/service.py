@@ -6,12 +6,20 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.inference.scorer import AmortizedScorer
+
+
+class Scorer(Protocol):
+    """What a service needs of a scorer: an `AmortizedScorer` and a `Rollout` have it."""
+
+    def score(self, requests: RequestBatch, /) -> Tensor:
+        """Logits [C, T] of every candidate of every request; called by many threads."""
+        ...
 
 
 class Overloaded(RuntimeError):
@@ -58,9 +66,7 @@ class ScoringService:
             logits_CT = service.submit(batch).result()
     """
 
-    def __init__(
-        self, scorer: AmortizedScorer, num_workers: int, max_waiting: int, threads_per_request: int = 1
-    ) -> None:
+    def __init__(self, scorer: Scorer, num_workers: int, max_waiting: int, threads_per_request: int = 1) -> None:
         if min(num_workers, max_waiting, threads_per_request) < 1:
             raise ValueError(
                 f"num_workers is {num_workers}, max_waiting {max_waiting}, threads_per_request {threads_per_request}: "
