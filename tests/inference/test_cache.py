@@ -79,6 +79,35 @@ def test_old_histories_are_not_served() -> None:
     assert cache.nbytes == 0
 
 
+def test_who_does_not_come_again_is_not_kept_beyond_the_time_to_live() -> None:
+    clock = Clock()
+    cache = HistoryCache(1000, seconds_to_live=10, clock=clock)
+    cache.put(0, make_history(4))
+    clock.now = 6.0
+    cache.put(1, make_history(4))
+    assert find(cache, 0)
+    clock.now = 10.0
+    assert find(cache, 1)
+    assert list(cache._entries) == list(cache._put_at) == [1]
+    # Put anew, its time starts anew.
+    cache.put(1, make_history(4))
+    clock.now = 19.0
+    assert find(cache, 1)
+    clock.now = 20.0
+    cache.put(2, make_history(4))
+    assert list(cache._entries) == list(cache._put_at) == [2]
+    assert cache.counters()["expirations"] == 2
+
+
+def test_what_is_encoded_while_the_cache_is_cleared_is_not_kept() -> None:
+    cache = HistoryCache(1000)
+    epoch = cache.epoch
+    cache.clear()
+    cache.put(0, make_history(4), epoch=epoch)
+    assert not find(cache, 0)
+    assert cache.counters()["forgotten"] == 0
+
+
 def test_another_version_is_not_served_and_only_first_events_are_extended() -> None:
     cache = HistoryCache(1000)
     cache.put(0, make_history(4))
@@ -117,7 +146,7 @@ def test_bytes_never_exceed_the_budget_and_add_up(steps: list[tuple[str, int, in
             find(cache, user, events)
         else:
             cache.forget(user)
-        assert cache.nbytes == sum(history.nbytes for history, _ in cache._entries.values()) <= 300
+        assert cache.nbytes == sum(history.nbytes for history in cache._entries.values()) <= 300
 
 
 def test_threads_do_not_lose_count() -> None:

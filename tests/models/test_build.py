@@ -60,6 +60,7 @@ def test_a_model_may_leave_features_out() -> None:
     ("options", "message"),
     [
         ({"leave_out": ["history_item"]}, "'history_item' cannot be left out"),
+        ({"leave_out": ["movie_id", "genres"]}, "no feature of kind 'id' or 'ids', and the model reads 1 or more"),
         ({"leave_out": ["liked"]}, "'liked' cannot be left out"),
         ({"leave_out": ["price"]}, "'price' cannot be left out"),
         ({"history": "mean_pooling", "positions": "rotary"}, "which has no model.positions=rotary"),

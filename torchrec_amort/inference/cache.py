@@ -44,7 +44,7 @@ class CacheCounters:
         misses: neither.
         evictions: removed for want of bytes.
         expirations: removed for age.
-        refusals: not kept: larger than the whole budget, or encoded before a user was forgotten.
+        refusals: not kept: larger than the whole budget, or encoded before a user was forgotten or all were cleared.
         forgotten: users removed by `forget`.
     """
 
@@ -66,7 +66,8 @@ class HistoryCache:
 
     Args:
         max_bytes: budget of all states together, in bytes.
-        seconds_to_live: how long after it was put a history is served; without limit if None.
+        seconds_to_live: how long after it was put a history is kept; whoever asks the cache next removes those whose
+            time is over. Without limit if None.
         clock: seconds; for tests.
 
     Raises:
@@ -92,10 +93,13 @@ class HistoryCache:
         self.seconds_to_live = seconds_to_live
         self._clock = clock
         self._lock = threading.Lock()
-        self._entries: OrderedDict[int, tuple[CachedHistory, float]] = OrderedDict()
+        # The least recently used first; and when each was put, the oldest first.
+        self._entries: OrderedDict[int, CachedHistory] = OrderedDict()
+        self._put_at: dict[int, float] = {}
         self._num_bytes = 0
         self._counters = CacheCounters()
         self._scorer: object | None = None
+        self._epoch = 0
 
     def __len__(self) -> int:
         """The number of users."""
@@ -113,8 +117,8 @@ class HistoryCache:
 
     @property
     def epoch(self) -> int:
-        """A number that changes whenever a user is forgotten: to be read before a history is encoded, for `put`."""
-        return self._counters.forgotten
+        """A number that changes whenever users are forgotten, to be read before a history is encoded, for `put`."""
+        return self._epoch
 
     def find(
         self, user: int, num_events: int, version_of: Callable[[int], bytes], *, extendable: bool = False
@@ -131,8 +135,8 @@ class HistoryCache:
             CachedHistory: of all events; or, if `extendable`, of the first ones; or None.
         """
         with self._lock:
-            self._expire(user)
-            cached = self._entries[user][0] if user in self._entries else None
+            self._expire()
+            cached = self._entries.get(user)
         is_new_enough = cached is not None and (
             cached.num_events == num_events or (extendable and cached.num_events < num_events)
         )
@@ -157,14 +161,16 @@ class HistoryCache:
             user: whose history it is.
             history: its state is not changed afterwards.
             epoch: the cache's `epoch` from before the history was encoded. If someone was forgotten since, it may
-                have been this user: nothing is kept.
+                have been this user, so nothing is kept.
         """
         with self._lock:
-            if (epoch is not None and epoch != self._counters.forgotten) or history.nbytes > self.max_bytes:
+            self._expire()
+            if (epoch is not None and epoch != self._epoch) or history.nbytes > self.max_bytes:
                 self._counters.refusals += 1
                 return
             self._remove(user)
-            self._entries[user] = (history, self._clock())
+            self._entries[user] = history
+            self._put_at[user] = self._clock()
             self._num_bytes += history.nbytes
             while self._num_bytes > self.max_bytes:
                 self._remove(next(iter(self._entries)))
@@ -181,6 +187,7 @@ class HistoryCache:
         """
         with self._lock:
             self._counters.forgotten += 1
+            self._epoch += 1
             return self._remove(user)
 
     def bind(self, scorer: object) -> None:
@@ -195,21 +202,25 @@ class HistoryCache:
             self._scorer = scorer
 
     def clear(self) -> None:
-        """Remove all histories: for a new model."""
+        """Remove all histories, at once; one that is being encoded meanwhile is not kept either."""
         with self._lock:
+            self._epoch += 1
             self._entries.clear()
+            self._put_at.clear()
             self._num_bytes = 0
 
-    def _expire(self, user: int) -> None:
-        if self.seconds_to_live is None or user not in self._entries:
+    def _expire(self) -> None:
+        """Remove all histories whose time is over, whoever asks."""
+        if self.seconds_to_live is None:
             return
-        if self._clock() - self._entries[user][1] >= self.seconds_to_live:
+        oldest = self._clock() - self.seconds_to_live
+        while self._put_at and self._put_at[user := next(iter(self._put_at))] <= oldest:
             self._remove(user)
             self._counters.expirations += 1
 
     def _remove(self, user: int) -> bool:
         if user not in self._entries:
             return False
-        history, _ = self._entries.pop(user)
-        self._num_bytes -= history.nbytes
+        del self._put_at[user]
+        self._num_bytes -= self._entries.pop(user).nbytes
         return True

@@ -105,7 +105,8 @@ def build_model(
         AmortizedDLRM: untrained.
 
     Raises:
-        InputError: the config asks for a history, or leaves out a feature, that the schema does not have.
+        InputError: the config asks for a history, or leaves out a feature, that the schema does not have; or no id of
+            the candidate is left beside its item.
 
     Example::
 
@@ -116,6 +117,11 @@ def build_model(
         raise InputError(
             f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
             "set model.history to none"
+        )
+    if not schema.of("candidate", "id", "ids"):
+        raise InputError(
+            f"schema {schema.dataset!r}: the candidate has no feature of kind 'id' or 'ids', and the model reads 1 or "
+            "more: add one, such as Feature('item_id', 'candidate', 'id', table_size, column='candidate_item')"
         )
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
