@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slurm lint
+.PHONY: setup demo test test-docs test-slurm lint docs docs-links
 
 setup: $(VENV)/.installed
 
@@ -10,7 +10,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg setup.py torchrec_amort/inference/native.cpp packaging/fbgemm-gpu-cpu/setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0 ./packaging/fbgemm-gpu-cpu torchrec==1.8.0 torchx==0.7.0
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev,docs]'
 	$(BIN)/pip check
 	touch $@
 
@@ -19,6 +19,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-docs: setup
+	$(BIN)/python -m pytest -m docs tests/docs
+
+docs: setup
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going docs docs/_build/html
+	@echo "the site is at docs/_build/html/index.html"
+
+# Asks every site that a page links to. Not part of `docs` and `test-docs`, which need no network.
+docs-links: setup
+	$(BIN)/python -m sphinx --builder linkcheck docs docs/_build/links
 
 lint: setup
 	$(BIN)/ruff check .

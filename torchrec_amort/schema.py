@@ -181,7 +181,7 @@ class RequestSchema:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the labels: the T tasks."""
+        """Names of the labels, which are the T tasks."""
         return tuple(f.name for f in self.of("candidate", "label"))
 
     @property
@@ -191,13 +191,13 @@ class RequestSchema:
 
     @property
     def table_sizes(self) -> dict[str, int]:
-        """Ids that each feature that is looked up may have: the rows of its table, or any if that is managed."""
+        """Ids that each feature that is looked up may have, the rows of its table or any if that is managed."""
         sizes = {f.name: ANY_ID if f.vocabulary == "managed" else f.table_size for f in self.features}
         return {name: size for name, size in sizes.items() if size is not None}
 
     @property
     def needs_time(self) -> bool:
-        """Whether the request's time is read: to tell how old its events are."""
+        """Whether the request's time is read, to tell how old its events are."""
         return bool(self.of("event", "age"))
 
     def without(self, names: Iterable[str]) -> RequestSchema:
