@@ -15,6 +15,7 @@ from torchrec_amort import RequestSchema
 
 README = (ROOT / "README.md").read_text()
 SMALL = ["--model.embedding_dim=8", "--loop.epochs=1"]
+SMALL_PILOT = ["--candidates=[2,3,4]", "--turns=3", "--requests=20", "--bootstrap_samples=20"]
 SMALL_BENCHMARK = ["--history_lengths=[5]", "--candidates=[4]", "--turns=2", "--methods=[impressions,amortized]"]
 
 
@@ -33,11 +34,13 @@ def test_every_other_command_runs(data_folder: Path, tmp_path: Path) -> None:
             continue
         line = command.replace("data/movielens-1m", str(data_folder)).replace("runs/", f"{tmp_path}/runs/")
         line = line.replace("packages/", f"{tmp_path}/packages/")
-        if "train" in line and " compare " not in line:
+        if re.search(r"(?:torchrec-amort |apps\.|amort\.py:)train\b", line):
             line += " " + " ".join(SMALL)
         if " compare " in line:
             line += " --model.leave_out=[] --seeds=[0] --grid=[{}] --speed.history_length=5 --speed.requests=2"
             line += " --model.embedding_dim=8 --loop.epochs=1 --bootstrap_samples=5 --speed.train_steps=2"
+        elif " pilot " in line:
+            line += " " + " ".join(SMALL_PILOT)
         elif "benchmark" in line:
             line += " " + " ".join(SMALL_BENCHMARK)
         if "tensorboard" in line:

@@ -151,7 +151,7 @@ def _latency(record: Mapping[str, Any]) -> Table:
 
 
 def _ratio(values: Mapping[str, float]) -> str:
-    return f"x {values['ratio']:.3g} [{values['low']:.3g}, {values['high']:.3g}]"
+    return f"x {values['ratio']:.3f} [{values['low']:.3f}, {values['high']:.3f}]"
 
 
 def _hardware(record: Mapping[str, Any]) -> Table:
