@@ -317,7 +317,7 @@ class StaleCache(HistoryCache):
     ) -> CachedHistory | None:
         cached = super().find(user, 0, version_of)
         entry = self._entries.get(user)
-        return cached if entry is None else CachedHistory(entry[0].version, num_events, entry[0].state)
+        return cached if entry is None else CachedHistory(entry.version, num_events, entry.state)
 
 
 def test_a_cache_that_serves_what_a_history_was_is_found() -> None:
