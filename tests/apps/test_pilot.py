@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import SCHEMA, make_table
 from torchrec_amort.apps import evaluate, pilot, train
 from torchrec_amort.apps.pilot_analysis import by_size, cost_model, held_back, quality, sizing
 from torchrec_amort.apps.pilot_report import summary, tables
 from torchrec_amort.apps.replay import Log, Replayed
+from torchrec_amort.schema import InputError
 
 SMALL = ["--candidates=[2,3,4]", "--turns=3", "--warmup=2", "--bootstrap_samples=50", "--rates=[100]"]
 CHANCE = "no difference beyond chance"
@@ -226,6 +229,16 @@ def test_what_cannot_be_piloted_is_refused_in_one_line(
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_between_0_and_1_are_refused_by_name() -> None:
+    table = make_table(5)
+    labels = table["bought"].to_pylist()
+    labels[3][-1] = 0.25
+    column = table.schema.get_field_index("bought")
+    table = table.set_column(column, table.field("bought"), pa.array(labels, table.field("bought").type))
+    with pytest.raises(InputError, match=r"request_id 3: bought is 0.25, neither 0 nor 1, as are 1 of \d+ labels"):
+        Log.of(table, SCHEMA)
 
 
 def make_log(num_requests: int, seed: int) -> tuple[Log, np.ndarray]:

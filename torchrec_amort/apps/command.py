@@ -125,8 +125,6 @@ def run_command(command: Callable[[], None]) -> None:
     # What TorchRec and torch deprecate of each other is not for who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
-    # One process that loads a checkpoint is as meant.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     for library in ("torchrec", "torch.fx"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:

@@ -21,7 +21,7 @@ from torchrec_amort.apps.arms import Arm
 from torchrec_amort.apps.timing import Times, peak_memory
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import RequestSchema
+from torchrec_amort.schema import InputError, RequestSchema
 
 # Requests that are scored in one call where only the scores matter.
 REQUESTS_PER_CALL = 64
@@ -45,9 +45,20 @@ class Log:
 
     @classmethod
     def of(cls, requests: pa.Table, schema: RequestSchema) -> Log:
-        """Read it off the requests."""
-        labels = [pc.list_flatten(requests[name]).to_numpy() for name in schema.labels]
+        """Read it off the requests.
+
+        Raises:
+            InputError: a label is neither 0 nor 1.
+        """
         num_candidates = pc.list_value_length(requests["candidate_item"]).to_numpy()
+        labels = [pc.list_flatten(requests[name]).to_numpy() for name in schema.labels]
+        for name, values in zip(schema.labels, labels, strict=True):
+            if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
+                row = int(np.searchsorted(np.cumsum(num_candidates), wrong[0], side="right"))
+                raise InputError(
+                    f"request_id {requests['request_id'][row]}: {name} is {values[wrong[0]]}, neither 0 nor 1, as are "
+                    f"{len(wrong)} of {len(values)} labels: ranking metrics need one of the two"
+                )
         num_events = np.zeros_like(num_candidates)
         if schema.of("event"):
             num_events = pc.list_value_length(requests["history_item"]).to_numpy()

@@ -11,6 +11,7 @@ the over arch's first layer; K rank of a cross layer; T tasks.
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, cast
@@ -268,7 +269,10 @@ class CrossHead(Head):
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A linear layer with a copy of these weights."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    with warnings.catch_warnings():
+        # A request without dense features has no columns.
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().contiguous().clone(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -288,7 +289,10 @@ def _load(folder: Path, module: nn.Module, others: Mapping[str, Any], weights_na
         for key in sorted(_saved_keys(folder)):
             if key.startswith(f"{weights_name}/") and key not in state:
                 raise ValueError(f"it has {key}, which the model has not")
-        dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            # One process without a group, as one that serves, is as meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise _unusable(folder, error) from error
     refuse_other_ranks(weights, str(folder))
