@@ -257,6 +257,8 @@ def test_a_worse_arm_and_a_better_one_are_told_from_chance() -> None:
     for control, treatment, verdict in ((logits, noise, "worse"), (noise, logits, "better")):
         (found,) = quality(log, {"control": control, "treatment": treatment}, ["task"], samples=100, seed=0).values()
         assert {found[metric]["verdict"] for metric in ("ne", "auc", "gauc", "ndcg")} == {verdict}
+        positives = np.bincount(log.requests, log.labels[:, 0])
+        assert found["ndcg"]["requests"] == ((positives > 0) & (positives < log.num_candidates)).sum() > 0
         for values in found.values():
             assert values["difference"] == pytest.approx(values["treatment"] - values["control"])
     shifted = {"control": logits, "treatment": logits + 1}

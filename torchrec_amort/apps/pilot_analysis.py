@@ -15,7 +15,7 @@ from torchrec_amort.training.bootstrap import (
     paired_differences,
     paired_ratios,
 )
-from torchrec_amort.training.metrics import probabilities
+from torchrec_amort.training.metrics import ndcg_of_requests, probabilities
 
 CONTROL, TREATMENT = "control", "treatment"
 # Where more is better, where less is, and where neither is.
@@ -38,8 +38,9 @@ def quality(
         seed: of them.
 
     Returns:
-        dict: by task and metric `control`, `treatment`, `difference`, `low`, `high` and `verdict`. A metric that the
-        requests do not have, as NDCG if none has both labels, is left out.
+        dict: by task and metric `control`, `treatment`, `difference`, `low`, `high` and `verdict`; of NDCG also the
+        number of `requests` that have both labels. A metric that the requests do not have, as NDCG if none has both,
+        is left out.
     """
     record: dict[str, dict[str, dict[str, Any]]] = {}
     for t, task in enumerate(tasks):
@@ -59,6 +60,9 @@ def quality(
             for metric in DIRECTIONS
             if np.isfinite(values[CONTROL][metric])
         }
+        if "ndcg" in record[task]:
+            ndcg_Q = ndcg_of_requests(logits[CONTROL][:, t], log.labels[:, t], log.requests)
+            record[task]["ndcg"]["requests"] = int((~np.isnan(ndcg_Q)).sum())
     return record
 
 

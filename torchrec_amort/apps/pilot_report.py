@@ -124,7 +124,8 @@ def _quality(record: Mapping[str, Any]) -> Table:
         ("task and metric", *ARMS, "difference", "verdict"),
         [
             (
-                f"{task} {METRIC_NAMES[metric]}",
+                f"{task} {METRIC_NAMES[metric]}"
+                + (f", {values['requests']:,} requests" if "requests" in values else ""),
                 *(f"{values[arm]:.4f}" for arm in ARMS),
                 f"{values['difference']:+.4f} [{values['low']:+.4f}, {values['high']:+.4f}]",
                 values["verdict"],
