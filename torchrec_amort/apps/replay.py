@@ -25,6 +25,7 @@ from torchrec_amort.schema import InputError, RequestSchema
 
 # Requests that are scored in one call where only the scores matter.
 REQUESTS_PER_CALL = 64
+WARMUP_TURNS = 2
 
 
 @dataclass(frozen=True)
@@ -173,27 +174,35 @@ def time_shapes(
     Raises:
         InputError: the split has too few histories that long.
     """
-    points = []
-    with progress(total=len(shapes), desc="shapes", unit="shapes") as bar:
-        for events, candidates in shapes:
-            drawn = sample_requests(
-                data, split, num_requests=turns, num_candidates=candidates, history_length=events, seed=seed
-            )
-            point: dict[str, Any] = {"history_length": events, "candidates": candidates}
-            point["ms"] = _median_ms(arms, drawn, events)
+    drawn = [
+        sample_requests(data, split, num_requests=turns, num_candidates=candidates, history_length=events, seed=seed)
+        for events, candidates in shapes
+    ]
+    times, one_thread_times = ([Times(WARMUP_TURNS) for _ in shapes] for _ in range(2))
+    # All shapes in each turn, so that a noisy moment of the machine is not the time of one of them.
+    with progress(total=WARMUP_TURNS + turns, desc="shapes", unit="turns") as bar:
+        for turn in range(WARMUP_TURNS + turns):
+            one_each = [requests.slice(turn % turns, 1) for requests in drawn]
+            _take_turn(arms, shapes, one_each, times)
             with _one_thread():
-                point["one_thread_ms"] = _median_ms(arms, drawn, events)
-            points.append(point)
+                _take_turn(arms, shapes, one_each, one_thread_times)
             bar.update()
-    return points
+    return [
+        {
+            "history_length": events,
+            "candidates": candidates,
+            "ms": {name: 1e3 * times[place].median(name) for name in arms},
+            "one_thread_ms": {name: 1e3 * one_thread_times[place].median(name) for name in arms},
+        }
+        for place, (events, candidates) in enumerate(shapes)
+    ]
 
 
-def _median_ms(arms: Mapping[str, Arm], requests: pa.Table, history_length: int) -> dict[str, float]:
-    times = Times(warmup=2)
-    for row in (0, 0, *range(requests.num_rows)):
-        one = requests.slice(row, 1)
-        times.take({name: partial(arm.score, arm.read(one, history_length)) for name, arm in arms.items()})
-    return {name: 1e3 * times.median(name) for name in arms}
+def _take_turn(
+    arms: Mapping[str, Arm], shapes: Sequence[tuple[int, int]], requests: Sequence[pa.Table], times: Sequence[Times]
+) -> None:
+    for (events, _), one, of_shape in zip(shapes, requests, times, strict=True):
+        of_shape.take({name: partial(arm.score, arm.read(one, events)) for name, arm in arms.items()})
 
 
 @contextmanager
