@@ -143,11 +143,12 @@ def _shapes(config: PilotConfig, log: Log, arms: Mapping[str, Arm]) -> list[tupl
             f"which models and requests have for up to {longest}: ask for shorter ones, or fewer turns"
         )
     shapes = list(itertools.product(lengths, sorted(set(config.candidates))))
-    # Half of them are held back; five coefficients are to be told by the others.
-    if len(shapes) < 10 and longest > 0:
+    # Half of them are held back; five coefficients, two without events, are to be told by the others.
+    needed = 10 if longest > 0 else 4
+    if len(shapes) < needed:
         raise InputError(
             f"{len(lengths)} history_lengths and {len(set(config.candidates))} candidates are {len(shapes)} shapes: "
-            "the cost model needs 10 or more"
+            f"the cost model needs {needed} or more"
         )
     return shapes
 
