@@ -178,7 +178,7 @@ def _cost(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "method": method,
                     "embedding_dim": dim,
                     "layers": layers,
-                    "coefficients": dict(zip(("1", "n", "m", "nm", "nn"), model.coefficients, strict=True)),
+                    "coefficients": model.by_term,
                     "median_relative_error": model.error,
                     "at": {"history_length": n, "candidates": m, "ms": model(n, m)},
                     "times_when_n_doubles": model(2 * n, m) / model(n, m),

@@ -39,6 +39,9 @@ def encoder_flops(
     return 2 * (candidates + history)
 
 
+TERMS = ("1", "n", "m", "nm", "nn")
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Milliseconds of a request as a + b n + c m + d n m + e n n.
@@ -54,6 +57,11 @@ class CostModel:
     def __call__(self, n: float, m: float) -> float:
         """Milliseconds of a request of n events and m candidates."""
         return float((_terms(np.array([[n, m]])) @ np.array(self.coefficients))[0])
+
+    @property
+    def by_term(self) -> dict[str, float]:
+        """The coefficients by what they are multiplied with: see `TERMS`."""
+        return dict(zip(TERMS, self.coefficients, strict=True))
 
     def error_on(self, points: Sequence[tuple[int, int, float]]) -> float:
         """Median of the relative difference of model and measurement on other points than those it was fitted to."""

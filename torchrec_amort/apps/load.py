@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrec_amort.apps.timing import threads
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.inference.service import Overloaded, ScoringService
@@ -139,15 +140,12 @@ def measure_load(
 
 def _alone(scorer: AmortizedScorer, batches: Sequence[RequestBatch]) -> dict[str, float]:
     """Latencies of the same requests one after the other, on one thread: what their sizes alone make of them."""
-    threads, seconds = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
+    seconds = []
+    with threads(1):
         for batch in [*batches, *batches]:
             started = time.perf_counter()
             scorer.score(batch)
             seconds.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
     return _percentiles(seconds[len(batches) :])
 
 

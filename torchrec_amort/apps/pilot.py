@@ -234,7 +234,7 @@ def _cost(
         "sizing": {
             "models": {
                 name: {
-                    "coefficients": dict(zip(("1", "n", "m", "nm", "nn"), model.coefficients, strict=True)),
+                    "coefficients": model.by_term,
                     "error_on_fitted": model.error,
                     "error_on_held_back": error,
                 }

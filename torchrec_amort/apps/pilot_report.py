@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import matplotlib
 
+from torchrec_amort.apps.cost import TERMS, CostModel
 from torchrec_amort.apps.pilot_analysis import CONTROL, TREATMENT, held_back
 from torchrec_amort.files import write_json, write_text
 
@@ -277,7 +278,6 @@ def _shapes(record: Mapping[str, Any]) -> Table:
 
 def _cost_models(record: Mapping[str, Any]) -> Table:
     models = record["sizing"]["models"]
-    names = ("1", "n", "m", "nm", "nn")
     return Table(
         "Cost model",
         "Milliseconds on one thread as a + b n + c m + d n m + e n n, for n events and m candidates; none is negative.",
@@ -285,7 +285,7 @@ def _cost_models(record: Mapping[str, Any]) -> Table:
         [
             (
                 arm,
-                *(f"{models[arm]['coefficients'][name]:.3g}" for name in names),
+                *(f"{models[arm]['coefficients'][name]:.3g}" for name in TERMS),
                 f"{models[arm]['error_on_fitted']:.1%}",
                 f"{models[arm]['error_on_held_back']:.1%}",
             )
@@ -415,8 +415,9 @@ def _draw_shapes(record: Mapping[str, Any]) -> Figure:
         of_length = [(p, back) for p, back in zip(points, backs, strict=True) if p["history_length"] == length]
         candidates = [p["candidates"] for p, _ in of_length]
         for arm in ARMS:
-            model = record["sizing"]["models"][arm]["coefficients"]
-            fitted = [_cost(model, length, m) for m in candidates]
+            saved = record["sizing"]["models"][arm]
+            model = CostModel(tuple(saved["coefficients"][term] for term in TERMS), saved["error_on_fitted"])
+            fitted = [model(length, m) for m in candidates]
             axis.plot(candidates, fitted, "-", color=COLORS[arm], linewidth=1, label=f"{arm}, fitted")
             for p, back in of_length:
                 face = "white" if back else COLORS[arm]
@@ -430,8 +431,3 @@ def _draw_shapes(record: Mapping[str, Any]) -> Figure:
     axes[0].plot([], [], "o", color="black", markerfacecolor="white", label="held back")
     axes[0].legend(frameon=False, fontsize=7)
     return figure
-
-
-def _cost(coefficients: Mapping[str, float], n: int, m: int) -> float:
-    terms = {"1": 1, "n": n, "m": m, "nm": n * m, "nn": n * n}
-    return sum(coefficients[name] * term for name, term in terms.items())

@@ -6,8 +6,7 @@ Shape suffixes: Q requests; R candidates of all of them; T tasks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 
 from torchrec_amort.apps.arms import Arm
-from torchrec_amort.apps.timing import Times, peak_memory
+from torchrec_amort.apps.timing import Times, peak_memory, threads
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError, RequestSchema
@@ -184,7 +183,7 @@ def time_shapes(
         for turn in range(WARMUP_TURNS + turns):
             one_each = [requests.slice(turn % turns, 1) for requests in drawn]
             _take_turn(arms, shapes, one_each, times)
-            with _one_thread():
+            with threads(1):
                 _take_turn(arms, shapes, one_each, one_thread_times)
             bar.update()
     return [
@@ -203,13 +202,3 @@ def _take_turn(
 ) -> None:
     for (events, _), one, of_shape in zip(shapes, requests, times, strict=True):
         of_shape.take({name: partial(arm.score, arm.read(one, events)) for name, arm in arms.items()})
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from torchrec_amort.apps.timing import Times
+from torchrec_amort.apps.timing import Times, threads
 from torchrec_amort.apps.train import TrainConfig, sharded_model
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.reader import RequestDataset
@@ -88,17 +88,13 @@ def measure_speed(
         and `impressions_ms`, medians) and `training` (for each arm candidates per second, the median over steps, by
         `requests`, `padded` and `impressions`), a method being absent where it is no other one.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads or before)
-    try:
+    with threads(config.threads):
         return {
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "training": _training(arms, config, device),
             "scoring": _scoring(arms, requests, config, device),
         }
-    finally:
-        torch.set_num_threads(before)
 
 
 def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torch.device) -> dict[str, Any]:

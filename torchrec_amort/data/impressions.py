@@ -29,16 +29,14 @@ from torchrec_amort.data.log import (
     batches_of,
     candidate_columns,
     impression_schema,
-    lists_of,
-    one_line,
     open_file,
     refuse_columns,
 )
-from torchrec_amort.data.splits import split_bounds
+from torchrec_amort.data.splits import lists_of, split_bounds
 from torchrec_amort.data.writer import COUNTS_FILE, ROWS_PER_GROUP, write_requests
 from torchrec_amort.files import new_folder, write_json, write_text
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema, one_line
 
 REPORT_FILE = "migration.json"
 

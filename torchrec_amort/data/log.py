@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from torchrec_amort.data.splits import lists_of
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.schema import InputError, RequestSchema, one_line
 
 SPLITS = ("train", "validation", "test")
 ROWS_PER_BATCH = 16_384
@@ -265,11 +266,6 @@ def batches_of(path: Path, names: Sequence[str], size: int) -> Iterator[pa.Table
         raise InputError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split())
-
-
 def _decoded(table: pa.Table) -> pa.Table:
     """The table without dictionaries."""
     for place, field in enumerate(table.schema):
@@ -350,8 +346,3 @@ def _fits_float(values: np.ndarray, rounded: bool) -> np.ndarray:
     # Beyond 2**53, float64 does not tell whole numbers apart.
     is_told = (np.abs(wide) < 2.0**53) | (values.dtype.kind == "f")
     return np.isfinite(narrow) & (narrow == wide) & is_told
-
-
-def lists_of(lengths: np.ndarray, entries: pa.Array) -> pa.ListArray:
-    """The entries as lists of some lengths: int [lists]."""
-    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), entries)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.schema import InputError, RequestSchema, refuse_missing
+from torchrec_amort.schema import InputError, RequestSchema, one_line, refuse_missing
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
                 table = file.read_row_group(piece.row_group, columns=self._columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
-                f"{piece.path}: request {piece.first_row} and the next cannot be read ({_line(error)}): "
+                f"{piece.path}: request {piece.first_row} and the next cannot be read ({one_line(error)}): "
                 "copy the file again, or prepare the data again"
             ) from error
         table = table.slice(piece.start, piece.num_rows)
@@ -214,7 +214,7 @@ def _row_groups(folder: Path, schema: RequestSchema) -> list[_Piece]:
                 metadata, names = file.metadata, file.schema_arrow.names
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
-                f"{path}: not a complete Parquet file ({_line(error)}): copy it again, or prepare the data again"
+                f"{path}: not a complete Parquet file ({one_line(error)}): copy it again, or prepare the data again"
             ) from error
         refuse_missing(schema.arrow_schema().names, names, str(path))
         row = 0
@@ -223,11 +223,6 @@ def _row_groups(folder: Path, schema: RequestSchema) -> list[_Piece]:
             pieces.append(_Piece(path, group, row, 0, num_rows))
             row += num_rows
     return pieces
-
-
-def _line(error: Exception) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split())
 
 
 def _cut(pieces: Sequence[_Piece], first: int, stop: int) -> Iterator[_Piece]:

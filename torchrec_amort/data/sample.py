@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from torchrec_amort.data.splits import lists_of
 from torchrec_amort.schema import Feature, InputError, RequestSchema
 
 
@@ -142,7 +143,7 @@ def random_requests(
         if feature.kind == "label" or feature.source in columns:
             continue
         entries = _random_entries(feature, int(np.sum(lengths[feature.side])), random)
-        columns[feature.source] = entries if feature.side == "request" else _lists(lengths[feature.side], entries)
+        columns[feature.source] = entries if feature.side == "request" else lists_of(lengths[feature.side], entries)
     return pa.table(columns).cast(pa.schema([schema.arrow_schema().field(name) for name in columns]))
 
 
@@ -157,10 +158,5 @@ def _random_entries(feature: Feature, count: int, random: np.random.Generator) -
         return _NOW - random.integers(1, 10**7, size=count)
     if feature.kind == "ids":
         lengths = random.integers(MOST_IDS + 1, size=count)
-        return _lists(lengths, random.integers(feature.table_size or 1, size=int(lengths.sum())))
+        return lists_of(lengths, random.integers(feature.table_size or 1, size=int(lengths.sum())))
     return random.integers(feature.table_size or 1, size=count)
-
-
-def _lists(lengths: Sequence[int] | np.ndarray, entries: Any) -> pa.ListArray:
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    return pa.ListArray.from_arrays(offsets, entries if isinstance(entries, pa.Array) else pa.array(entries))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,11 @@ def lists(values: np.ndarray | pa.Array, starts: np.ndarray, stops: np.ndarray) 
     offsets = np.concatenate([[0], np.cumsum(stops - starts)])
     places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], stops - starts)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values).take(pa.array(places)))
+
+
+def lists_of(lengths: Sequence[int] | np.ndarray, entries: np.ndarray | pa.Array) -> pa.ListArray:
+    """The entries as lists of some lengths: int [lists]."""
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), pa.array(entries))
 
 
 def number(values: np.ndarray | pa.Array, known: np.ndarray | pa.Array) -> np.ndarray:
