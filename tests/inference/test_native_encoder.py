@@ -130,7 +130,7 @@ def test_it_reads_states_of_any_layout_and_of_several_pieces(dtype: torch.dtype)
     assert torch.equal(native.score_candidates(HistoryState.cat([state[:1], state[1:]]), candidates), expected)
     other = native.score_candidates(arch.encode_history(history), candidates)
     torch.testing.assert_close(other, expected, rtol=0, atol=TOLERANCE[dtype])
-    with pytest.raises(ValueError, match="states are of 2 requests, the candidates of 3"):
+    with pytest.raises(ValueError, match="state is of 2 requests, the candidates of 3"):
         native.score_candidates(state[:2], candidates)
 
 

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from torchrec_amort.modules.encoder import HistoryState
 
@@ -25,7 +26,7 @@ class CachedHistory:
     num_events: int
     state: HistoryState
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of memory that the state holds."""
         state = self.state

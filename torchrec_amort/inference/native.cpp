@@ -24,13 +24,14 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#include <omp.h>
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int MOST_LANES = 16, MOST_ROWS = 32, BLOCK = 8;
+constexpr int MOST_LANES = 16, MOST_ROWS = 32, SUMS = 16;
 #else
-constexpr int MOST_LANES = 8, MOST_ROWS = 16, BLOCK = 4;
+constexpr int MOST_LANES = 8, MOST_ROWS = 16, SUMS = 8;
 #endif
 constexpr long KEYS = 128;  // keys whose products with a tile are in cache at once
 
@@ -208,6 +209,10 @@ inline void multiply_block(const T* matrix, long stride, long row, const float* 
   for (int m = 0; m < M + M % 2; ++m) sums[m] = same<ROWS>(0.0f);
   const T* first = matrix + row * stride;
   for (long k = 0; k < depth; k += F::DEPTH) {
+    // A few rows are done with a block sooner than the next one comes from memory: ask for it now.
+    if (Row<ROWS>::VECTORS == 1 && k % (64 / sizeof(T)) == 0)
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) __builtin_prefetch(first + (2 * M + m) * stride + k, 0, 2);
     const Row<ROWS> cells = load<ROWS>(tile + k / F::DEPTH * ROWS);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
@@ -220,14 +225,40 @@ inline void multiply_block(const T* matrix, long stride, long row, const float* 
   for (int m = 0; m < M; m += 2) take(row + m, sums[m], sums[m + 1]);
 }
 
-// The product of a matrix [rows][depth] with a tile [depth], as pairs of rows: take(row, first, second).
+// Some rows of a matrix.
+struct Range {
+  long first, last;
+};
+
+// The product of rows of a matrix [][depth] with a tile [depth], as pairs of rows: take(row, first, second).
+template <int ROWS, class T, class Take>
+inline void multiply(const T* matrix, long stride, Range rows, const float* tile, long depth, const Take& take) {
+  constexpr int BLOCK = SUMS / Row<ROWS>::VECTORS;
+  long row = rows.first;
+  for (; row + BLOCK <= rows.last; row += BLOCK) multiply_block<BLOCK, ROWS>(matrix, stride, row, tile, depth, take);
+  for (; row + 2 <= rows.last; row += 2) multiply_block<2, ROWS>(matrix, stride, row, tile, depth, take);
+  if (row < rows.last) multiply_block<1, ROWS>(matrix, stride, row, tile, depth, take);
+}
 template <int ROWS, class T, class Take>
 inline void multiply(const T* matrix, long stride, long rows, const float* tile, long depth, const Take& take) {
-  long row = 0;
-  for (; row + BLOCK <= rows; row += BLOCK) multiply_block<BLOCK, ROWS>(matrix, stride, row, tile, depth, take);
-  for (; row + 2 <= rows; row += 2) multiply_block<2, ROWS>(matrix, stride, row, tile, depth, take);
-  if (row < rows) multiply_block<1, ROWS>(matrix, stride, row, tile, depth, take);
+  multiply<ROWS>(matrix, stride, Range{0, rows}, tile, depth, take);
 }
+
+// What a thread does of a tile: all of it, or, where there are more threads than tiles, its part of the rows of each
+// product. Heads are of one thread each, from their keys to what they read, so that it waits for the others only
+// where all of a row is needed.
+struct Part {
+  long index = 0, count = 1;
+
+  Range of(long rows, long step) const {
+    const long steps = rows / step;
+    return {steps * index / count * step, steps * (index + 1) / count * step};
+  }
+  void wait() const {
+    if (count == 1) return;
+#pragma omp barrier
+  }
+};
 
 }  // namespace
 
@@ -285,11 +316,17 @@ struct Candidates {
   const Rows* slots;
 };
 
-// Of one layer and request: keys [H][n][K], and values [D][n], so that products read both in order. Strides count
-// entries; after the n values of each row there is one entry more, finite.
+// Of one layer: keys [H][n][K], and values [D][n], so that products read both in order. Strides count entries; after
+// the n values of each row there is one entry more, finite.
 struct State {
   void *keys, *values;
   int64_t head_stride, key_stride, value_stride;
+};
+
+// Of one request: the states of all layers, its first event there, how many there are, and how many come after them.
+struct History {
+  const State* states;
+  int64_t start, past, added;
 };
 
 }  // extern "C"
@@ -367,6 +404,15 @@ inline void norm(const float* tile, long dim, double epsilon, const float* weigh
   }
 }
 
+// A request's own part of a layer's state.
+template <class T>
+State state_of(const History& history, long depth) {
+  State state = history.states[depth];
+  state.keys = static_cast<T*>(state.keys) + history.start * state.key_stride;
+  state.values = static_cast<T*>(state.values) + history.start;
+  return state;
+}
+
 // The softmax of a head, block of keys by block of keys, as FlashAttention does (Dao et al., arXiv 2205.14135,
 // section 3.1). `keys` points at the head's entries of the first key, `values` at the head's first row.
 template <int ROWS, class T>
@@ -416,8 +462,9 @@ void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T
 // One layer of the encoder, on the tile of a workspace.
 template <int ROWS, class T>
 void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State& state,
-                 const Reach& reach) {
+                 const Reach& reach, const Part& part = {}) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
+  const Range of_heads = part.of(dim, head_dim), of_dim = part.of(dim, 2), of_width = part.of(encoder.width, 2);
   const auto as_factor = [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); };
   const auto add = [&](long d, auto first, auto second) {
     save(space.rows + d * ROWS, load<ROWS>(space.rows + d * ROWS) + first);
@@ -425,52 +472,58 @@ void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& la
   };
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
-  multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim, [&](long d, auto first, auto second) {
-    Factor<T>::store(space.queries, d, first * scale, second * scale);
-  });
+  multiply<ROWS>(static_cast<const T*>(layer.query), dim, of_heads, space.factor, dim,
+                 [&](long d, auto first, auto second) {
+                   Factor<T>::store(space.queries, d, first * scale, second * scale);
+                 });
   const T* keys = static_cast<const T*>(state.keys);
   const T* values = static_cast<const T*>(state.values);
-  for (long d = 0; d < dim; d += head_dim) {
+  for (long d = of_heads.first; d < of_heads.last; d += head_dim) {
     const long cells = d / Factor<T>::DEPTH * ROWS;
     attend<ROWS, T>(space, space.queries + cells, keys + d / head_dim * state.head_stride,
                     values + d * state.value_stride, state, reach, head_dim, space.read + cells);
   }
-  multiply<ROWS>(static_cast<const T*>(layer.output), dim, dim, space.read, dim, add);
+  part.wait();
+  multiply<ROWS>(static_cast<const T*>(layer.output), dim, of_dim, space.read, dim, add);
+  part.wait();
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.feedforward_norm_weight, layer.feedforward_norm_bias, as_factor);
-  multiply<ROWS>(static_cast<const T*>(layer.widen), dim, encoder.width, space.factor, dim,
+  multiply<ROWS>(static_cast<const T*>(layer.widen), dim, of_width, space.factor, dim,
                  [&](long f, auto first, auto second) {
                    Factor<T>::store(space.hidden, f, maximum(same<ROWS>(0.0f), first + layer.widen_bias[f]),
                                     maximum(same<ROWS>(0.0f), second + layer.widen_bias[f + 1]));
                  });
-  multiply<ROWS>(static_cast<const T*>(layer.narrow), encoder.width, dim, space.hidden, encoder.width,
+  part.wait();
+  multiply<ROWS>(static_cast<const T*>(layer.narrow), encoder.width, of_dim, space.hidden, encoder.width,
                  [&](long d, auto first, auto second) {
                    add(d, first + layer.narrow_bias[d], second + layer.narrow_bias[d + 1]);
                  });
+  part.wait();
 }
 
 // Keys and values of the tile's `count` rows, which are rows `start` on of the state.
 template <int ROWS, class T>
 void write_keys_and_values(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State& state,
-                           long start, long count) {
+                           long start, long count, const Part& part) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias,
              [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); });
   T* keys = static_cast<T*>(state.keys) + start * state.key_stride;
   T* values = static_cast<T*>(state.values) + start;
   // Rows d of the product are keys for d below D, then values.
-  multiply<ROWS>(
-      static_cast<const T*>(layer.key_value), dim, 2 * dim, space.factor, dim, [&](long d, auto first, auto second) {
-        float lanes[2][ROWS];
-        save(lanes[0], first), save(lanes[1], second);
-        for (int side = 0; side < 2; ++side)
-          for (long row = 0; row < count; ++row) {
-            const long place = d + side;
-            T* to = place < dim
-                        ? keys + place / head_dim * state.head_stride + row * state.key_stride + place % head_dim
-                        : values + (place - dim) * state.value_stride + row;
-            *to = Factor<T>::narrow(lanes[side][row]);
-          }
-      });
+  const auto write = [&](long d, auto first, auto second) {
+    float lanes[2][ROWS];
+    save(lanes[0], first), save(lanes[1], second);
+    for (int side = 0; side < 2; ++side)
+      for (long row = 0; row < count; ++row) {
+        const long place = d + side;
+        T* to = place < dim ? keys + place / head_dim * state.head_stride + row * state.key_stride + place % head_dim
+                            : values + (place - dim) * state.value_stride + row;
+        *to = Factor<T>::narrow(lanes[side][row]);
+      }
+  };
+  const Range of_keys = part.of(dim, head_dim), of_values = {dim + of_keys.first, dim + of_keys.last};
+  for (const Range& rows : {of_keys, of_values})
+    multiply<ROWS>(static_cast<const T*>(layer.key_value), dim, rows, space.factor, dim, write);
 }
 
 // Rows `start` to `start + count` as a tile.
@@ -498,14 +551,24 @@ struct Place {
   long request, first, start, count;
 };
 
-template <int ROWS>
-std::vector<Place> places_of(const int64_t* lengths, long num_requests) {
+template <int ROWS, class Length>
+std::vector<Place> places_of(const Length& length, long num_requests) {
   std::vector<Place> places;
   long start = 0;
-  for (long request = 0; request < num_requests; start += lengths[request++])
-    for (long first = 0; first < lengths[request]; first += ROWS)
-      places.push_back({request, first, start + first, std::min<long>(ROWS, lengths[request] - first)});
+  for (long request = 0; request < num_requests; start += length(request++))
+    for (long first = 0; first < length(request); first += ROWS)
+      places.push_back({request, first, start + first, std::min<long>(ROWS, length(request) - first)});
   return places;
+}
+
+// The sums of rows of all terms.
+template <int ROWS>
+void load_events(Workspace<ROWS>& space, const Rows* terms, long num_terms, long dim, const Place& place) {
+  for (long term = 0; term < num_terms; ++term) {
+    load_rows<ROWS>(terms[term], dim, place.start, place.count, term == 0 ? space.rows : space.factor);
+    for (long d = 0; term > 0 && d < dim; ++d)
+      save(space.rows + d * ROWS, load<ROWS>(space.rows + d * ROWS) + load<ROWS>(space.factor + d * ROWS));
+  }
 }
 
 int threads_for(const std::vector<Place>& places, int num_threads) {
@@ -513,38 +576,45 @@ int threads_for(const std::vector<Place>& places, int num_threads) {
 }
 
 template <int ROWS, class T>
-void encode(const Encoder& encoder, const Rows* terms, long num_terms, const int64_t* lengths, const int64_t* past,
-            long num_requests, const State* states, int num_threads) {
+void encode(const Encoder& encoder, const Rows* terms, long num_terms, const std::vector<Place>& places,
+            const History* histories, int num_threads) {
   const long dim = encoder.dim;
-  const std::vector<Place> places = places_of<ROWS>(lengths, num_requests);
+  const int most_threads = std::max<int>(1, std::min<int64_t>(num_threads, encoder.heads));
+  const bool shares_tiles = static_cast<int>(places.size()) < most_threads;
   std::vector<float> tiles(places.size() * dim * ROWS);
-#pragma omp parallel num_threads(threads_for(places, num_threads))
+  Workspace<ROWS> shared(&encoder, nullptr);
+#pragma omp parallel num_threads(shares_tiles ? most_threads : threads_for(places, num_threads))
   {
     Workspace<ROWS> space(&encoder, nullptr);
+    Part part;
+    if (shares_tiles) part = {omp_get_thread_num(), omp_get_num_threads()};
+    if (part.count > 1) space.read = shared.read, space.hidden = shared.hidden;
+    const auto each_place = [&](const auto& work) {
+      const auto work_on = [&](size_t i) {
+        space.rows = tiles.data() + i * dim * ROWS;
+        work(places[i], histories[places[i].request]);
+      };
+      if (part.count > 1) {
+        for (size_t i = 0; i < places.size(); ++i) work_on(i);
+      } else {
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < places.size(); ++i) work_on(i);
+      }
+    };
     for (long depth = 0; depth < encoder.num_layers; ++depth) {
       const Layer& layer = encoder.layers[depth];
-#pragma omp for schedule(dynamic)
-      for (size_t i = 0; i < places.size(); ++i) {
-        const Place& place = places[i];
-        space.rows = tiles.data() + i * dim * ROWS;
-        for (long term = 0; depth == 0 && term < num_terms; ++term) {
-          load_rows<ROWS>(terms[term], dim, place.start, place.count, term == 0 ? space.rows : space.factor);
-          for (long d = 0; term > 0 && d < dim; ++d)
-            save(space.rows + d * ROWS, load<ROWS>(space.rows + d * ROWS) + load<ROWS>(space.factor + d * ROWS));
-        }
-        const State& state = states[place.request * encoder.num_layers + depth];
-        write_keys_and_values<ROWS, T>(space, encoder, layer, state, past[place.request] + place.first, place.count);
-      }
+      each_place([&](const Place& place, const History& history) {
+        if (depth == 0 && part.index == 0) load_events(space, terms, num_terms, dim, place);
+        if (depth == 0) part.wait();
+        write_keys_and_values<ROWS, T>(space, encoder, layer, state_of<T>(history, depth), history.past + place.first,
+                                       place.count, part);
+      });
       // After the last layer's keys and values nothing reads the events.
       if (depth + 1 == encoder.num_layers) break;
-#pragma omp for schedule(dynamic)
-      for (size_t i = 0; i < places.size(); ++i) {
-        const Place& place = places[i];
-        space.rows = tiles.data() + i * dim * ROWS;
-        const Reach reach = {past[place.request] + lengths[place.request], encoder.is_causal != 0,
-                             past[place.request] + place.first};
-        apply_layer<ROWS, T>(space, encoder, layer, states[place.request * encoder.num_layers + depth], reach);
-      }
+      each_place([&](const Place& place, const History& history) {
+        const Reach reach = {history.past + history.added, encoder.is_causal != 0, history.past + place.first};
+        apply_layer<ROWS, T>(space, encoder, layer, state_of<T>(history, depth), reach, part);
+      });
     }
   }
 }
@@ -616,11 +686,10 @@ void apply_head(Workspace<ROWS>& space, const Head& head, const Request& request
 
 // What the encoder makes of a tile of candidates, to `vectors`.
 template <int ROWS, class T>
-void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const State* states, long num_events,
-                       float* vectors) {
-  const Reach reach = {num_events, false, 0};
+void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const History& history, float* vectors) {
+  const Reach reach = {history.past, false, 0};
   for (long depth = 0; depth < encoder.num_layers; ++depth)
-    apply_layer<ROWS, T>(space, encoder, encoder.layers[depth], states[depth], reach);
+    apply_layer<ROWS, T>(space, encoder, encoder.layers[depth], state_of<T>(history, depth), reach);
   norm<ROWS>(space.rows, encoder.dim, encoder.epsilon, encoder.output_norm_weight, encoder.output_norm_bias,
              [&](long d, auto first, auto second) {
                save(vectors + d * ROWS, first);
@@ -629,10 +698,8 @@ void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const Sta
 }
 
 template <int ROWS, class T>
-void score(const Encoder* encoder, const Head* head, const Candidates& candidates, const int64_t* num_candidates,
-           const int64_t* num_events, long num_requests, const State* states, const Request* requests, float* scores,
-           int num_threads) {
-  const std::vector<Place> places = places_of<ROWS>(num_candidates, num_requests);
+void score(const Encoder* encoder, const Head* head, const Candidates& candidates, const std::vector<Place>& places,
+           const History* histories, const Request* requests, float* scores, int num_threads) {
 #pragma omp parallel num_threads(threads_for(places, num_threads))
   {
     Workspace<ROWS> space(encoder, head);
@@ -652,8 +719,7 @@ void score(const Encoder* encoder, const Head* head, const Candidates& candidate
       }
       if (encoder != nullptr) {
         load_rows<ROWS>(candidates.items, encoder->dim, start, count, space.rows);
-        encode_candidates<ROWS, T>(space, *encoder, states + request * encoder->num_layers, num_events[request],
-                                   vectors);
+        encode_candidates<ROWS, T>(space, *encoder, histories[request], vectors);
         vectors += encoder->dim * ROWS;
       }
       if (head == nullptr) {
@@ -671,40 +737,42 @@ void score(const Encoder* encoder, const Head* head, const Candidates& candidate
   }
 }
 
-// Calls with the rows of the smallest tile that holds all of any request's, or of the largest one.
-template <class Call>
-void with_rows(const int64_t* lengths, long num_requests, const Call& call) {
-  const int64_t longest = num_requests > 0 ? *std::max_element(lengths, lengths + num_requests) : 0;
+// Calls with tiles of the fewest rows that hold all of any request's, or of most rows.
+template <class Length, class Call>
+void with_places(long num_requests, const Length& length, const Call& call) {
+  int64_t longest = 0;
+  for (long request = 0; request < num_requests; ++request) longest = std::max<int64_t>(longest, length(request));
+  const auto with = [&](auto rows) { call(rows, places_of<rows>(length, num_requests)); };
   if (longest <= 8)
-    call(std::integral_constant<int, 8>());
+    with(std::integral_constant<int, 8>());
   else if (longest <= 16 || MOST_ROWS == 16)
-    call(std::integral_constant<int, 16>());
+    with(std::integral_constant<int, 16>());
   else
-    call(std::integral_constant<int, MOST_ROWS>());
+    with(std::integral_constant<int, MOST_ROWS>());
 }
 
 }  // namespace
 
-// Phase one: writes the keys and values of events, each the sum of rows of `terms`, after the `past` ones of each
-// request. `states` has those of the first request, layer by layer, then those of the second one, and so on.
-#define ENCODE(NAME, TYPE)                                                                                   \
-  extern "C" void NAME(const Encoder* encoder, const Rows* terms, int64_t num_terms, const int64_t* lengths, \
-                       const int64_t* past, int64_t num_requests, const State* states, int num_threads) {    \
-    with_rows(lengths, num_requests, [&](auto rows) {                                                        \
-      encode<rows, TYPE>(*encoder, terms, num_terms, lengths, past, num_requests, states, num_threads);      \
-    });                                                                                                      \
+// Phase one: writes the keys and values of the events that are added, each the sum of rows of `terms`.
+#define ENCODE(NAME, TYPE)                                                                                    \
+  extern "C" void NAME(const Encoder* encoder, const Rows* terms, int64_t num_terms, const History* histories, \
+                       int64_t num_requests, int num_threads) {                                               \
+    const auto length = [&](long request) { return histories[request].added; };                               \
+    with_places(num_requests, length, [&](auto rows, const auto& places) {                                    \
+      encode<rows, TYPE>(*encoder, terms, num_terms, places, histories, num_threads);                         \
+    });                                                                                                       \
   }
 
 // Phase two: of candidates, logits [C][T] with a head, and vectors [C][D] without. Without an encoder the slots hold
-// all.
-#define SCORE(NAME, TYPE)                                                                                       \
-  extern "C" void NAME(const Encoder* encoder, const Head* head, const Candidates* candidates,                  \
-                       const int64_t* num_candidates, const int64_t* num_events, int64_t num_requests,          \
-                       const State* states, const Request* requests, float* scores, int num_threads) {          \
-    with_rows(num_candidates, num_requests, [&](auto rows) {                                                    \
-      score<rows, TYPE>(encoder, head, *candidates, num_candidates, num_events, num_requests, states, requests, \
-                        scores, num_threads);                                                                   \
-    });                                                                                                         \
+// all, and there are no histories.
+#define SCORE(NAME, TYPE)                                                                                      \
+  extern "C" void NAME(const Encoder* encoder, const Head* head, const Candidates* candidates,                 \
+                       const int64_t* num_candidates, int64_t num_requests, const History* histories,          \
+                       const Request* requests, float* scores, int num_threads) {                              \
+    const auto length = [&](long request) { return num_candidates[request]; };                                 \
+    with_places(num_requests, length, [&](auto rows, const auto& places) {                                     \
+      score<rows, TYPE>(encoder, head, *candidates, places, histories, requests, scores, num_threads);         \
+    });                                                                                                        \
   }
 
 ENCODE(torchrec_amort_encode, float)

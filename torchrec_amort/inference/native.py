@@ -9,11 +9,14 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchrec_amort.inference.lookup import EmbeddingRows
+
+Struct = TypeVar("Struct", bound=ctypes.Structure)
 
 _SUFFIXES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
@@ -84,17 +87,14 @@ class RequestStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("dense", "vectors", "first")]
 
 
+# The fields of a RequestStruct.
+Request = tuple[int, int, int]
+
+
 class RowsStruct(ctypes.Structure):
     """Rows of embeddings."""
 
     _fields_ = [*((name, ctypes.c_void_p) for name in ("table", "ids")), ("stride", ctypes.c_int64)]
-
-    @classmethod
-    def of(cls, rows: EmbeddingRows) -> RowsStruct:
-        """Where they are; `rows` lives until they are read."""
-        assert rows.table.dtype == torch.float32
-        assert rows.table.stride(1) == 1
-        return cls(rows.table.data_ptr(), None if rows.ids is None else rows.ids.data_ptr(), rows.table.stride(0))
 
 
 class CandidatesStruct(ctypes.Structure):
@@ -104,12 +104,22 @@ class CandidatesStruct(ctypes.Structure):
 
 
 class StateStruct(ctypes.Structure):
-    """Keys and values of one request in one layer."""
+    """Keys and values of one layer."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
         *((name, ctypes.c_int64) for name in ("head_stride", "key_stride", "value_stride")),
     ]
+
+
+class HistoryStruct(ctypes.Structure):
+    """Where one request's keys and values are, in all layers."""
+
+    _fields_ = [("states", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("start", "past", "added"))]
+
+
+# The fields of a HistoryStruct.
+History = tuple[int, int, int, int]
 
 
 @cache
@@ -148,35 +158,40 @@ class Weights:
         return self._kept[-1].data_ptr()
 
 
+def array(struct: type[Struct], fields: Sequence[Any]) -> ctypes.Array[Struct]:
+    """Structures one after the other, of a tuple of fields each: less to make than a structure each."""
+    return (struct * len(fields))(*fields)
+
+
+def rows(of: Sequence[EmbeddingRows]) -> ctypes.Array[RowsStruct]:
+    """Where rows of embeddings are; those given live until they are read."""
+    return array(RowsStruct, [_row_fields(one) for one in of])
+
+
+def _row_fields(rows: EmbeddingRows) -> tuple[int, int | None, int]:
+    stride, of_column = rows.table.stride()
+    assert rows.table.dtype == torch.float32
+    assert of_column == 1
+    return rows.table.data_ptr(), None if rows.ids is None else rows.ids.data_ptr(), stride
+
+
 def encode(
-    encoder: EncoderStruct,
-    terms: Sequence[EmbeddingRows],
-    lengths_B: Tensor,
-    past_B: Tensor,
-    states: Sequence[StateStruct],
-    dtype: torch.dtype,
+    encoder: EncoderStruct, terms: Sequence[EmbeddingRows], histories: Sequence[History], dtype: torch.dtype
 ) -> None:
-    """Phase one: write the keys and values of events after the `past_B` ones of each request.
+    """Phase one: write the keys and values of the events that are added to histories.
 
     Args:
         encoder: its weights.
         terms: rows [N, D] each, whose sum are the events.
-        lengths_B: int64 [B], new events of each request.
-        past_B: int64 [B], events whose keys and values are there.
-        states: of each request in turn, layer by layer.
+        histories: of each request.
         dtype: of weights, keys and values.
     """
-    # Kept until the call is over.
-    lengths_B, past_B = lengths_B.long().contiguous(), past_B.contiguous()
-    rows = [RowsStruct.of(term) for term in terms]
     _function("encode", dtype)(
         ctypes.byref(encoder),
-        ctypes.byref((RowsStruct * len(rows))(*rows)),
-        ctypes.c_int64(len(rows)),
-        ctypes.c_void_p(lengths_B.data_ptr()),
-        ctypes.c_void_p(past_B.data_ptr()),
-        ctypes.c_int64(len(lengths_B)),
-        ctypes.byref((StateStruct * len(states))(*states)),
+        rows(terms),
+        ctypes.c_int64(len(terms)),
+        array(HistoryStruct, histories),
+        ctypes.c_int64(len(histories)),
         ctypes.c_int(torch.get_num_threads()),
     )
 
@@ -185,10 +200,9 @@ def score(
     encoder: EncoderStruct | None,
     head: HeadStruct | None,
     candidates: CandidatesStruct,
-    num_candidates_B: Tensor,
-    num_events_B: Tensor,
-    states: Sequence[StateStruct],
-    requests: Sequence[RequestStruct],
+    num_candidates: Sequence[int],
+    histories: Sequence[History],
+    requests: Sequence[Request],
     out: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -198,26 +212,23 @@ def score(
         encoder: makes the last vector of each candidate; None if there is none.
         head: makes logits of the vectors; None to have the encoder's.
         candidates: addresses of what they are scored from.
-        num_candidates_B: int64 [B].
-        num_events_B: int64 [B].
-        states: of each request in turn, layer by layer; none without encoder.
-        requests: of each request; none without head.
+        num_candidates: of each request.
+        histories: of each request; none without encoder.
+        requests: what each adds; none without head.
         out: float32 [C, D] or, with a head, [C, T]: to be written.
         dtype: of weights, keys and values.
 
     Returns:
         Tensor: `out`.
     """
-    num_candidates_B, num_events_B = num_candidates_B.long().contiguous(), num_events_B.long().contiguous()
     _function("score", dtype)(
         None if encoder is None else ctypes.byref(encoder),
         None if head is None else ctypes.byref(head),
         ctypes.byref(candidates),
-        ctypes.c_void_p(num_candidates_B.data_ptr()),
-        ctypes.c_void_p(num_events_B.data_ptr()),
-        ctypes.c_int64(len(num_candidates_B)),
-        ctypes.byref((StateStruct * len(states))(*states)),
-        ctypes.byref((RequestStruct * len(requests))(*requests)),
+        (ctypes.c_int64 * len(num_candidates))(*num_candidates),
+        ctypes.c_int64(len(num_candidates)),
+        array(HistoryStruct, histories),
+        array(RequestStruct, requests),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int(torch.get_num_threads()),
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -51,13 +52,6 @@ def why_not_native(encoder: nn.Module | None, dtype: torch.dtype) -> str | None:
     return native.why_no_build(encoder.output_norm.weight, dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _StateWithRoom(HistoryState):
-    """A state as native code reads it, that may grow in place."""
-
-    room: _Room = field(kw_only=True)
-
-
 class _Room:
     """Memory of keys and values with space for more events.
 
@@ -73,18 +67,19 @@ class _Room:
     def __init__(
         self, num_events: int, capacity: int, num_layers: int, dim: int, num_heads: int, dtype: torch.dtype
     ) -> None:
-        self._num_events, self._capacity, self._shape = num_events, capacity, (num_heads, dim // num_heads)
+        self._num_events, self._capacity = num_events, capacity
+        self._num_heads, self._head_dim = num_heads, dim // num_heads
+        self.dtype = dtype
         # Head by head, so that each is read in order.
-        self._keys = [torch.empty(num_heads, capacity, dim // num_heads, dtype=dtype) for _ in range(num_layers)]
+        self._keys = [torch.empty(num_heads, capacity, self._head_dim, dtype=dtype) for _ in range(num_layers)]
         # Events are next to each other. Products of bfloat16 read one beyond the last, times zero: it must be finite.
         self._values = [torch.zeros(dim, capacity + 1, dtype=dtype) for _ in range(num_layers)]
+        strides = capacity * self._head_dim, self._head_dim, capacity + 1
+        pairs = zip(self._keys, self._values, strict=True)
+        states = [(key.data_ptr(), value.data_ptr(), *strides) for key, value in pairs]
+        self._states = native.array(native.StateStruct, states)
+        self.address = ctypes.addressof(self._states)
         self._lock = threading.Lock()
-        head_dim = dim // num_heads
-        self.dtype = dtype
-        self.pointers = [
-            native.StateStruct(key.data_ptr(), value.data_ptr(), capacity * head_dim, head_dim, capacity + 1)
-            for key, value in zip(self._keys, self._values, strict=True)
-        ]
 
     def take(self, num_past: int, num_events: int) -> bool:
         """Take the space for the events that come after the first `num_past`, if nobody has and it is there."""
@@ -94,14 +89,60 @@ class _Room:
             self._num_events = num_events
             return True
 
-    def state(self, num_events: int, lengths_B: Tensor) -> _StateWithRoom:
-        """The first events, keys and values [N, H, K]; they are of requests of these lengths."""
-        (heads, head_dim), row = self._shape, self._capacity + 1
-        shape = (num_events, heads, head_dim)
-        # One view each, not one after the other: a request for few rows waits for every call.
-        keys = [key.as_strided(shape, (head_dim, self._capacity * head_dim, 1)) for key in self._keys]
-        values = [value.as_strided(shape, (1, head_dim * row, row)) for value in self._values]
-        return _StateWithRoom(tuple(keys), tuple(values), lengths_B, room=self)
+    def keys(self, start: int, num_events: int) -> tuple[Tensor, ...]:
+        """Of each layer, [N, H, K]: those of so many events from `start` on."""
+        return tuple(key[:, start : start + num_events].transpose(0, 1) for key in self._keys)
+
+    def values(self, start: int, num_events: int) -> tuple[Tensor, ...]:
+        """Of each layer, [N, H, K]: those of so many events from `start` on."""
+        rows = (value[:, start : start + num_events] for value in self._values)
+        return tuple(row.t().unflatten(1, (self._num_heads, self._head_dim)) for row in rows)
+
+
+class _NativeState(HistoryState):
+    """A state as native code reads it. Its tensors are made when somebody asks: a small request waits for each.
+
+    Args:
+        room: where its keys and values are.
+        start: its first event there.
+        num_events: of each request.
+    """
+
+    def __init__(self, room: _Room, start: int, num_events: Sequence[int]) -> None:
+        vars(self).update(room=room, start=start, num_events=num_events)
+
+    room: _Room
+    start: int
+    num_events: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.num_events)
+
+    def __getitem__(self, index: int | slice) -> HistoryState:
+        requests = self.requests(index)
+        before = sum(self.num_events[: requests.start])
+        return _NativeState(self.room, self.start + before, self.num_events[requests.start : requests.stop])
+
+    @cached_property
+    def keys(self) -> tuple[Tensor, ...]:
+        return self.room.keys(self.start, sum(self.num_events))
+
+    @cached_property
+    def values(self) -> tuple[Tensor, ...]:
+        return self.room.values(self.start, sum(self.num_events))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        return torch.tensor(self.num_events, dtype=torch.int64)
+
+    def histories(self, added: Sequence[int] = ()) -> list[native.History]:
+        """Of each request, for native code; if events are added, they are the latest of those that are here."""
+        starts = accumulate(self.num_events[:-1], initial=self.start)
+        address, added = self.room.address, added or [0] * len(self)
+        return [
+            (address, start, count - more, more)
+            for start, count, more in zip(starts, self.num_events, added, strict=True)
+        ]
 
 
 class NativeEncoder(AmortizableEncoder):
@@ -181,8 +222,9 @@ class NativeEncoder(AmortizableEncoder):
             terms: what to add up, rows [N, D] each, one of B per request, oldest event first.
             lengths_B: int64 [B].
         """
-        state = self._empty(int(lengths_B.sum()), lengths_B)
-        self._write(state, terms, lengths_B, torch.zeros_like(lengths_B, dtype=torch.int64))
+        num_events = lengths_B.tolist()
+        state = self._empty(num_events)
+        native.encode(self.struct, terms, state.histories(num_events), self.dtype)
         return state
 
     def extend_history(self, state: HistoryState, events: JaggedTensor) -> HistoryState:
@@ -193,19 +235,16 @@ class NativeEncoder(AmortizableEncoder):
         """
         if not self.is_extendable:
             return super().extend_history(state, events)
-        refuse_other_requests(state, events)
-        lengths_B = state.lengths + events.lengths()
-        num_events = int(lengths_B.sum())
-        longer: HistoryState
-        if isinstance(state, _StateWithRoom) and len(state) == 1 and state.room.take(int(state.lengths), num_events):
-            longer = state.room.state(num_events, lengths_B)
+        past, new = self._readable(state), events.lengths().tolist()
+        refuse_other_requests(len(past), len(new))
+        num_events = [old + more for old, more in zip(past.num_events, new, strict=True)]
+        if len(new) == 1 and past.room.take(past.start + past.num_events[0], past.start + num_events[0]):
+            longer = _NativeState(past.room, past.start, num_events)
         else:
-            longer = self._empty(num_events, lengths_B, spare=max(SPARE_EVENTS, num_events // 8))
-            for request in range(len(state)):
-                past, place = state[request], longer[request]
-                for old, new in zip(past.keys + past.values, place.keys + place.values, strict=True):
-                    new[: old.shape[0]] = old
-        self._write(longer, [_whole(events.values())], events.lengths(), state.lengths)
+            longer = self._empty(num_events, spare=max(SPARE_EVENTS, sum(num_events) // 8))
+            for request in range(len(new)):
+                _copy(past[request], longer[request])
+        native.encode(self.struct, [_whole(events.values())], longer.histories(new), self.dtype)
         return longer
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
@@ -214,80 +253,52 @@ class NativeEncoder(AmortizableEncoder):
 
     def score_states(self, states: Sequence[HistoryState], candidates: JaggedTensor) -> Tensor:
         """Phase two, the requests' states not put together; see `AmortizableEncoder.score_states`."""
-        num_events_B, readable = self.readable(states, len(candidates.lengths()))
-        items_CD = candidates.values().float().contiguous()
-        given = native.CandidatesStruct(native.RowsStruct.of(EmbeddingRows(items_CD)))
-        pointers = [pointer for state in readable for pointer in self.pointers(state)]
+        items_CD = _whole(candidates.values())
+        num_candidates = candidates.lengths().tolist()
+        readable = self.readable(states, len(num_candidates))
         vectors_CD = native.score(
             self.struct,
             None,
-            given,
-            candidates.lengths(),
-            num_events_B,
-            pointers,
+            native.CandidatesStruct(native.rows([items_CD])[0]),
+            num_candidates,
+            [history for state in readable for history in state.histories()],
             [],
-            torch.empty_like(items_CD),
+            torch.empty_like(items_CD.table),
             self.dtype,
         )
         return self.vectors(vectors_CD)
 
-    def readable(self, states: Sequence[HistoryState], num_requests: int) -> tuple[Tensor, list[HistoryState]]:
-        """Events of each request, and the states as native code reads them; to be kept until it has done so.
+    def readable(self, states: Sequence[HistoryState], num_requests: int) -> list[_NativeState]:
+        """The states as native code reads them; to be kept until it has done so.
 
         Raises:
             ValueError: they are not of so many requests.
         """
-        num_events_B = states[0].lengths if len(states) == 1 else torch.cat([state.lengths for state in states])
-        if len(num_events_B) != num_requests:
-            raise ValueError(
-                f"the states are of {len(num_events_B)} requests, the candidates of {num_requests}: they need one "
-                "history each"
-            )
-        return num_events_B, [self._readable(state) for state in states]
+        refuse_other_requests(sum(len(state) for state in states), num_requests)
+        return [self._readable(state) for state in states]
 
-    def _empty(self, num_events: int, lengths_B: Tensor, spare: int = 0) -> HistoryState:
+    def _empty(self, num_events: Sequence[int], spare: int = 0) -> _NativeState:
         """A state to be written; a single request's may have room for more events."""
-        room = _Room(num_events, num_events + spare, self._num_layers, self.embedding_dim, self.num_heads, self.dtype)
-        return room.state(num_events, lengths_B)
+        total = sum(num_events)
+        room = _Room(total, total + spare, self._num_layers, self.embedding_dim, self.num_heads, self.dtype)
+        return _NativeState(room, 0, num_events)
 
-    def _write(self, state: HistoryState, terms: Sequence[EmbeddingRows], lengths_B: Tensor, past_B: Tensor) -> None:
-        native.encode(self.struct, terms, lengths_B, past_B, self.pointers(state), self.dtype)
-
-    def _readable(self, state: HistoryState) -> HistoryState:
+    def _readable(self, state: HistoryState) -> _NativeState:
         """The state as native code reads it: itself, if it was written here."""
-        if isinstance(state, _StateWithRoom) and state.room.dtype == self.dtype:
+        if isinstance(state, _NativeState) and state.room.dtype == self.dtype:
             return state
-        if all(key.stride(2) == 1 and key.dtype == self.dtype for key in state.keys) and all(
-            value.stride(0) == 1
-            and value.stride(1) == value.shape[2] * value.stride(2)
-            and value.stride(2) > value.shape[0]
-            and value.dtype == self.dtype
-            for value in state.values
-        ):
-            return state
-        readable = self._empty(state.keys[0].shape[0], state.lengths)
-        for old, new in zip(state.keys + state.values, readable.keys + readable.values, strict=True):
-            new.copy_(old)
+        readable = self._empty(state.lengths.tolist())
+        _copy(state, readable)
         return readable
 
-    def pointers(self, state: HistoryState) -> list[native.StateStruct]:
-        """Of each request in turn, where its keys and values of each layer are."""
-        if isinstance(state, _StateWithRoom) and len(state) == 1:
-            return state.room.pointers
-        size = self.dtype.itemsize
-        starts = [0] if len(state) == 1 else [0, *torch.cumsum(state.lengths, 0).tolist()][:-1]
-        return [
-            native.StateStruct(
-                key.data_ptr() + start * key.stride(0) * size,
-                value.data_ptr() + start * size,
-                key.stride(1),
-                key.stride(0),
-                value.stride(2),
-            )
-            for start in starts
-            for key, value in zip(state.keys, state.values, strict=True)
-        ]
+
+def _copy(state: HistoryState, longer: HistoryState) -> None:
+    """Copy keys and values to the start of others."""
+    for old, new in zip(state.keys + state.values, longer.keys + longer.values, strict=True):
+        new[: old.shape[0]] = old
 
 
 def _whole(rows_ND: Tensor) -> EmbeddingRows:
-    return EmbeddingRows(rows_ND.float().contiguous())
+    # Both return what is as it should be, but only after a while.
+    is_whole = rows_ND.dtype == torch.float32 and rows_ND.is_contiguous()
+    return EmbeddingRows(rows_ND if is_whole else rows_ND.float().contiguous())

@@ -129,22 +129,18 @@ class NativeHead:
             Tensor: logits [C, T], float32.
         """
         dense_BW, first_BO, vectors_BRD = (term.float().contiguous() for term in terms)
-        addresses = zip(*(_row_addresses(term) for term in (dense_BW, vectors_BRD, first_BO)), strict=True)
-        requests = [native.RequestStruct(*of_request) for of_request in addresses]
+        requests = list(zip(*map(_row_addresses, (dense_BW, vectors_BRD, first_BO)), strict=True))
         dense = dense_CI.float().contiguous()
-        of_slots = [native.RowsStruct.of(slot) for slot in slots]
-        array = (native.RowsStruct * len(of_slots))(*of_slots)
-        of_items = native.RowsStruct() if items is None else native.RowsStruct.of(items)
-        given = native.CandidatesStruct(of_items, dense.data_ptr(), ctypes.addressof(array))
+        of_slots = native.rows(slots)
+        of_items = native.RowsStruct() if items is None else native.rows([items])[0]
+        given = native.CandidatesStruct(of_items, dense.data_ptr(), ctypes.addressof(of_slots))
         logits_CT = torch.empty(len(dense), self.num_tasks)
-        num_events_B, pointers, encoder = torch.zeros_like(num_candidates_B), [], None
+        num_candidates = num_candidates_B.tolist()
+        encoder, readable = None, []
         if self._encoder is not None:
-            num_events_B, readable = self._encoder.readable(states, len(num_candidates_B))
-            pointers = [pointer for state in readable for pointer in self._encoder.pointers(state)]
-            encoder = self._encoder.struct
-        return native.score(
-            encoder, self._struct, given, num_candidates_B, num_events_B, pointers, requests, logits_CT, self._dtype
-        )
+            encoder, readable = self._encoder.struct, self._encoder.readable(states, len(num_candidates))
+        histories = [history for state in readable for history in state.histories()]
+        return native.score(encoder, self._struct, given, num_candidates, histories, requests, logits_CT, self._dtype)
 
 
 def _row_addresses(rows: Tensor) -> list[int]:

@@ -64,15 +64,24 @@ class HistoryState:
 
     def __getitem__(self, index: int | slice) -> HistoryState:
         """The state of one request, or of a contiguous range of them; a view, not a copy."""
+        chosen = self.requests(index)
+        first, last = (int(place) for place in self.offsets[[chosen.start, chosen.stop]])
+        return self._map(lambda rows: rows[first:last], lambda requests: requests[chosen.start : chosen.stop])
+
+    def requests(self, index: int | slice) -> range:
+        """Which requests an index means.
+
+        Raises:
+            IndexError: there is no such request.
+            ValueError: they are not contiguous.
+        """
         if isinstance(index, int):
             position = range(len(self))[index]
-            index = slice(position, position + 1)
+            return range(position, position + 1)
         start, stop, step = index.indices(len(self))
         if step != 1:
             raise ValueError(f"a HistoryState is sliced by contiguous requests, not with step {step}")
-        stop = max(start, stop)
-        first, last = (int(place) for place in self.offsets[[start, stop]])
-        return self._map(lambda rows: rows[first:last], lambda requests: requests[start:stop])
+        return range(start, max(start, stop))
 
     @classmethod
     def cat(cls, states: Sequence[HistoryState]) -> HistoryState:
@@ -212,9 +221,12 @@ class AmortizableEncoder(HistoryEncoder):
         return self.score_candidates(self.encode_history(history), candidates)
 
 
-def refuse_other_requests(state: HistoryState, candidates: JaggedTensor) -> None:
-    """Refuse candidates that are not of the state's requests."""
-    # Sizes, and not len(): torch.export makes a constant of what len() returns.
-    have, given = state.lengths.shape[0], candidates.lengths().shape[0]
+def refuse_other_requests(have: int, given: int) -> None:
+    """Refuse candidates or events of another number of requests than the state's.
+
+    Args:
+        have: requests of the state. A size of a tensor, where torch.export follows: it makes a constant of a `len()`.
+        given: requests of the candidates or events.
+    """
     if have != given:
         raise ValueError(f"the state is of {have} requests, the candidates of {given}: they need one history each")

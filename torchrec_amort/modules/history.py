@@ -260,7 +260,7 @@ class AmortizedHistoryArch(AmortizableEncoder):
         """
         if not self.is_extendable:
             return super().extend_history(state, events)
-        refuse_other_requests(state, events)
+        refuse_other_requests(state.lengths.shape[0], events.lengths().shape[0])
         return self._encode(events, state)
 
     def _encode(self, history: JaggedTensor, past: HistoryState | None) -> HistoryState:
@@ -301,7 +301,7 @@ class AmortizedHistoryArch(AmortizableEncoder):
         Raises:
             ValueError: state and candidates are of different numbers of requests.
         """
-        refuse_other_requests(state, candidates)
+        refuse_other_requests(state.lengths.shape[0], candidates.lengths().shape[0])
         vectors_CD, lengths_B = candidates.values(), candidates.lengths()
         num_candidates = vectors_CD.shape[0]
         attention = JaggedAttention(lengths_B, state.lengths, backend=self.backend)

@@ -37,7 +37,7 @@ class MeanPooling(AmortizableEncoder):
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
         """Phase two: [C, D]; see `AmortizableEncoder.score_candidates`."""
-        refuse_other_requests(state, candidates)
+        refuse_other_requests(state.lengths.shape[0], candidates.lengths().shape[0])
         return expand(state.values[0].squeeze(1), candidates.lengths(), candidates.values().shape[0])
 
 
@@ -72,7 +72,7 @@ class TargetAttention(AmortizableEncoder):
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
         """Phase two: [C, D]; see `AmortizableEncoder.score_candidates`."""
-        refuse_other_requests(state, candidates)
+        refuse_other_requests(state.lengths.shape[0], candidates.lengths().shape[0])
         event_of_pair, candidate_of_pair, _ = pairs(state.lengths, candidates.lengths(), candidates.values().shape[0])
         events_ND, candidates_CD = state.values[0].squeeze(1), candidates.values()
         events_PD = events_ND.index_select(0, event_of_pair)
