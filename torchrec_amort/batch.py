@@ -279,7 +279,7 @@ def _select(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> KeyedJ
 
 def _array(tensor: Tensor) -> np.ndarray:
     """As numpy, whose small operations take a fraction of the time of torch's: a service checks every request."""
-    if tensor.device.type != "cpu" or tensor.requires_grad:
+    if not tensor.is_cpu or tensor.requires_grad:
         tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -307,7 +307,7 @@ class _Check:
         self._finite("candidate_dense", self.batch.candidate_dense, True)
         if self.batch.labels is not None:
             labels = _array(self.batch.labels)
-            self._refuse("labels", labels, ~((labels >= 0) & (labels <= 1)), True, "a number from 0 to 1")
+            self._refuse("labels", labels, (labels >= 0) & (labels <= 1), True, "a number from 0 to 1")
 
     def _request(self, row: int) -> str:
         return f"{self.source}: request {self.first_row + row}"
@@ -364,26 +364,36 @@ class _Check:
                 f"not {len(keys) * kjt.stride()}"
             )
         lengths = lengths.reshape(len(keys), kjt.stride())
-        if (lengths < 0).any():
+        if lengths.min(initial=0) < 0:
             key, row = np.argwhere(lengths < 0)[0].tolist()
             raise InputError(f"{self._request(row)}: {name}[{keys[key]!r}] has length {lengths[key, row]}, below 0")
-        if lengths.sum() != values.size:
+        counts = lengths.sum(1)
+        if counts.sum() != values.size:
             raise InputError(
-                f"{self.source}: the lengths of {name} add up to {lengths.sum()}, but it has {values.size} values"
+                f"{self.source}: the lengths of {name} add up to {counts.sum()}, but it has {values.size} values"
             )
-        self._ids(name, keys, lengths, values, per_candidate)
+        if not self._are_ids(keys, counts, values):
+            self._refuse_id(name, keys, lengths, values, per_candidate)
         if name == "sequences":
             self._sequence_lengths(keys, lengths)
 
-    def _ids(self, name: str, keys: list[str], lengths: np.ndarray, values: np.ndarray, per_candidate: bool) -> None:
-        sizes, counts = np.array([self.table_sizes.get(key, ANY_ID) for key in keys]), lengths.sum(1)
-        some = counts > 0
+    def _are_ids(self, keys: list[str], counts: np.ndarray, values: np.ndarray) -> bool:
+        if values.size == 0:
+            return True
+        sizes, starts = self._sizes(keys), np.cumsum(counts) - counts
+        if counts.min() == 0:
+            sizes, starts = sizes[counts > 0], starts[counts > 0]
         # The greatest id of each key, without an array of the size of the batch.
-        greatest = np.maximum.reduceat(values, (np.cumsum(counts) - counts)[some]) if some.any() else counts[:0]
-        if (greatest < sizes[some]).all() and (values.size == 0 or values.min() >= 0):
-            return
-        wrong = (values < 0) | (values >= np.repeat(sizes, counts))
-        position = int(np.flatnonzero(wrong)[0])
+        return bool(values.min() >= 0 and (np.maximum.reduceat(values, starts) < sizes).all())
+
+    def _sizes(self, keys: list[str]) -> np.ndarray:
+        return np.array([self.table_sizes.get(key, ANY_ID) for key in keys])
+
+    def _refuse_id(
+        self, name: str, keys: list[str], lengths: np.ndarray, values: np.ndarray, per_candidate: bool
+    ) -> None:
+        sizes = np.repeat(self._sizes(keys), lengths.sum(1))
+        position = int(np.flatnonzero((values < 0) | (values >= sizes))[0])
         place = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
         key, row = divmod(place, lengths.shape[1])
         where = self._candidate(row) if per_candidate else self._request(row)
@@ -408,11 +418,11 @@ class _Check:
 
     def _finite(self, name: str, values: Tensor, per_candidate: bool) -> None:
         array = _array(values)
-        self._refuse(name, array, ~np.isfinite(array), per_candidate, "a finite number")
+        self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
 
-    def _refuse(self, name: str, values: np.ndarray, wrong: np.ndarray, per_candidate: bool, expected: str) -> None:
-        """Refuse the first of the values [rows, columns] that is wrong."""
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0].tolist()
+    def _refuse(self, name: str, values: np.ndarray, right: np.ndarray, per_candidate: bool, expected: str) -> None:
+        """Refuse the first of the values [rows, columns] that is not right."""
+        if not right.all():
+            row, column = np.argwhere(~right)[0].tolist()
             where = self._candidate(row) if per_candidate else self._request(row)
             raise InputError(f"{where}: {name} column {column} is {values[row, column]}, not {expected}")

@@ -61,7 +61,9 @@ def test_with_tables_of_8_bits_it_scores_as_the_model_with_such_tables(
     scores = torch.sigmoid(AmortizedScorer(served).score(batch))
     assert_same(scores, torch.sigmoid(by_impressions(model, batch)), 2e-2)
     lookup = BagLookup(model.sparse_arch.embedding_bag_collection)
-    exact, rounded = (stack(bags(batch.candidate_sparse)) for bags in (lookup, served.candidate_bags))
+    exact, rounded = (
+        stack(bags(batch.candidate_sparse), bags.dim, batch.candidate_dense) for bags in (lookup, served.candidate_bags)
+    )
     # A row's 255 steps go from its least to its greatest entry.
     assert 0 < float((exact - rounded).abs().max()) <= float((exact.max() - exact.min()) / 255)
     assert model.history_embedding_collection is not None
@@ -170,10 +172,12 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     inputs = {
         "events": torch.stack([embeddings[feature] for feature in served.event_features]),
         "request_dense": batch.request_dense,
-        "request_slots": stack(served.request_bags(batch.request_sparse)),
+        "request_slots": stack(served.request_bags(batch.request_sparse), served.request_bags.dim, batch.request_dense),
         "candidate_items": embeddings["candidate_item"],
         "candidate_dense": batch.candidate_dense,
-        "candidate_slots": stack(served.candidate_bags(batch.candidate_sparse)),
+        "candidate_slots": stack(
+            served.candidate_bags(batch.candidate_sparse), served.candidate_bags.dim, batch.candidate_dense
+        ),
     }
     torch.save({name: tensor.detach() for name, tensor in inputs.items()}, tmp_path / "inputs.pt")
     runner: list[str | Path] = [build / "score_package", package, tmp_path / "inputs.pt", tmp_path / "logits"]

@@ -381,6 +381,7 @@ class _PackagedPhases(Phases):
         dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self._shapes = _Shapes(manifest["num_keys"], manifest["state"], dtype)
         self._features: list[str] = manifest["event_features"]
+        self._embedding_dim: int = manifest["embedding_dim"]
         open_: Any = lambda name: torch._inductor.aoti_load_package(str(folder / name))  # noqa: E731
         self._history = open_("history.pt2") if self._shapes.state else None
         self._request, self._candidates = open_("request.pt2"), open_("candidates.pt2")
@@ -399,8 +400,9 @@ class _PackagedPhases(Phases):
         shapes, dtype = self._shapes.state, self._shapes.dtype
         return _to_state([torch.zeros(1, *shape, dtype=dtype) for shape in shapes], self._shapes.num_keys)
 
-    def terms(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
+    def terms(self, dense_BI: Tensor, slots: Slots) -> Terms:
         """Phase one of all else."""
+        slots_BFD = stack(slots, self._embedding_dim, dense_BI)
         dense_BI = dense_BI[:, : self.num_request_dense]
         rows = [self._request(dense_BI[row : row + 1], slots_BFD[row : row + 1]) for row in range(dense_BI.shape[0])]
         return tuple(torch.cat(term) for term in zip(*rows, strict=True))
@@ -417,7 +419,7 @@ class _PackagedPhases(Phases):
         """Phase two; see `Phases.score`."""
         counts = num_candidates_B.tolist()
         of_each = [state[row] for state in states for row in range(len(state))]
-        slots_CFD = stack(slots)
+        slots_CFD = stack(slots, self._embedding_dim, dense_CI)
         items_CD = slots_CFD[:, 0] if items is None else items.tensor()
         parts = zip(items_CD.split(counts), dense_CI.split(counts), slots_CFD.split(counts), strict=True)
         logits = []

@@ -49,8 +49,10 @@ class EmbeddingRows:
 Slots = Sequence[EmbeddingRows]
 
 
-def stack(slots: Slots) -> Tensor:
-    """[R, F, D] of F features."""
+def stack(slots: Slots, dim: int, dense_RI: Tensor) -> Tensor:
+    """[R, F, D] of F features; if there are none, for as many rows as there are of dense inputs."""
+    if not slots:
+        return dense_RI.new_empty(dense_RI.shape[0], 0, dim)
     return torch.stack([slot.tensor() for slot in slots], dim=1)
 
 
@@ -62,7 +64,8 @@ class BagLookup:
 
     Example::
 
-        slots_RFD = stack(BagLookup(model.sparse_arch.embedding_bag_collection)(batch.candidate_sparse))
+        slots = BagLookup(model.sparse_arch.embedding_bag_collection)(batch.candidate_sparse)
+        first_RD = slots[0].tensor()
     """
 
     def __init__(self, bags: EmbeddingBagCollection) -> None:
@@ -90,17 +93,15 @@ class BagLookup:
         if self._poolings is None:
             pooled_RFD = self._bags(features).values().unflatten(1, (-1, self.dim))
             return [EmbeddingRows(rows_RD) for rows_RD in pooled_RFD.unbind(1)]
-        values, num_rows, keys = features.values().long(), features.stride(), list(features.keys())
-        needs_no_pooling = have_one_each(features)
+        if have_one_each(features):
+            ids_of_keys = features.values().long().view(len(features.keys()), features.stride()).unbind()
+            ids_of = dict(zip(features.keys(), ids_of_keys, strict=True))
+            return [EmbeddingRows(table, ids_of[name]) for name, table, _ in self._poolings]
         slots = []
         for name, table, mode in self._poolings:
-            if needs_no_pooling:
-                first = keys.index(name) * num_rows
-                slots.append(EmbeddingRows(table, values[first : first + num_rows]))
-            else:
-                ids, lengths_R = rows_of(features, name, 0, num_rows)
-                starts_R = torch.cumsum(lengths_R, 0) - lengths_R
-                slots.append(EmbeddingRows(F.embedding_bag(ids, table, starts_R, mode=mode)))
+            ids, lengths_R = rows_of(features, name, 0, features.stride())
+            starts_R = torch.cumsum(lengths_R, 0) - lengths_R
+            slots.append(EmbeddingRows(F.embedding_bag(ids.long(), table, starts_R, mode=mode)))
         return slots
 
 

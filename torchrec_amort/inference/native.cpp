@@ -291,7 +291,8 @@ struct Linear {
 
 // All of a DLRM but its lookups and its encoder, for candidates; see heads.py. The last of the U vectors may come from
 // the encoder, and the first one is the dense one if there are dense layers; columns of the first layer of `over` are
-// for the dense vector, pairs of a candidate's and a request's vector, and pairs of two of a candidate's.
+// for the dense vector, pairs of a candidate's and a request's vector, and pairs of two of a candidate's. What a
+// request adds to that layer is a head of its own, whose candidates are requests, without vectors of others.
 struct Head {
   int64_t dim, num_request_vectors, num_slots, num_dense_inputs, num_dense_layers, num_over_layers, num_tasks;
   const Linear *dense, *over;
@@ -541,9 +542,9 @@ void load_rows(const Rows& rows, long dim, long start, long count, float* tile) 
 }
 
 template <int ROWS>
-void save_rows(const float* tile, long dim, long count, float* rows) {
+void save_rows(const float* tile, long dim, long count, float* rows, long stride) {
   for (long row = 0; row < count; ++row)
-    for (long d = 0; d < dim; ++d) rows[row * dim + d] = tile[d * ROWS + row];
+    for (long d = 0; d < dim; ++d) rows[row * stride + d] = tile[d * ROWS + row];
 }
 
 // A tile's rows: `count` of `request`, from its row `first` on, which is row `start` of all.
@@ -699,7 +700,7 @@ void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const His
 
 template <int ROWS, class T>
 void score(const Encoder* encoder, const Head* head, const Candidates& candidates, const std::vector<Place>& places,
-           const History* histories, const Request* requests, float* scores, int num_threads) {
+           const History* histories, const Request* requests, float* scores, float* interacted, int num_threads) {
 #pragma omp parallel num_threads(threads_for(places, num_threads))
   {
     Workspace<ROWS> space(encoder, head);
@@ -723,7 +724,7 @@ void score(const Encoder* encoder, const Head* head, const Candidates& candidate
         vectors += encoder->dim * ROWS;
       }
       if (head == nullptr) {
-        save_rows<ROWS>(space.rows, encoder->dim, count, scores + start * encoder->dim);
+        save_rows<ROWS>(space.rows, encoder->dim, count, scores + start * encoder->dim, encoder->dim);
         continue;
       }
       const long num_vectors = (vectors - space.vectors) / (head->dim * ROWS), num_tasks = head->num_tasks;
@@ -733,6 +734,9 @@ void score(const Encoder* encoder, const Head* head, const Candidates& candidate
         for (long side = 0; side < 2 && task + side < num_tasks; ++side)
           for (long row = 0; row < count; ++row) scores[(start + row) * num_tasks + task + side] = lanes[side][row];
       });
+      for (long one = 0; interacted != nullptr && one < num_vectors; ++one)
+        save_rows<ROWS>(space.vectors + one * head->dim * ROWS, head->dim, count,
+                        interacted + (start * num_vectors + one) * head->dim, num_vectors * head->dim);
     }
   }
 }
@@ -764,14 +768,15 @@ void with_places(long num_requests, const Length& length, const Call& call) {
   }
 
 // Phase two: of candidates, logits [C][T] with a head, and vectors [C][D] without. Without an encoder the slots hold
-// all, and there are no histories.
+// all, and there are no histories. A head's vectors [C][U][D] go to `interacted`, unless it is null.
 #define SCORE(NAME, TYPE)                                                                                      \
   extern "C" void NAME(const Encoder* encoder, const Head* head, const Candidates* candidates,                 \
                        const int64_t* num_candidates, int64_t num_requests, const History* histories,          \
-                       const Request* requests, float* scores, int num_threads) {                              \
+                       const Request* requests, float* scores, float* interacted, int num_threads) {           \
     const auto length = [&](long request) { return num_candidates[request]; };                                 \
     with_places(num_requests, length, [&](auto rows, const auto& places) {                                     \
-      score<rows, TYPE>(encoder, head, *candidates, places, histories, requests, scores, num_threads);         \
+      score<rows, TYPE>(encoder, head, *candidates, places, histories, requests, scores, interacted,           \
+                        num_threads);                                                                          \
     });                                                                                                        \
   }
 

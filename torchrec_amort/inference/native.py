@@ -88,7 +88,7 @@ class RequestStruct(ctypes.Structure):
 
 
 # The fields of a RequestStruct.
-Request = tuple[int, int, int]
+Request = tuple[int | None, int | None, int | None]
 
 
 class RowsStruct(ctypes.Structure):
@@ -205,6 +205,7 @@ def score(
     requests: Sequence[Request],
     out: Tensor,
     dtype: torch.dtype,
+    interacted: Tensor | None = None,
 ) -> Tensor:
     """Phase two.
 
@@ -217,6 +218,7 @@ def score(
         requests: what each adds; none without head.
         out: float32 [C, D] or, with a head, [C, T]: to be written.
         dtype: of weights, keys and values.
+        interacted: float32 [C, U, D]: to be written with the vectors that a head interacts, if given.
 
     Returns:
         Tensor: `out`.
@@ -230,6 +232,7 @@ def score(
         array(HistoryStruct, histories),
         array(RequestStruct, requests),
         ctypes.c_void_p(out.data_ptr()),
+        None if interacted is None else ctypes.c_void_p(interacted.data_ptr()),
         ctypes.c_int(torch.get_num_threads()),
     )
     return out

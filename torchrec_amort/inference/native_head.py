@@ -7,6 +7,7 @@ tasks.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,9 @@ def why_not_native_head(head: Head, dtype: torch.dtype) -> str | None:
     return native.why_no_build(head.request_pairs.weight, dtype)
 
 
+_Layer = tuple[Tensor, Tensor | None]  # weight and bias
+
+
 class NativeHead:
     """A DotHead as native code runs it, together with the encoder if that is native, too.
 
@@ -69,42 +73,70 @@ class NativeHead:
         self._encoder = encoder
         self._weights = native.Weights()
         self._dtype = dtype
-        num_vectors, of_dense = len(head.of_candidate), head.embedding_dim if head.dense.candidate is not None else 0
-        num_of_both = num_vectors * len(head.of_request)
-        pairs = torch.triu_indices(num_vectors, num_vectors, 1)
-        weight = head.candidate_features.weight
-        of_pairs = weight[:, of_dense + num_of_both :][:, pairs[0] * num_vectors + pairs[1]]
-        over = [self._linear(torch.cat([weight[:, : of_dense + num_of_both], of_pairs], dim=1), None)]
+        self._arrays: list[Any] = []
+        self._dim, self._reads_constant = head.embedding_dim, head.reads_constant
+        self._num_of_request, self._num_of_candidate = len(head.of_request), len(head.of_candidate)
+        # The dense vector is a candidate's, or else a request's.
+        of_candidate, first = head.dense.candidate, head.dense.request
+        others: list[Any] = list(head.dense.others)
+        rest = [(layer._linear.weight, layer._linear.bias) for layer in others]
+        weight, num_fixed = head.candidate_features.weight, self._num_of_candidate * self._num_of_request
+        num_fixed += 0 if of_candidate is None else head.embedding_dim
+        of_pairs = _of_pairs(weight[:, num_fixed:], self._num_of_candidate)
+        over: list[_Layer] = [(torch.cat([weight[:, :num_fixed], of_pairs], dim=1), None)]
         of_over: list[Any] = list(head.others)
-        *hidden, last = of_over
-        over += [self._linear(layer._linear.weight, layer._linear.bias) for layer in hidden]
-        over.append(self._linear(last.weight, last.bias))
-        dense = []
-        if head.dense.candidate is not None:
-            dense.append(self._linear(head.dense.candidate.weight, None))
-            others: list[Any] = list(head.dense.others)
-            dense += [self._linear(layer._linear.weight, layer._linear.bias) for layer in others]
-        self._over, self._dense = (native.LinearStruct * len(over))(*over), (native.LinearStruct * len(dense))(*dense)
-        self.num_tasks: int = last.out_features
-        self._struct = native.HeadStruct(
-            head.embedding_dim,
-            len(head.of_request),
-            num_vectors - len(dense[:1]) - (encoder is not None),
-            head.num_candidate_dense,
+        over += [(layer._linear.weight, layer._linear.bias) for layer in of_over[:-1]]
+        over.append((of_over[-1].weight, of_over[-1].bias))
+        dense: list[_Layer] = [] if of_candidate is None else [(of_candidate.weight, None), *rest]
+        self._struct = self._head(self._num_of_request, self._num_of_candidate - (encoder is not None), dense, over)
+        of_pairs = _of_pairs(head.request_pairs.weight, self._num_of_request)
+        of_dense = [] if head.request_dense is None else [head.request_dense.weight]
+        over = [(torch.cat([*of_dense, of_pairs], dim=1), head.request_pairs.bias)]
+        dense = [] if head.request_dense is None else [(first.weight, first.bias), *rest]
+        self._request_struct = self._head(0, self._num_of_request, dense, over)
+        self._first = None if of_candidate is None else copy.deepcopy(first).float()
+        self._num_request_dense = first.in_features
+
+    def _head(self, num_others: int, num_vectors: int, dense: list[_Layer], over: list[_Layer]) -> native.HeadStruct:
+        layers = [native.array(native.LinearStruct, [self._linear(*layer) for layer in side]) for side in (dense, over)]
+        self._arrays += layers
+        return native.HeadStruct(
+            self._dim,
+            num_others,
+            num_vectors - len(dense[:1]),
+            dense[0][0].shape[1] if dense else 0,
             len(dense),
             len(over),
-            self.num_tasks,
-            ctypes.addressof(self._dense),
-            ctypes.addressof(self._over),
+            over[-1][0].shape[0],
+            *map(ctypes.addressof, layers),
         )
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> native.LinearStruct:
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> tuple[int, int | None, int, int]:
         outputs, inputs = weight.shape
         padded = F.pad(weight, (0, inputs % 2, 0, outputs % 2))
         padded_bias = None if bias is None else self._weights.keep(F.pad(bias, (0, outputs % 2)))
-        return native.LinearStruct(
-            self._weights.keep(padded, self._dtype), padded_bias, padded.shape[1], padded.shape[0]
+        return self._weights.keep(padded, self._dtype), padded_bias, padded.shape[1], padded.shape[0]
+
+    def request(self, dense_BI: Tensor, slots: Slots) -> Terms:
+        """Phase one of all but the history; see `Head.request`.
+
+        Args:
+            dense_BI: the requests' dense inputs.
+            slots: embeddings of each of their ids.
+
+        Returns:
+            tuple: tensors with one row of B per request.
+        """
+        num_requests = dense_BI.shape[0]
+        inputs_BI = dense_BI.new_ones(num_requests, 1) if self._reads_constant else dense_BI
+        inputs_BI = inputs_BI[:, : self._num_request_dense].float().contiguous()
+        vectors_BRD = torch.empty(num_requests, self._num_of_request, self._dim)
+        first_BO = self._score(
+            None, self._request_struct, [num_requests], [], [(None, None, None)], None, inputs_BI, slots, vectors_BRD
         )
+        # Candidates add theirs before the activation.
+        dense_BW = inputs_BI if self._first is None else self._first(inputs_BI)
+        return dense_BW, first_BO, vectors_BRD
 
     def candidates(
         self,
@@ -118,7 +150,7 @@ class NativeHead:
         """Phase two.
 
         Args:
-            terms: what `DotHead.request` gave.
+            terms: what `request` gave.
             states: of B requests together; read if there is an encoder.
             num_candidates_B: int64 [B].
             items: embeddings of the candidates' items, if there is an encoder.
@@ -128,19 +160,39 @@ class NativeHead:
         Returns:
             Tensor: logits [C, T], float32.
         """
-        dense_BW, first_BO, vectors_BRD = (term.float().contiguous() for term in terms)
+        dense_BW, first_BO, vectors_BRD = terms
         requests = list(zip(*map(_row_addresses, (dense_BW, vectors_BRD, first_BO)), strict=True))
-        dense = dense_CI.float().contiguous()
-        of_slots = native.rows(slots)
-        of_items = native.RowsStruct() if items is None else native.rows([items])[0]
-        given = native.CandidatesStruct(of_items, dense.data_ptr(), ctypes.addressof(of_slots))
-        logits_CT = torch.empty(len(dense), self.num_tasks)
         num_candidates = num_candidates_B.tolist()
         encoder, readable = None, []
         if self._encoder is not None:
             encoder, readable = self._encoder.struct, self._encoder.readable(states, len(num_candidates))
         histories = [history for state in readable for history in state.histories()]
-        return native.score(encoder, self._struct, given, num_candidates, histories, requests, logits_CT, self._dtype)
+        dense_CI = dense_CI.float().contiguous()
+        return self._score(encoder, self._struct, num_candidates, histories, requests, items, dense_CI, slots)
+
+    def _score(
+        self,
+        encoder: native.EncoderStruct | None,
+        head: native.HeadStruct,
+        num_candidates: Sequence[int],
+        histories: Sequence[native.History],
+        requests: Sequence[native.Request],
+        items: EmbeddingRows | None,
+        dense_CI: Tensor,
+        slots: Slots,
+        interacted: Tensor | None = None,
+    ) -> Tensor:
+        of_slots = native.rows(slots)
+        of_items = native.RowsStruct() if items is None else native.rows([items])[0]
+        given = native.CandidatesStruct(of_items, dense_CI.data_ptr(), ctypes.addressof(of_slots))
+        out = torch.empty(dense_CI.shape[0], head.num_tasks)
+        return native.score(encoder, head, given, num_candidates, histories, requests, out, self._dtype, interacted)
+
+
+def _of_pairs(weight_OX: Tensor, num_vectors: int) -> Tensor:
+    """Columns for pairs of two different vectors, of those for all pairs [O, V V]."""
+    one, other = torch.triu_indices(num_vectors, num_vectors, 1)
+    return weight_OX[:, one * num_vectors + other]
 
 
 def _row_addresses(rows: Tensor) -> list[int]:

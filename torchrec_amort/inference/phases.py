@@ -53,8 +53,8 @@ class Phases(ABC):
         raise ValueError("the states of these phases cannot be extended: encode the whole history again")
 
     @abstractmethod
-    def terms(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
-        """Phase one of all else; see `Head.request`."""
+    def terms(self, dense_BI: Tensor, slots: Slots) -> Terms:
+        """Phase one of all else, of the requests' dense inputs and the embeddings of each of their ids."""
 
     @abstractmethod
     def score(
@@ -216,8 +216,11 @@ class ModelPhases(Phases):
         assert self.encoder is not None
         return self.encoder.extend_history(state, self._event_vectors(events, lengths_B))
 
-    def terms(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
+    def terms(self, dense_BI: Tensor, slots: Slots) -> Terms:
         """Phase one of all else; see `Head.request`."""
+        if self._native_head is not None:
+            return self._native_head.request(dense_BI, slots)
+        slots_BFD = stack(slots, self.head.embedding_dim, dense_BI)
         return self.head.request(dense_BI.to(self.dtype), slots_BFD.to(self.dtype))
 
     def score(
@@ -242,7 +245,8 @@ class ModelPhases(Phases):
         if self._native_head is not None:
             vectors = [EmbeddingRows(rows_CD.float()) for rows_CSD in history_CSD for rows_CD in rows_CSD.unbind(1)]
             return self._native_head.candidates(terms, [], num_candidates_B, None, dense_CI, [*slots, *vectors])
-        slots_CFD = torch.cat([stack(slots), *history_CSD], dim=1).to(self.dtype)
+        of_ids_CFD = stack(slots, self.head.embedding_dim, dense_CI)
+        slots_CFD = torch.cat([of_ids_CFD, *history_CSD], dim=1).to(self.dtype)
         logits_CT = self.head.candidates(terms, num_candidates_B, dense_CI.to(self.dtype), slots_CFD)
         return logits_CT.to(torch.promote_types(self.dtype, torch.float32))
 

@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.inference.cache import CachedHistory, HistoryCache
-from torchrec_amort.inference.lookup import EmbeddingRows, Rows, rows_of, rows_of_all, stack
+from torchrec_amort.inference.lookup import EmbeddingRows, Rows, rows_of, rows_of_all
 from torchrec_amort.inference.phases import Backend, Phases, Served, serve
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryState
@@ -213,11 +213,8 @@ class AmortizedScorer:
         phases = self._phases_for(batch)
         served = self._served
         states = [] if served.sequences is None else self._states(batch, phases, cache)
-        if served.request_bags is None:
-            slots_BFD = batch.request_dense.new_empty(len(batch), 0, served.candidate_bags.dim)
-        else:
-            slots_BFD = stack(served.request_bags(batch.request_sparse))
-        terms = phases.terms(batch.request_dense, slots_BFD)
+        slots = [] if served.request_bags is None else served.request_bags(batch.request_sparse)
+        terms = phases.terms(batch.request_dense, slots)
         logits = [
             phases.score(
                 states,
