@@ -318,7 +318,7 @@ struct Candidates {
 };
 
 // Of one layer: keys [H][n][K], and values [D][n], so that products read both in order. Strides count entries; after
-// the n values of each row there is one entry more, finite.
+// the n values of each row there is one entry more, finite if T is bfloat16.
 struct State {
   void *keys, *values;
   int64_t head_stride, key_stride, value_stride;

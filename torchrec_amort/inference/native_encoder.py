@@ -70,13 +70,23 @@ class _Room:
         self._num_events, self._capacity = num_events, capacity
         self._num_heads, self._head_dim = num_heads, dim // num_heads
         self.dtype = dtype
-        # Head by head, so that each is read in order.
-        self._keys = [torch.empty(num_heads, capacity, self._head_dim, dtype=dtype) for _ in range(num_layers)]
-        # Events are next to each other. Products of bfloat16 read one beyond the last, times zero: it must be finite.
-        self._values = [torch.zeros(dim, capacity + 1, dtype=dtype) for _ in range(num_layers)]
-        strides = capacity * self._head_dim, self._head_dim, capacity + 1
-        pairs = zip(self._keys, self._values, strict=True)
-        states = [(key.data_ptr(), value.data_ptr(), *strides) for key, value in pairs]
+        # Of each layer. Keys head by head, so that each is read in order; of values, events are next to each other.
+        self._keys = torch.empty(num_layers, num_heads, capacity, self._head_dim, dtype=dtype)
+        self._values = torch.empty(num_layers, dim, capacity + 1, dtype=dtype)
+        if dtype == torch.bfloat16:
+            # Products read one event beyond the last, times zero: it must be finite.
+            self._values.zero_()
+        keys, values, size = self._keys.data_ptr(), self._values.data_ptr(), dtype.itemsize
+        states = [
+            (
+                keys + layer * dim * capacity * size,
+                values + layer * dim * (capacity + 1) * size,
+                capacity * self._head_dim,
+                self._head_dim,
+                capacity + 1,
+            )
+            for layer in range(num_layers)
+        ]
         self._states = native.array(native.StateStruct, states)
         self.address = ctypes.addressof(self._states)
         self._lock = threading.Lock()
@@ -91,12 +101,12 @@ class _Room:
 
     def keys(self, start: int, num_events: int) -> tuple[Tensor, ...]:
         """Of each layer, [N, H, K]: those of so many events from `start` on."""
-        return tuple(key[:, start : start + num_events].transpose(0, 1) for key in self._keys)
+        return self._keys[:, :, start : start + num_events].transpose(1, 2).unbind()
 
     def values(self, start: int, num_events: int) -> tuple[Tensor, ...]:
         """Of each layer, [N, H, K]: those of so many events from `start` on."""
-        rows = (value[:, start : start + num_events] for value in self._values)
-        return tuple(row.t().unflatten(1, (self._num_heads, self._head_dim)) for row in rows)
+        rows = self._values[:, :, start : start + num_events].transpose(1, 2)
+        return rows.unflatten(2, (self._num_heads, self._head_dim)).unbind()
 
 
 class _NativeState(HistoryState):
