@@ -527,18 +527,53 @@ void write_keys_and_values(Workspace<ROWS>& space, const Encoder& encoder, const
     multiply<ROWS>(static_cast<const T*>(layer.key_value), dim, rows, space.factor, dim, write);
 }
 
+// Transposes as many vectors as they have lanes: of each four blocks, ever larger ones, the two off the diagonal change
+// places.
+template <int ROWS>
+inline void transpose(Vector<ROWS>* vectors) {
+  constexpr int N = LANES<ROWS>;
+#pragma GCC unroll 4
+  for (int size = 1; size < N; size *= 2) {
+    typename Types<ROWS>::Integers low, high;
+    for (int lane = 0; lane < N; ++lane) {
+      low[lane] = lane & size ? N + lane - size : lane;
+      high[lane] = lane & size ? N + lane : lane + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if (i & size) continue;
+      const Vector<ROWS> one = vectors[i], other = vectors[i + size];
+      vectors[i] = __builtin_shuffle(one, other, low);
+      vectors[i + size] = __builtin_shuffle(one, other, high);
+    }
+  }
+}
+
 // Rows `start` to `start + count` as a tile.
 template <int ROWS>
 void load_rows(const Rows& rows, long dim, long start, long count, float* tile) {
-  const auto row_of = [&](long row) { return rows.table + (rows.ids != nullptr ? rows.ids[row] : row) * rows.stride; };
-  // Rows of a table are anywhere: all are asked for before the first is waited for.
-  for (long row = start; row < start + count; ++row)
-    for (long d = 0; d < dim; d += 16) __builtin_prefetch(row_of(row) + d);
-  if (count < ROWS) std::memset(tile, 0, sizeof(float) * dim * ROWS);
+  using Unaligned = typename Types<ROWS>::Unaligned;
+  constexpr int N = LANES<ROWS>;
+  const float* from[ROWS];
   for (long row = 0; row < count; ++row) {
-    const float* from = row_of(start + row);
-    for (long d = 0; d < dim; ++d) tile[d * ROWS + row] = from[d];
+    from[row] = rows.table + (rows.ids != nullptr ? rows.ids[start + row] : start + row) * rows.stride;
+    // Rows of a table are anywhere: all are asked for before the first is waited for.
+    for (long d = 0; d < dim; d += 16) __builtin_prefetch(from[row] + d);
   }
+  const long whole = dim / N * N;
+  for (long first = 0; first < ROWS; first += N) {
+    for (long d = 0; d < whole; d += N) {
+      Vector<ROWS> vectors[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i)
+        vectors[i] = first + i < count ? *reinterpret_cast<const Unaligned*>(from[first + i] + d) : Vector<ROWS>{};
+      transpose<ROWS>(vectors);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) *reinterpret_cast<Unaligned*>(tile + (d + i) * ROWS + first) = vectors[i];
+    }
+  }
+  for (long d = whole; d < dim; ++d)
+    for (long row = 0; row < ROWS; ++row) tile[d * ROWS + row] = row < count ? from[row][d] : 0.0f;
 }
 
 template <int ROWS>
