@@ -418,7 +418,9 @@ class _Check:
 
     def _finite(self, name: str, values: Tensor, per_candidate: bool) -> None:
         array = _array(values)
-        self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
+        # The sum of what is not finite is not finite, either, and needs no array of the size of the batch.
+        if not np.isfinite(array.sum(dtype=np.float64)):
+            self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
 
     def _refuse(self, name: str, values: np.ndarray, right: np.ndarray, per_candidate: bool, expected: str) -> None:
         """Refuse the first of the values [rows, columns] that is not right."""

@@ -88,18 +88,27 @@ class BagLookup:
             ]
 
     @torch.no_grad()
-    def __call__(self, features: KeyedJaggedTensor) -> Slots:
-        """Pooled embeddings of each feature, in the order of their tables, as `SparseArch` has them."""
+    def __call__(self, features: KeyedJaggedTensor, start: int = 0, stop: int | None = None) -> Slots:
+        """Pooled embeddings of each feature, in the order of their tables, as `SparseArch` has them.
+
+        Args:
+            features: ids.
+            start: the first row that is read.
+            stop: where they end; with the last one if None.
+        """
+        stop = features.stride() if stop is None else stop
         if self._poolings is None:
+            if stop - start < features.stride():
+                features = rows_of_all(features, start, stop)
             pooled_RFD = self._bags(features).values().unflatten(1, (-1, self.dim))
             return [EmbeddingRows(rows_RD) for rows_RD in pooled_RFD.unbind(1)]
         if have_one_each(features):
-            ids_of_keys = features.values().long().view(len(features.keys()), features.stride()).unbind()
-            ids_of = dict(zip(features.keys(), ids_of_keys, strict=True))
+            ids = features.values().view(len(features.keys()), features.stride())[:, start:stop]
+            ids_of = dict(zip(features.keys(), ids.long().unbind(), strict=True))
             return [EmbeddingRows(table, ids_of[name]) for name, table, _ in self._poolings]
         slots = []
         for name, table, mode in self._poolings:
-            ids, lengths_R = rows_of(features, name, 0, features.stride())
+            ids, lengths_R = rows_of(features, name, start, stop)
             starts_R = torch.cumsum(lengths_R, 0) - lengths_R
             slots.append(EmbeddingRows(F.embedding_bag(ids.long(), table, starts_R, mode=mode)))
         return slots

@@ -341,7 +341,23 @@ struct Reach {
   long first;
 };
 
-// Memory that a thread works in: one tile and what becomes of it.
+// A thread's own memory, kept for its next call: taken and freed by several threads again and again, it would scatter
+// the heap.
+inline float* scratch(size_t floats) {
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local size_t size = 0;
+  if (size < floats) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * floats)));
+    if (memory == nullptr) std::abort();
+    size = floats;
+  }
+  return memory.get();
+}
+
+// What a thread works in, one at a time: one tile and what becomes of it.
 template <int ROWS>
 class Workspace {
  public:
@@ -362,9 +378,8 @@ class Workspace {
       reserve(&features, widest_input), reserve(&narrowed, widest_input);
       reserve(&layers[0], widest), reserve(&layers[1], widest);
     }
-    memory_.reset(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * ROWS * (total_ + 1))));
-    if (memory_ == nullptr) std::abort();
-    for (const auto& [tile, start] : places_) *tile = memory_.get() + start * ROWS;
+    float* memory = scratch(ROWS * (total_ + total_ % 2));
+    for (const auto& [tile, start] : places_) *tile = memory + start * ROWS;
   }
 
   float *rows, *factor, *queries, *read, *hidden, *logits, *weights, *sums;
@@ -376,12 +391,8 @@ class Workspace {
     total_ += rows;
   }
 
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
   std::vector<std::pair<float**, long>> places_;
   long total_ = 0;
-  std::unique_ptr<float, Free> memory_;
 };
 
 template <int ROWS, class Take>
@@ -617,14 +628,16 @@ void encode(const Encoder& encoder, const Rows* terms, long num_terms, const std
   const long dim = encoder.dim;
   const int most_threads = std::max<int>(1, std::min<int64_t>(num_threads, encoder.heads));
   const bool shares_tiles = static_cast<int>(places.size()) < most_threads;
-  std::vector<float> tiles(places.size() * dim * ROWS);
-  Workspace<ROWS> shared(&encoder, nullptr);
+  std::vector<float> tiles((places.size() * dim + (shares_tiles ? dim + encoder.width : 0)) * ROWS);
 #pragma omp parallel num_threads(shares_tiles ? most_threads : threads_for(places, num_threads))
   {
     Workspace<ROWS> space(&encoder, nullptr);
     Part part;
     if (shares_tiles) part = {omp_get_thread_num(), omp_get_num_threads()};
-    if (part.count > 1) space.read = shared.read, space.hidden = shared.hidden;
+    if (part.count > 1) {
+      space.read = tiles.data() + places.size() * dim * ROWS;
+      space.hidden = space.read + dim * ROWS;
+    }
     const auto each_place = [&](const auto& work) {
       const auto work_on = [&](size_t i) {
         space.rows = tiles.data() + i * dim * ROWS;

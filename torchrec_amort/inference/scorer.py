@@ -7,6 +7,7 @@ D embedding dimension; T tasks.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import secrets
@@ -17,11 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.inference.cache import CachedHistory, HistoryCache
-from torchrec_amort.inference.lookup import EmbeddingRows, Rows, rows_of, rows_of_all
+from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, Rows, Slots, rows_of
 from torchrec_amort.inference.phases import Backend, Phases, Served, serve
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryState
@@ -215,18 +215,18 @@ class AmortizedScorer:
         states = [] if served.sequences is None else self._states(batch, phases, cache)
         slots = [] if served.request_bags is None else served.request_bags(batch.request_sparse)
         terms = phases.terms(batch.request_dense, slots)
-        logits = [
+        parts = (
             phases.score(
                 states,
                 terms,
                 self._items(part),
                 part.num_candidates,
                 part.dense,
-                served.candidate_bags(part.sparse),
+                part.slots,
             )
             for part in self._microbatches(batch)
-        ]
-        logits_CT = logits[0] if len(logits) == 1 else torch.cat(logits)
+        )
+        logits_CT = _put_together(parts, batch.candidate_dense.shape[0])
         # The sum of what is not finite is not finite, either; the sum of numbers nearly always is.
         if not math.isfinite(float(logits_CT.sum())) and not torch.isfinite(logits_CT).all():
             candidate = int((~torch.isfinite(logits_CT)).any(1).nonzero()[0])
@@ -278,7 +278,20 @@ class AmortizedScorer:
         num_candidates = batch.candidate_dense.shape[0]
         size = self.microbatch_size or num_candidates
         for start in range(0, num_candidates, size):
-            yield _Candidates.of(batch, start, min(num_candidates, start + size))
+            yield _Candidates.of(batch, self._served.candidate_bags, start, min(num_candidates, start + size))
+
+
+def _put_together(parts: Iterator[Tensor], num_rows: int) -> Tensor:
+    """Rows of several tensors in one, each copied before the next is made: kept apart, they would scatter memory."""
+    first = next(parts)
+    if first.shape[0] == num_rows:
+        return first
+    rows = first.new_empty(num_rows, *first.shape[1:])
+    stop = 0
+    for part in itertools.chain([first], parts):
+        rows[stop : stop + part.shape[0]] = part
+        stop += part.shape[0]
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,28 +301,28 @@ class _Candidates:
     Args:
         num_candidates: int64 [B], how many of each request; it may be 0.
         dense: their dense inputs.
-        sparse: their ids.
+        slots: embeddings of each of their ids.
         items: ids of their items, [C]; empty if the batch has none.
     """
 
     num_candidates: Tensor
     dense: Tensor
-    sparse: KeyedJaggedTensor
+    slots: Slots
     items: Tensor
 
     @classmethod
-    def of(cls, batch: RequestBatch, start: int, stop: int) -> _Candidates:
-        num_candidates_B, sparse = batch.num_candidates, batch.candidate_sparse
+    def of(cls, batch: RequestBatch, bags: BagLookup, start: int, stop: int) -> _Candidates:
+        num_candidates_B = batch.num_candidates
         items = num_candidates_B[:0]
         if stop - start < batch.candidate_dense.shape[0]:
             ends_B = torch.cumsum(num_candidates_B, 0)
             starts_B = ends_B - num_candidates_B
             num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
-            sparse = rows_of_all(sparse, start, stop)
         if batch.sequences.keys():
             ids, _ = rows_of(batch.sequences, "candidate_item", 0, len(batch))
             items = ids[start:stop]
-        return cls(num_candidates_B, batch.candidate_dense[start:stop], sparse, items)
+        slots = bags(batch.candidate_sparse, start, stop)
+        return cls(num_candidates_B, batch.candidate_dense[start:stop], slots, items)
 
 
 class _History:
