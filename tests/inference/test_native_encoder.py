@@ -8,6 +8,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch, HistoryState
+from torchrec_amort.apps.timing import threads
 from torchrec_amort.inference import native as native_module
 from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
 from torchrec_amort.modules.rivals import MeanPooling
@@ -98,6 +99,22 @@ def test_an_extended_state_is_that_of_the_whole_history(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@given(st.integers(1, 40), st.integers(1, 8), st.sampled_from(["full", "causal"]), seeds)
+@torch.inference_mode()
+def test_threads_that_share_a_tile_write_what_one_does(
+    dtype: torch.dtype, num_events: int, num_threads: int, attention: str, seed: int
+) -> None:
+    native = NativeEncoder(make_arch(24, 3, seed, history_attention=attention), dtype)
+    history = make_rows([num_events, 3], 24)
+    with threads(1):
+        expected = native.encode_history(history)
+    with threads(num_threads):
+        have = native.encode_history(history)
+    for one, other in zip(have.keys + have.values, expected.keys + expected.values, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_a_state_that_grows_leaves_those_before_it_as_they_were(dtype: torch.dtype) -> None:
     native = NativeEncoder(make_arch(32, 2, 0, history_attention="causal"), dtype)
@@ -147,7 +164,13 @@ def test_what_is_not_a_number_is_passed_on(dtype: torch.dtype) -> None:
 
 
 def test_what_it_cannot_do_is_told() -> None:
-    for options in ({"rotary": True}, {"reads_itself": True}, {"has_summary": True}, {"recent_events": 3}):
+    for options in (
+        {"rotary": True},
+        {"reads_itself": True},
+        {"has_summary": True},
+        {"recent_events": 3},
+        {"feedforward_dim": 7},
+    ):
         arch = AmortizedHistoryArch(8, **options)
         reason = why_not_native(arch, torch.float32)
         assert reason is not None

@@ -45,6 +45,7 @@ def why_not_native(encoder: nn.Module | None, dtype: torch.dtype) -> str | None:
         "has_summary": encoder.has_summary,
         "recent_events": encoder.compression is not None,
         "a head of odd dimension": encoder.head_dim % 2 == 1,
+        "an odd feedforward_dim": cast(nn.Linear, encoder.layers[0].feedforward[0]).out_features % 2 == 1,
     }
     for option, is_given in has.items():
         if is_given:
