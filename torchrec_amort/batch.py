@@ -419,7 +419,9 @@ class _Check:
     def _finite(self, name: str, values: Tensor, per_candidate: bool) -> None:
         array = _array(values)
         # The sum of what is not finite is not finite, either, and needs no array of the size of the batch.
-        if not np.isfinite(array.sum(dtype=np.float64)):
+        with np.errstate(invalid="ignore"):
+            total = array.sum(dtype=np.float64)
+        if not np.isfinite(total):
             self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
 
     def _refuse(self, name: str, values: np.ndarray, right: np.ndarray, per_candidate: bool, expected: str) -> None:
