@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 from jsonargparse import auto_cli
 
-from torchrec_amort.data.writer import COUNTS_FILE
+from torchrec_amort.data.counts import COUNTS_FILE
 from torchrec_amort.files import write_json
 from torchrec_amort.schema import SCHEMA_FILE
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import SCHEMA, make_table
 from torchrec_amort.data import impressions, kuairand, log, mind, movielens
+from torchrec_amort.data.counts import read_counts, sizes
 from torchrec_amort.data.impressions import to_impressions, to_requests
 from torchrec_amort.data.log import SPLITS, candidate_columns, impression_schema
 from torchrec_amort.data.sample import random_requests
@@ -136,7 +137,8 @@ def test_requests_to_impressions_and_back_is_the_same_folder(data: st.DataObject
         for split, table in tables.items():
             assert pq.read_table(back / split).equals(table)
         assert RequestSchema.load(back) == RequestSchema.load(log_) == schema
-        assert json.loads((back / "counts.json").read_text()) == counts
+        assert read_counts(back) == read_counts(given_)
+        assert sizes(read_counts(back)) == counts
         for name in ("columns", "arrow_bytes", "splits", "candidates_per_request", "users"):
             assert there[name] == again[name]
 

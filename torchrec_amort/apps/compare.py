@@ -17,6 +17,7 @@ from torchrec_amort.apps.compare_report import write_report
 from torchrec_amort.apps.evaluate import EvaluateConfig, evaluate_run
 from torchrec_amort.apps.speed import SpeedConfig, measure_speed, requests_to_score
 from torchrec_amort.apps.train import TrainConfig, train_run
+from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.models.build import ENCODERS, Encoder, ModelConfig, build_encoder
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.training.bootstrap import UserWeightedMetrics, paired_differences
@@ -108,6 +109,7 @@ def _compare(config: CompareConfig) -> None:
                     for name in arms
                 },
                 "differences": _differences(chosen, config),
+                "unknown_ids": unknown_ids(config.data, "test", RequestSchema.load(config.data)),
                 "speed": speed,
             }
             write_report(Path(config.out), record)

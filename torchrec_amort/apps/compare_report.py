@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import write_json, write_text
 
 matplotlib.use("Agg")
@@ -42,7 +43,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"second, the median over steps, request by request, and the same updates with all requests padded to the "
         f"longest, and impression by impression. Scoring: median ms of one request with {scoring['candidates']} "
         f"candidates and {scoring['history_length']} events, and impression by impression. {speed['threads']} threads, "
-        f"torch {speed['torch']}.",
+        f"torch {speed['torch']}. Unknown ids of the test split: {unknown_in_words(record['unknown_ids'])}.",
     ]
     for task, differences in _by_task(record).items():
         lines += [

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchrec_amort.apps.command import parse, run_command
 from torchrec_amort.apps.environment import track
 from torchrec_amort.apps.train import load_run
+from torchrec_amort.data.counts import unknown_ids, unknown_in_words
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
@@ -145,6 +146,7 @@ def predict_split(
 def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, seconds: float) -> None:
     trained, data, schema = load_run(config.run_folder, config.data)
     tasks = predictions.metrics(schema.labels)
+    unknown = unknown_ids(data, config.split, schema.without(trained.model.leave_out))
     results = {
         "run": config.run_folder,
         "checkpoint": checkpoint,
@@ -154,6 +156,7 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
         "requests": predictions.requests,
         "candidates": len(predictions.labels),
         "users": len(np.unique(predictions.users)),
+        "unknown_ids": unknown,
         "world_size": dist.get_world_size(),
         "seconds": seconds,
         "tasks": tasks,
@@ -169,6 +172,7 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
             f"{len(predictions.labels):,} candidates), {task}: AUC {values['auc']:.4f}, "
             f"GAUC {values['gauc']:.4f}, NE {values['ne']:.4f}"
         )
+    print(f"unknown ids: {unknown_in_words(unknown)}")
     print(f"written to {path}")
 
 

@@ -27,6 +27,7 @@ class ToRequestsConfig:
         drop: columns of the log to leave out.
         rounded: columns of floats that may be rounded to float32.
         overwrite: replace a folder that is there.
+        refuse_same_second: refuse a request with an event of its own second, instead of counting it with a warning.
     """
 
     log: str | dict[str, str]
@@ -36,6 +37,7 @@ class ToRequestsConfig:
     drop: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)
     overwrite: bool = False
+    refuse_same_second: bool = False
 
 
 @dataclass(kw_only=True)
@@ -92,6 +94,7 @@ def _migrate(config: ToRequestsConfig | ToImpressionsConfig) -> None:
             drop=config.drop,
             rounded=config.rounded,
             overwrite=config.overwrite,
+            refuse_same_second=config.refuse_same_second,
         )
     print(summary(report))
     print(f"written to {config.out}, with {REPORT_FILE}")

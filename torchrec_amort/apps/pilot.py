@@ -31,6 +31,7 @@ from torchrec_amort.apps.pilot_report import write_report
 from torchrec_amort.apps.replay import Log, Replayed, replay, replay_memory, score_shorter, time_shapes
 from torchrec_amort.apps.timing import machine
 from torchrec_amort.apps.train import load_run
+from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.data.sample import drawn_requests
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError
@@ -166,6 +167,7 @@ def _what_was_run(config: PilotConfig, data: str, arms: Mapping[str, Arm], log: 
         "requests": len(log.users),
         "candidates": len(log.labels),
         "users": int(log.users.max()) + 1,
+        "unknown_ids": unknown_ids(data, config.split, arms[CONTROL].schema),
         "arms": {
             name: {
                 **asdict(arm.config),

@@ -18,6 +18,7 @@ import matplotlib
 
 from torchrec_amort.apps.cost import TERMS, CostModel
 from torchrec_amort.apps.pilot_analysis import CONTROL, TREATMENT, held_back
+from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import write_json, write_text
 
 matplotlib.use("Agg")
@@ -70,7 +71,7 @@ def summary(record: Mapping[str, Any]) -> str:
     for question, rows in _answers(record).items():
         lines += ["", f"{question:<36}{'control':>12}{'treatment':>12}   change [95%]"]
         lines += [f"  {row[0]:<34}{row[1]:>12}{row[2]:>12}   {'  '.join(row[3:])}" for row in rows]
-    return "\n".join([*lines, "", agreement(record)])
+    return "\n".join([*lines, "", agreement(record), what_is_unknown(record)])
 
 
 def what_was_replayed(record: Mapping[str, Any]) -> str:
@@ -79,6 +80,11 @@ def what_was_replayed(record: Mapping[str, Any]) -> str:
         f"{record['data']}, {record['split']}: {record['requests']:,} requests of {record['users']:,} users, "
         f"{record['candidates']:,} candidates"
     )
+
+
+def what_is_unknown(record: Mapping[str, Any]) -> str:
+    """The shares of ids that training did not have, in words."""
+    return f"Ids of the split that training did not have: {unknown_in_words(record['unknown_ids'])}."
 
 
 def what_is(record: Mapping[str, Any], arm: str) -> str:
@@ -304,6 +310,7 @@ def page(record: Mapping[str, Any]) -> str:
         arms={arm: what_is(record, arm) for arm in ARMS},
         colors=COLORS,
         agreement=agreement(record),
+        unknown=what_is_unknown(record),
         tables=tables(record),
         pictures=_pictures(record),
         finished=record["finished"],

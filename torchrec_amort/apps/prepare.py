@@ -8,6 +8,7 @@ from typing import Literal
 
 from torchrec_amort.apps.command import parser_of, run_command
 from torchrec_amort.data import kuairand, mind, movielens
+from torchrec_amort.data.counts import read_counts, split_table
 from torchrec_amort.schema import InputError
 
 DATASETS = {"movielens-1m": movielens.prepare, "mind": mind.prepare, "kuairand": kuairand.prepare}
@@ -58,10 +59,8 @@ def _prepare(dataset: str, config: PrepareConfig) -> None:
         if config.history_length < 1:
             raise InputError(f"history_length is {config.history_length}, not 1 or more")
         limits["history_length"] = config.history_length
-    counts = DATASETS[dataset](config.source, out, overwrite=config.overwrite, **limits)
-    print(f"{'split':<12}{'requests':>10}{'candidates':>12}{'users':>8}")
-    for split, count in counts.items():
-        print(f"{split:<12}{count['requests']:>10,}{count['candidates']:>12,}{count['users']:>8,}")
+    DATASETS[dataset](config.source, out, overwrite=config.overwrite, **limits)
+    print(split_table(read_counts(out)))
     print(f"written to {out}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +21,8 @@ from torchrec_amort.apps.command import (
     save_config,
 )
 from torchrec_amort.apps.environment import is_restart_of, track, utc_now, write_environment
+from torchrec_amort.data.counts import TRAIN, read_counts
 from torchrec_amort.data.reader import RequestDataset
-from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.files import write_json, write_text
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
@@ -222,7 +221,7 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
 def sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
     """The untrained model, its tables spread over all ranks."""
     world_size = dist.get_world_size()
-    counts = json.loads((Path(config.data) / COUNTS_FILE).read_text())["train"]
+    counts = read_counts(config.data)[TRAIN]
     events = {feature.name: float(config.model.history_length) for feature in schema.of("event")}
     candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
     return shard(

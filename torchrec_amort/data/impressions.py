@@ -7,7 +7,6 @@ history in each of them.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.data.counts import COUNTS_FILE, read_counts, sizes
 from torchrec_amort.data.log import (
     ROWS_PER_BATCH,
     SPLITS,
@@ -33,10 +33,10 @@ from torchrec_amort.data.log import (
     refuse_columns,
 )
 from torchrec_amort.data.splits import lists_of, split_bounds
-from torchrec_amort.data.writer import COUNTS_FILE, ROWS_PER_GROUP, write_requests
+from torchrec_amort.data.writer import ROWS_PER_GROUP, write_requests
 from torchrec_amort.files import new_folder, write_json, write_text
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema, one_line
+from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
 
 REPORT_FILE = "migration.json"
 
@@ -56,6 +56,7 @@ def to_requests(
     drop: Collection[str] = (),
     rounded: Collection[str] = (),
     overwrite: bool = False,
+    refuse_same_second: bool = False,
 ) -> dict[str, Any]:
     """Write the impressions of a log as a prepared data folder.
 
@@ -73,6 +74,7 @@ def to_requests(
         drop: columns of the log that are left out.
         rounded: columns of floats that may be rounded to float32.
         overwrite: replace a folder that is there.
+        refuse_same_second: see `write_requests`.
 
     Returns:
         dict: what is written to `migration.json`: counts, and sizes in both forms.
@@ -94,7 +96,9 @@ def to_requests(
         merged = _Merged(source, requests, temporary)
         with progress(total=len(requests.sizes), desc="write", unit="requests") as bar:
             # Takes the place of the temporary folder, and of the merged requests' files within it.
-            counts = write_requests(temporary, schema, merged.tables(bar), overwrite=True)
+            counts = write_requests(
+                temporary, schema, merged.tables(bar), overwrite=True, refuse_same_second=refuse_same_second
+            )
         report = {
             "log": source.paths_by_split,
             "request_key": source.key,
@@ -129,7 +133,7 @@ def to_impressions(folder: str | Path, out: str | Path, *, overwrite: bool = Fal
     started = time.perf_counter()
     folder, out = Path(folder), Path(out)
     schema = RequestSchema.load(folder)
-    counts = _read_counts(folder)
+    counts = sizes(read_counts(folder))
     _refuse_replacing(out, [folder])
     if not (parts := _parts(folder, counts)):
         raise InputError(f"{folder}: no requests: prepare the data again")
@@ -469,15 +473,6 @@ class _Exploded:
                 f"{folder}: request_id {ids[repeated[0]]} is that of {counts[repeated[0]]} requests, and so are "
                 f"{len(repeated):,} ids in all: impressions of such requests could not be told apart, number them anew"
             )
-
-
-def _read_counts(folder: Path) -> dict[str, dict[str, int]]:
-    path = folder / COUNTS_FILE
-    try:
-        counts: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}): prepare the data again") from error
-    return counts
 
 
 def _parts(folder: Path, splits: Iterable[str]) -> list[Path]:

@@ -1,0 +1,256 @@
+"""What is counted of a prepared folder: its requests, ids that training does not have, events that may leak."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from torchrec_amort.schema import KINDS_OF_IDS, Feature, InputError, RequestSchema, one_line
+
+COUNTS_FILE = "counts.json"
+TRAIN = "train"
+SIZES = ("requests", "candidates", "users")
+
+_logger = logging.getLogger(__name__)
+
+
+class IdCounts:
+    """Counts the ids of a split, some requests at a time, to tell which ones training does not have.
+
+    Args:
+        schema: what the requests are made of, and what becomes of ids outside its tables.
+
+    Example::
+
+        train, test = IdCounts(schema), IdCounts(schema)
+        train.add(train_table)
+        test.add(test_table)
+        test.unknown_shares(train)["candidate_item"]
+    """
+
+    def __init__(self, schema: RequestSchema) -> None:
+        self.features = [feature for feature in schema.features if feature.kind in KINDS_OF_IDS]
+        # Of each column: the different ids, in order, and how often each came.
+        none = np.empty(0, np.int64)
+        self._ids = {feature.source: (none, none) for feature in self.features}
+
+    def add(self, table: pa.Table) -> None:
+        """Count the ids of some requests, in columns of the schema's types."""
+        for column, (known, known_counts) in self._ids.items():
+            more, more_counts = np.unique(_entries(table[column]), return_counts=True)
+            ids, place = np.unique(np.concatenate([known, more]), return_inverse=True)
+            counts = np.bincount(place, np.concatenate([known_counts, more_counts]), minlength=len(ids))
+            self._ids[column] = ids, counts
+
+    def unknown_shares(self, train: IdCounts | None) -> dict[str, float]:
+        """The share of each feature's ids that a model does not know.
+
+        Args:
+            train: of the split that it is trained on; without it only a vocabulary makes an id unknown.
+
+        Returns:
+            dict: shares by feature, of ids that no feature of the same table has in training, or that are the unknown
+            id 0 of a vocabulary.
+        """
+        return {feature.name: self._unknown_share(feature, train) for feature in self.features}
+
+    def _unknown_share(self, feature: Feature, train: IdCounts | None) -> float:
+        ids, counts = self._ids[feature.source]
+        is_unknown = np.zeros(len(ids), bool)
+        if feature.vocabulary == "unknown":
+            is_unknown = (ids <= 0) | (ids >= (feature.table_size or 0))
+        elif feature.vocabulary == "hash":
+            is_unknown = ids == 0
+        if train is not None:
+            columns = {f.source for f in train.features if f.table == feature.table}
+            is_unknown |= ~np.isin(ids, np.concatenate([train._ids[column][0] for column in columns]))
+        return float(counts[is_unknown].sum() / max(1, counts.sum()))
+
+
+class SplitCounts:
+    """Counts the requests of a split, some at a time.
+
+    Args:
+        split: its name, for messages.
+        schema: what the requests are made of.
+        refuse_same_second: refuse a request with an event of its own second, instead of counting it.
+
+    Example::
+
+        train = SplitCounts("train", schema)
+        train.add(table)
+        train.record(train.ids)["requests"]
+    """
+
+    def __init__(self, split: str, schema: RequestSchema, refuse_same_second: bool = False) -> None:
+        self.split = split
+        self.ids = IdCounts(schema)
+        self.requests = self._candidates = 0
+        self._users: set[int] = set()
+        self._event_times = [feature.source for feature in schema.of("event", "age")]
+        self._refuse_same_second = refuse_same_second
+        self._same_second, self._example = 0, ""
+
+    def add(self, table: pa.Table) -> None:
+        """Count requests, in columns of the schema's types.
+
+        Raises:
+            InputError: a request has an event of its own second, if that is to be refused.
+        """
+        for column in self._event_times:
+            self._count_same_second(table, column)
+        self.requests += table.num_rows
+        self._candidates += pc.sum(pc.list_value_length(table["candidate_item"])).as_py() or 0
+        self._users.update(table["user"].to_pylist())
+        self.ids.add(table)
+
+    def _count_same_second(self, table: pa.Table, column: str) -> None:
+        events, times = table[column].combine_chunks(), table["time"].to_numpy()
+        request_of_event = np.repeat(np.arange(len(times)), events.value_lengths().to_numpy())
+        rows = np.unique(request_of_event[events.flatten().to_numpy() == times[request_of_event]])
+        if not len(rows):
+            return
+        row = int(rows[0])
+        example = f"request_id {table['request_id'][row]} has one in {column} at {times[row]}"
+        if self._refuse_same_second:
+            raise InputError(
+                f"{self.split}: request {self.requests + row}: {example}, the request's own second: keep events "
+                "strictly before their request"
+            )
+        self._example = self._example or example
+        self._same_second += len(rows)
+
+    def record(self, train: IdCounts | None) -> dict[str, Any]:
+        """The counts, for `counts.json`; warnings tell what looks wrong.
+
+        Args:
+            train: of the split that models are trained on, if there is one.
+
+        Returns:
+            dict: `requests`, `candidates`, `users`; `unknown_ids`, see `IdCounts.unknown_shares`; and
+            `same_second_requests`, those with an event of their own second.
+        """
+        unknown = self.ids.unknown_shares(train)
+        warn_of_unknown(unknown, self.split)
+        if self._same_second:
+            _logger.warning(
+                "%s: %s of %s requests have events of their own second (%s): a log that was joined with <= tells "
+                "what was shown; keep events strictly before their request, or refuse these requests",
+                self.split,
+                f"{self._same_second:,}",
+                f"{self.requests:,}",
+                self._example,
+            )
+        return {
+            "requests": self.requests,
+            "candidates": self._candidates,
+            "users": len(self._users),
+            "unknown_ids": unknown,
+            "same_second_requests": self._same_second,
+        }
+
+
+def warn_of_unknown(shares: Mapping[str, float], where: str) -> None:
+    """Warn of features all of whose ids are unknown.
+
+    Args:
+        shares: of unknown ids, by feature.
+        where: the split.
+    """
+    if features := [name for name, share in shares.items() if share == 1.0]:
+        _logger.warning("%s: all ids of %s are unknown: a model cannot tell them apart", where, ", ".join(features))
+
+
+def unknown_in_words(shares: Mapping[str, float]) -> str:
+    """The features that have unknown ids, those with the largest share first.
+
+    Example::
+
+        unknown_in_words({"user_id": 0.19, "hour": 0.0})  # "user_id 19.0%"
+    """
+    some = sorted(((share, name) for name, share in shares.items() if share > 0), reverse=True)
+    return ", ".join(f"{name} {share:.1%}" for share, name in some) or "none"
+
+
+def split_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What `counts.json` tells of each split, as text."""
+    lines = [f"{'split':<12}{'requests':>12}{'candidates':>14}{'users':>10}  unknown ids"]
+    for split, count in counts.items():
+        row = f"{split:<12}{count['requests']:>12,}{count['candidates']:>14,}{count['users']:>10,}"
+        lines.append(f"{row}  {unknown_in_words(count.get('unknown_ids', {}))}")
+    return "\n".join(lines)
+
+
+def unknown_ids(folder: str | Path, split: str, schema: RequestSchema) -> dict[str, float]:
+    """The share of each feature's ids that a model that is trained on a folder does not know; it warns of whole ones.
+
+    Args:
+        folder: prepared data folder.
+        split: whose ids.
+        schema: what the model reads. The ids are counted again if its tables are not the folder's, or if an earlier
+            version prepared the folder.
+
+    Returns:
+        dict: see `IdCounts.unknown_shares`.
+
+    Raises:
+        InputError: there are no counts, or no such split.
+
+    Example::
+
+        unknown_ids("data/mind", "test", schema)["candidate_item"]
+    """
+    counts, prepared = read_counts(folder), RequestSchema.load(folder)
+    if split not in counts:
+        raise InputError(f"{Path(folder) / COUNTS_FILE}: no split {split!r}, but {list(counts)}: choose one of these")
+    features = [feature.name for feature in IdCounts(schema).features]
+    if set(schema.features) <= set(prepared.features) and "unknown_ids" in counts[split]:
+        shares = {name: counts[split]["unknown_ids"][name] for name in features}
+    else:
+        train = _counted(folder, TRAIN, schema) if TRAIN in counts else None
+        shares = _counted(folder, split, schema).unknown_shares(train)
+    warn_of_unknown(shares, f"{folder}/{split}")
+    return shares
+
+
+def _counted(folder: str | Path, split: str, schema: RequestSchema) -> IdCounts:
+    counts = IdCounts(schema)
+    columns = list(dict.fromkeys(feature.source for feature in counts.features))
+    for batch in ds.dataset(Path(folder) / split, format="parquet").to_batches(columns=columns):
+        counts.add(pa.Table.from_batches([batch]))
+    return counts
+
+
+def sizes(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """The numbers of requests, candidates and users of each split, of all that `counts.json` tells."""
+    return {split: {name: count[name] for name in SIZES} for split, count in counts.items()}
+
+
+def read_counts(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The counts of each split of a prepared folder.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    path = Path(folder) / COUNTS_FILE
+    try:
+        counts: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}): prepare the data again") from error
+    return counts
+
+
+def _entries(column: pa.ChunkedArray) -> np.ndarray:
+    """All ids of a column, lists opened."""
+    array = column.combine_chunks()
+    while pa.types.is_list(array.type):
+        array = array.flatten()
+    return array.to_numpy()
