@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from torchrec_amort.files import new_file
+
 
 def table(record: Mapping[str, Any]) -> str:
     """Latencies of all cases, and the load if there was one, as text."""
@@ -103,5 +105,6 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         axis.set(xscale="log", yscale="log", title=f"{length} events", xlabel="candidates")
     axes[0][0].set_ylabel("p50 of one request, ms")
     axes[0][-1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)

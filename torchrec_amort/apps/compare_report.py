@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from torchrec_amort.data.counts import unknown_in_words
-from torchrec_amort.files import write_json, write_text
+from torchrec_amort.files import new_file, write_json, write_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -120,5 +120,6 @@ def _draw(path: Path, record: dict[str, Any]) -> None:
     handles, names = axes[0][0].get_legend_handles_labels()
     title = "o: history once per request\nx: once per candidate"
     figure.legend(handles, names, loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
-    figure.savefig(path, dpi=110)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
