@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchrec_amort.apps.train import load_model
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bounds import AT_LEAST_ONE, refuse_out_of_bounds
 from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.schema import InputError, RequestSchema
@@ -39,6 +40,7 @@ class ArmConfig:
     microbatch_size: int | None = None
 
     def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("microbatch_size",)})
         if self.serving != "amortized" and (self.dtype != "float32" or self.microbatch_size is not None):
             raise InputError(f"{self.run_folder}: dtype and microbatch_size are the scorer's: use serving: amortized")
 

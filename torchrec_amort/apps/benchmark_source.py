@@ -12,6 +12,7 @@ from torchrec_amort.apps.load import LoadConfig
 from torchrec_amort.apps.methods import METHODS, Method
 from torchrec_amort.apps.train import load_model, load_run
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.sample import first_requests, random_requests, sample_requests
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM
@@ -95,6 +96,12 @@ class BenchmarkConfig:
     threads: int | None = None
     seed: int = 0
     load: LoadConfig = field(default_factory=LoadConfig)
+
+    def __post_init__(self) -> None:
+        shapes = ("candidates", "batches", "embedding_dims", "layers")
+        at_least_one = (*shapes, "microbatch_size", "turns", "slow_turns", "threads")
+        not_negative = ("history_lengths", "most_pairs", "warmup", "seed")
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, NOT_NEGATIVE: not_negative})
 
 
 @dataclass(frozen=True, eq=False)

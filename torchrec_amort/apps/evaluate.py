@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchrec_amort.apps.command import parse, run_command
 from torchrec_amort.apps.environment import track
 from torchrec_amort.apps.train import load_run
+from torchrec_amort.bounds import AT_LEAST_ONE, refuse_out_of_bounds
 from torchrec_amort.data.counts import unknown_ids, unknown_in_words
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.files import write_json
@@ -47,6 +48,9 @@ class EvaluateConfig:
     batch_size: int = 256
     history_length: int | None = None
     save_predictions: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("batch_size",)})
 
 
 def main(args: Sequence[str] | None = None) -> None:

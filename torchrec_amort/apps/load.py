@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchrec_amort.apps.timing import threads
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.inference.service import Overloaded, ScoringService
 from torchrec_amort.models.dlrm import AmortizedDLRM
@@ -44,6 +45,11 @@ class LoadConfig:
     workers: int | None = None
     waiting: int = 32
     requests: int = 200
+
+    def __post_init__(self) -> None:
+        at_least_one = ("clients", "workers", "waiting", "requests")
+        bounds = {NOT_NEGATIVE: ("seconds",), AT_LEAST_ONE: at_least_one, POSITIVE: ("rates",)}
+        refuse_out_of_bounds(self, bounds, "load.")
 
 
 class _Clients:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torchrec_amort.apps.timing import Times, threads
 from torchrec_amort.apps.train import TrainConfig, sharded_model
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.models.build import build_model
@@ -46,6 +47,10 @@ class SpeedConfig:
     history_length: int | None = None
     warmup: int = 3
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one = ("train_steps", "requests", "candidates", "threads")
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, NOT_NEGATIVE: ("history_length", "warmup")}, "speed.")
 
 
 def requests_to_score(data: str, config: SpeedConfig, history_length: int) -> pa.Table:

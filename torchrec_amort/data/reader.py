@@ -8,6 +8,7 @@ depend on how many ranks or workers there are.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.data.writer import COUNTS_FILE
 from torchrec_amort.schema import InputError, RequestSchema, one_line, refuse_missing
 
 
@@ -95,6 +97,8 @@ class RequestDataset(IterableDataset[RequestBatch]):
         self.unknown_rate = self._unknown_rate_of_column(unknown_rate or {})
         self._row_groups = _row_groups(Path(folder) / split, self.schema)
         num_requests = sum(piece.num_rows for piece in self._row_groups)
+        if num_requests == 0:
+            raise InputError(_empty(Path(folder), split))
         self._num_lanes = min(num_lanes, batch_size, num_requests)
         if not 0 <= rank < world_size <= self._num_lanes:
             raise InputError(
@@ -206,6 +210,8 @@ def _row_groups(folder: Path, schema: RequestSchema) -> list[_Piece]:
     """All row groups of a split, from the footers of its files."""
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
+        if folder.is_dir() and folder.with_name(COUNTS_FILE).is_file():
+            raise InputError(_empty(folder.parent, folder.name))
         raise InputError(f"{folder}: no Parquet files: prepare the data first (torchrec-amort prepare --help)")
     pieces = []
     for path in paths:
@@ -223,6 +229,14 @@ def _row_groups(folder: Path, schema: RequestSchema) -> list[_Piece]:
             pieces.append(_Piece(path, group, row, 0, num_rows))
             row += num_rows
     return pieces
+
+
+def _empty(folder: Path, split: str) -> str:
+    """What to say of a split without requests."""
+    file = folder / COUNTS_FILE
+    counts = json.loads(file.read_text()) if file.is_file() else {}
+    sizes = "".join(f", {name} has {count['requests']:,}" for name, count in counts.items() if name != split)
+    return f"{folder}/{split}: has no requests{sizes}: take another split, or prepare a log of more requests"
 
 
 def _cut(pieces: Sequence[_Piece], first: int, stop: int) -> Iterator[_Piece]:

@@ -12,13 +12,14 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.modules.embedding_configs import PoolingType
 
+from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import ManagedCollection, SequenceTables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
-from torchrec_amort.schema import Feature, InputError, RequestSchema
+from torchrec_amort.schema import Feature, InputError, RequestSchema, one_line
 
 Encoder = Literal[
     "none",
@@ -85,6 +86,13 @@ class ModelConfig:
     over_layers: list[int] = field(default_factory=lambda: [128, 64])
     eviction_interval: int = 10
 
+    def __post_init__(self) -> None:
+        sizes = ("embedding_dim", "dcn_num_layers", "dcn_low_rank_dim", "dense_layers", "over_layers")
+        of_history = ("length", "layers", "heads", "feedforward_dim", "vectors")
+        of_events = ("recent_events", "summary_tokens", "eviction_interval")
+        at_least_one = (*sizes, *(f"history_{name}" for name in of_history), *of_events)
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, BELOW_ONE: ("dropout",)}, "model.")
+
 
 def build_model(
     schema: RequestSchema,
@@ -105,8 +113,8 @@ def build_model(
         AmortizedDLRM: untrained.
 
     Raises:
-        InputError: the config asks for a history, or leaves out a feature, that the schema does not have; or no id of
-            the candidate is left beside its item.
+        InputError: the config asks for a history, or leaves out a feature, that the schema does not have; no id of the
+            candidate is left beside its item; or sizes do not fit each other.
 
     Example::
 
@@ -126,7 +134,12 @@ def build_model(
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return _build(schema, config, device)
+        try:
+            return _build(schema, config, device)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"model: {one_line(error)}") from error
 
 
 def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> AmortizedDLRM:

@@ -24,6 +24,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.models.managed import MAP, TABLE, ManagedCollection, ManagedCollectionSharder
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.average import TableDecay, WeightAverage
@@ -59,6 +60,9 @@ class TableSharding:
     pooling_factor: float | None = None
     min_columns: int | None = None
 
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {POSITIVE: ("pooling_factor",), AT_LEAST_ONE: ("min_columns",)}, "sharding.")
+
 
 @dataclass(kw_only=True)
 class ShardingConfig:
@@ -92,6 +96,13 @@ class OptimizerConfig:
     table_weight_decay: float = 0.0
     dense_lr: float = 2e-3
     weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(
+            self,
+            {NOT_NEGATIVE: ("table_lr", "table_eps", "dense_lr", "weight_decay"), BELOW_ONE: ("table_weight_decay",)},
+            "optimizer.",
+        )
 
 
 @dataclass(frozen=True)
