@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from torchrec_amort.files import write_text
 from torchrec_amort.schema import InputError, RequestSchema
-from torchrec_amort.training.processes import Terminated
+from torchrec_amort.training.processes import Stopped, stop_signals
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.yaml"
@@ -119,8 +119,9 @@ def refuse_other_schema(run: str | Path, data: str | Path) -> None:
 def run_command(command: Callable[[], None]) -> None:
     """Run a command.
 
-    Bad input, and a disk that is full or may not be written, end it with one line and exit status 2; being told to stop
-    ends it with status 143, as SIGTERM does.
+    Bad input, and a disk that is full or may not be written, end it with one line and exit status 2. A signal that
+    stops it is an exception, so that what it was writing is removed; it ends with one line and the signal's exit
+    status: 130 for Ctrl-C, 143 for SIGTERM.
     """
     # What TorchRec and torch deprecate of each other is not for who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
@@ -128,15 +129,22 @@ def run_command(command: Callable[[], None]) -> None:
     for library in ("torchrec", "torch.fx"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        command()
+        with stop_signals(_stop):
+            command()
     except InputError as error:
         _end("error", error, 2)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         _end("error", f"{error}: make room, or choose a folder that can be written", 2)
-    except Terminated as stop:
-        _end("terminated", stop, 128 + signal.SIGTERM)
+    except Stopped as stop:
+        _end("interrupted" if stop.number == signal.SIGINT else "terminated", stop, 128 + stop.number)
+    except KeyboardInterrupt:
+        _end("interrupted", "at once, by a second Ctrl-C", 128 + signal.SIGINT)
+
+
+def _stop(number: signal.Signals) -> NoReturn:
+    raise Stopped(number, f"by {number.name}")
 
 
 def _end(kind: str, message: object, status: int) -> NoReturn:

@@ -17,10 +17,12 @@ from torchrec_amort.apps.compare_report import write_report
 from torchrec_amort.apps.evaluate import EvaluateConfig, evaluate_run
 from torchrec_amort.apps.speed import SpeedConfig, measure_speed, requests_to_score
 from torchrec_amort.apps.train import TrainConfig, train_run
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.models.build import ENCODERS, Encoder, ModelConfig, build_encoder
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.training.bootstrap import UserWeightedMetrics, paired_differences
+from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.processes import is_first, process_group
 from torchrec_amort.training.sharding import OptimizerConfig
@@ -67,6 +69,10 @@ class CompareConfig:
     bootstrap_samples: int = 1000
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
+    def __post_init__(self) -> None:
+        at_least_one = ("batch_size", "bootstrap_samples")
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, NOT_NEGATIVE: ("seeds", "num_workers")})
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command.
@@ -87,7 +93,7 @@ def _compare(config: CompareConfig) -> None:
     longest = max(setting.model.history_length for settings in arms.values() for setting in settings)
     # Refused, if it is, before hours of training.
     requests = requests_to_score(config.data, config.speed, longest)
-    with process_group() as device:
+    with process_group() as device, run_lock(config.out, device):
         chosen, tuning = {}, {}
         for name, settings in arms.items():
             tuning[name], chosen[name] = _tune(name, settings, config, device)

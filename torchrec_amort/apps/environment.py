@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,16 +15,11 @@ import torch
 import torch.distributed as dist
 from torchx.tracker import app_run_from_env
 
-from torchrec_amort.files import write_json
-from torchrec_amort.training.processes import sum_over_ranks
+from torchrec_amort.files import utc_now, write_json
+from torchrec_amort.training.processes import job_name, restarts, restarts_of_all
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("torchrec-amort", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "pyarrow")
-
-
-def utc_now() -> str:
-    """The time, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def write_environment(run: str | Path, device: torch.device) -> None:
@@ -43,8 +36,8 @@ def write_environment(run: str | Path, device: torch.device) -> None:
         "python": platform.python_version(),
         "git_commit": git_commit(),
         "host": socket.gethostname(),
-        "job": _job(),
-        "restarts": _restarts(),
+        "job": job_name(),
+        "restarts": restarts(),
         "world_size": dist.get_world_size(),
         "threads_per_rank": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -67,18 +60,7 @@ def track(run: str | Path, results: Mapping[str, object]) -> None:
 def is_restart_of(run: str | Path, device: torch.device) -> bool:
     """Whether torchrun started this job's ranks again, after they had begun this run. All ranks call it together."""
     path = Path(run) / ENVIRONMENT_FILE
-    # Each node counts its own restarts; one of them was the first to restart.
-    restarts = int(sum_over_ranks(torch.tensor(_restarts(), device=device)))
-    return restarts > 0 and path.is_file() and json.loads(path.read_text())["job"] == _job()
-
-
-def _job() -> str | None:
-    """Torchrun's name of the job, the same for all starts of its ranks."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return restarts_of_all(device) > 0 and path.is_file() and json.loads(path.read_text())["job"] == job_name()
 
 
 def versions() -> dict[str, str | None]:

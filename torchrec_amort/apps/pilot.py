@@ -14,7 +14,7 @@ import torch
 
 from torchrec_amort.apps.arms import Arm, ArmConfig, load_arm
 from torchrec_amort.apps.command import parse, run_command
-from torchrec_amort.apps.environment import git_commit, utc_now, versions
+from torchrec_amort.apps.environment import git_commit, versions
 from torchrec_amort.apps.pilot_analysis import (
     CONTROL,
     TREATMENT,
@@ -31,10 +31,13 @@ from torchrec_amort.apps.pilot_report import write_report
 from torchrec_amort.apps.replay import Log, Replayed, replay, replay_memory, score_shorter, time_shapes
 from torchrec_amort.apps.timing import machine
 from torchrec_amort.apps.train import load_run
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.data.sample import drawn_requests
+from torchrec_amort.files import utc_now
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError
+from torchrec_amort.training.lock import FolderLock
 
 MEMORY_REQUESTS = 1000
 SHARES_OF_LONGEST = (0, 0.1, 0.25, 0.5, 1)
@@ -80,9 +83,9 @@ class PilotConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("requests", "bootstrap_samples", "turns"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")
+        at_least_one = ("requests", "bootstrap_samples", "candidates", "turns", "threads")
+        not_negative = ("history_lengths", "warmup", "seed")
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, NOT_NEGATIVE: not_negative, POSITIVE: ("rates",)})
         if not 0 < self.utilization <= 1:
             raise InputError(f"utilization is {self.utilization}: give a share above 0 and up to 1")
 
@@ -102,6 +105,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _pilot(config: PilotConfig) -> None:
+    with FolderLock(config.out):
+        _replay_and_report(config)
+
+
+def _replay_and_report(config: PilotConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     _, data, _ = load_run(config.control.run_folder, config.data)

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from torchrec_amort.apps.command import parse, run_command
-from torchrec_amort.apps.environment import utc_now
 from torchrec_amort.apps.speed import ways_to_train
 from torchrec_amort.apps.timing import Times
 from torchrec_amort.apps.train import TrainConfig, read_train_split, sharded_model
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.files import write_json
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
+from torchrec_amort.files import utc_now, write_json
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
-from torchrec_amort.training.processes import is_first, process_group, sum_over_ranks
+from torchrec_amort.training.processes import ignore_stop_signals, is_first, process_group, sum_over_ranks
 from torchrec_amort.training.sharding import ShardedModel
 
 
@@ -40,6 +40,10 @@ class ThroughputConfig(TrainConfig):
     steps: int = 60
     warmup: int = 5
     reading_steps: int = 3_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("steps", "reading_steps"), NOT_NEGATIVE: ("warmup",)})
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,7 +64,7 @@ def _throughput(config: ThroughputConfig) -> None:
     with process_group() as device:
         dataset = read_train_split(config, RequestSchema.load(config.data).with_tables(config.tables))
         model = sharded_model(config, dataset.schema, device)
-        data = DataLoader(dataset, batch_size=None, num_workers=config.num_workers)
+        data = DataLoader(dataset, batch_size=None, num_workers=config.num_workers, worker_init_fn=ignore_stop_signals)
         rates = {"reading": _reading(data, config.reading_steps)} | _training(model, data, config, device)
         if is_first():
             _report(config, rates, device)

@@ -20,16 +20,18 @@ from torchrec_amort.apps.command import (
     run_command,
     save_config,
 )
-from torchrec_amort.apps.environment import is_restart_of, track, utc_now, write_environment
+from torchrec_amort.apps.environment import is_restart_of, track, write_environment
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.counts import TRAIN, read_counts
 from torchrec_amort.data.reader import RequestDataset
-from torchrec_amort.files import write_json, write_text
+from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema, TableConfig
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint, load_weights
+from torchrec_amort.training.lock import FolderLock, run_lock
 from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, TrainResult, train
-from torchrec_amort.training.processes import is_first, process_group
+from torchrec_amort.training.processes import ignore_stop_signals, is_first, process_group
 from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, ShardingConfig, shard
 
 
@@ -68,6 +70,9 @@ class TrainConfig:
     num_workers: int = 0
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("batch_size",), NOT_NEGATIVE: ("seed", "num_workers")})
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command.
@@ -97,8 +102,14 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
         device: of this rank.
 
     Raises:
-        InputError: the data is missing or does not fit, or the run cannot go on.
+        InputError: the data is missing or does not fit, the run cannot go on, or another process writes into its
+            folder.
     """
+    with run_lock(config.run_folder, device) as lock:
+        _train_locked(config, device, lock)
+
+
+def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | None) -> None:
     run = Path(config.run_folder)
     resume = _refuse_or_resume(config, run, device)
     schema = RequestSchema.load(run) if resume else RequestSchema.load(config.data).with_tables(config.tables)
@@ -118,8 +129,9 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
         pin_memory=device.type == "cuda",
         # Of its own: what dropout draws must not depend on where an epoch was started from.
         generator=torch.Generator(),
+        worker_init_fn=ignore_stop_signals,
     )
-    result = train(model, data, config.loop, run, resume=resume)
+    result = train(model, data, config.loop, run, resume=resume, lock=lock)
     if is_first():
         _write_result(run, result, device)
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec_amort.files import write_json
 from torchrec_amort.models.managed import refuse_other_ranks
 from torchrec_amort.schema import InputError
+from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.processes import is_first
 from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel
@@ -55,6 +56,7 @@ class CheckpointWriter:
     Args:
         run: the run's folder.
         keep: how many checkpoints stay, the latest ones.
+        lock: of the run's folder, on rank 0; once it is lost, no checkpoint is written any more.
 
     Example::
 
@@ -62,8 +64,8 @@ class CheckpointWriter:
             writer.save(model, Position(epoch=0, step=100, total_steps=100), report)
     """
 
-    def __init__(self, run: str | Path, keep: int) -> None:
-        self._folder, self._keep = Path(run) / CHECKPOINTS, keep
+    def __init__(self, run: str | Path, keep: int, lock: FolderLock | None = None) -> None:
+        self._folder, self._keep, self._lock = Path(run) / CHECKPOINTS, keep, lock
         self._is_first = is_first()
         # Of its own, so that what is written in the background does not meet what training sends.
         self._group = dist.new_group(backend="gloo")
@@ -89,14 +91,12 @@ class CheckpointWriter:
             report: what has not been reported yet.
 
         Raises:
-            InputError: the one before could not be written.
+            InputError: the one before could not be written, or the run's folder is not this job's any more.
         """
         self.wait()
         final = self._folder / f"step-{position.total_steps:09d}"
         temporary = self._folder / f".{final.name}.tmp"
-        if is_first():
-            shutil.rmtree(temporary, ignore_errors=True)
-        dist.barrier(self._group)
+        self._raise_together(self._make_room(temporary))
         state = {
             **_training_state(model),
             "model": model.module.state_dict(),
@@ -123,8 +123,25 @@ class CheckpointWriter:
             return
         error = self._writing.exception()
         self._writing = None
+        self._raise_together(error)
+
+    def _make_room(self, temporary: Path) -> InputError | None:
+        """Remove what an earlier process left where a checkpoint is to be written; why not, if that may not be."""
+        try:
+            if self._lock is not None:
+                self._lock.refuse_lost()
+        except InputError as error:
+            return error
+        if self._is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return None
+
+    def _raise_together(self, error: BaseException | None) -> None:
+        """Raise on all ranks if one of them has an error; all of them come here before one goes on."""
         failed = torch.tensor([int(error is not None)])
         dist.all_reduce(failed, group=self._group)
+        if isinstance(error, InputError):
+            raise error
         if int(failed):
             reason = _reason(error) if error else "on another rank"
             raise InputError(
@@ -140,6 +157,8 @@ class CheckpointWriter:
         try:
             saved.result()
             write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
+            if self._lock is not None:
+                self._lock.refuse_lost()
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         finally:

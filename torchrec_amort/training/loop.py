@@ -17,14 +17,16 @@ from torch.utils.data import DataLoader
 from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
+from torchrec_amort.files import new_file
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import InputError
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
+from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.metrics import auc, calibration, grouped_auc, log_loss, normalized_entropy
 from torchrec_amort.training.processes import (
-    Terminated,
-    TerminationRequests,
+    Stopped,
+    StopRequests,
     gather_on_first,
     is_first,
     sum_over_ranks,
@@ -62,9 +64,14 @@ class LoopConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"loop.{name} is {value}: give 1 or more")
+        refuse_out_of_bounds(
+            self,
+            {
+                AT_LEAST_ONE: ("epochs", "log_every", "checkpoint_every", "keep_checkpoints"),
+                BELOW_ONE: ("average_decay",),
+            },
+            "loop.",
+        )
 
 
 class GlobalBatchTrain(AmortizedDLRMTrain):
@@ -119,6 +126,7 @@ def train(
     run: Path,
     *,
     resume: bool = False,
+    lock: FolderLock | None = None,
 ) -> TrainResult:
     """Train over the epochs that are left, with reports and checkpoints. All ranks call it together.
 
@@ -128,6 +136,7 @@ def train(
         config: how long and how.
         run: folder for `metrics.jsonl`, TensorBoard events and checkpoints.
         resume: go on from the run's last good checkpoint.
+        lock: of the run's folder, on rank 0; once it is lost, no checkpoint is written any more.
 
     Returns:
         TrainResult: of this rank.
@@ -135,7 +144,7 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite.
         InputError: a checkpoint could not be loaded or written.
-        Terminated: a rank was asked to stop; there is a checkpoint of where it was.
+        Stopped: a rank was asked to stop; there is a checkpoint of where it was.
     """
     device = model.module.device
     dataset: Any = data.dataset
@@ -148,8 +157,8 @@ def train(
     model.module.train()
     started = time.perf_counter()
     with (
-        TerminationRequests() as requests,
-        CheckpointWriter(run, config.keep_checkpoints) as checkpoints,
+        StopRequests() as requests,
+        CheckpointWriter(run, config.keep_checkpoints, lock) as checkpoints,
         progress(
             total=config.epochs * steps_per_epoch,
             initial=position.total_steps,
@@ -172,12 +181,12 @@ def train(
                     position = Position(position.epoch + 1, 0, position.total_steps)
                 if ended or position.total_steps % config.log_every == 0:
                     result.losses.append(report.write(position.total_steps, bar))
-                is_terminated = position.total_steps % AGREE_EVERY == 0 and requests.any_rank_has_one()
-                if ended or is_terminated or position.total_steps % (config.checkpoint_every or math.inf) == 0:
+                stop = requests.of_any_rank() if position.total_steps % AGREE_EVERY == 0 else None
+                if ended or stop or position.total_steps % (config.checkpoint_every or math.inf) == 0:
                     checkpoints.save(model, position, report)
-                if is_terminated:
+                if stop:
                     checkpoints.wait()
-                    raise Terminated(f"{run}: stopped after step {position.total_steps}, which has a checkpoint")
+                    raise Stopped(stop, f"{run}: stopped after step {position.total_steps}, which has a checkpoint")
             pipeline.reset()
     result.seconds = time.perf_counter() - started
     result.steps = position.total_steps
@@ -228,10 +237,8 @@ class Predictions:
 
     def save(self, path: Path) -> None:
         """Write the arrays as an npz file, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, logits=self.logits, labels=self.labels, users=self.users)
-        temporary.rename(path)
+        with new_file(path) as temporary:
+            np.savez(temporary, logits=self.logits, labels=self.labels, users=self.users)
 
     def metrics(self, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
         """AUC, GAUC, NE, log loss, calibration and positive rate of each task.

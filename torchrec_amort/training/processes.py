@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,39 +87,119 @@ def gather_on_first(record: Any) -> list[Any]:
     return records or []
 
 
-class Terminated(Exception):
-    """The job was told to stop, as by a scheduler that wants its place, and did so in order."""
+def job_name() -> str | None:
+    """Torchrun's name of the job, the same for all starts of its ranks; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-class TerminationRequests:
-    """Takes note of SIGTERM instead of dying of it. All ranks make and ask it together.
+def restarts() -> int:
+    """How often torchrun has started this node's ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def restarts_of_all(device: torch.device) -> int:
+    """The restarts of all ranks: each node counts its own, and one of them was the first to restart."""
+    return int(sum_over_ranks(torch.tensor(restarts(), device=device)))
+
+
+# SIGHUP is what the processes of a terminal that is closed get, as at the end of an ssh connection.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Under torchrun one Ctrl-C may come twice, from the terminal and from torchrun; a person takes longer.
+SECONDS_TO_SECOND_CTRL_C = 1.0
+
+
+class Stopped(BaseException):
+    """A signal told the process to stop: SIGTERM, as of a scheduler that wants its place, or Ctrl-C.
+
+    No `Exception`, as KeyboardInterrupt is none: what handles errors and goes on must not take it for one.
+
+    Args:
+        number: the signal.
+        message: what became of the work.
+    """
+
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+@contextmanager
+def stop_signals(take: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Give the first of the signals that stop a process to a function, instead of dying of it.
+
+    Later ones are ignored, but for a second Ctrl-C that is a person's: it raises KeyboardInterrupt. A signal that the
+    process was started to ignore, as under nohup, stays ignored; outside of the main thread nothing changes, as Python
+    has it.
+
+    Args:
+        take: called in the main thread, between any two of its instructions.
 
     Example::
 
-        with TerminationRequests() as requests:
-            while not requests.any_rank_has_one():
+        with stop_signals(lambda number: print(number.name)):
+            work()
+    """
+    taken_at: float | None = None
+
+    def handle(number: int, _: object) -> None:
+        nonlocal taken_at
+        if taken_at is None:
+            taken_at = time.monotonic()
+            take(signal.Signals(number))
+        elif number == signal.SIGINT and time.monotonic() - taken_at > SECONDS_TO_SECOND_CTRL_C:
+            raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handled = [number for number in STOP_SIGNALS if is_main and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None is a handler that was not set in Python, which cannot set it again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def ignore_stop_signals(_: int) -> None:
+    """Leave it to the rank when to stop: for the `worker_init_fn` of a DataLoader.
+
+    Ctrl-C, and torchrun's signals, go to all processes of a group, and a rank whose workers died cannot finish its
+    step. Workers end when their rank is done with them, or is gone.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StopRequests:
+    """Takes note of SIGTERM and Ctrl-C instead of dying of them. All ranks make and ask it together.
+
+    Example::
+
+        with StopRequests() as requests:
+            while requests.of_any_rank() is None:
                 step()
     """
 
     def __init__(self) -> None:
-        self._is_asked = False
+        self._number = 0
         # On the host, so that asking does not wait for the GPU.
         self._group = dist.new_group(backend="gloo")
 
-    def __enter__(self) -> TerminationRequests:
+    def __enter__(self) -> StopRequests:
         """The requests from now on."""
-        self._before = signal.signal(signal.SIGTERM, self._take_note)
+        self._signals = stop_signals(self._take_note)
+        self._signals.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Die of SIGTERM again."""
-        signal.signal(signal.SIGTERM, self._before)
+    def __exit__(self, *error: Any) -> None:
+        """Leave signals to who took them before."""
+        self._signals.__exit__(*error)
 
-    def _take_note(self, *_: object) -> None:
-        self._is_asked = True
+    def _take_note(self, number: signal.Signals) -> None:
+        self._number = number
 
-    def any_rank_has_one(self) -> bool:
-        """Whether a rank was asked to stop: the same answer on all of them."""
-        asked = torch.tensor([int(self._is_asked)])
-        dist.all_reduce(asked, group=self._group)
-        return bool(asked)
+    def of_any_rank(self) -> signal.Signals | None:
+        """The signal that a rank was asked to stop by, if one was: the same answer on all of them."""
+        number = torch.tensor([self._number])
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return signal.Signals(int(number)) if int(number) else None
