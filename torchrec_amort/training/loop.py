@@ -21,6 +21,7 @@ from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.files import new_file
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.progress import progress
+from torchrec_amort.schema import InputError, one_line
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
 from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.metrics import auc, calibration, grouped_auc, log_loss, normalized_entropy
@@ -244,19 +245,24 @@ class Predictions:
         """AUC, GAUC, NE, log loss, calibration and positive rate of each task.
 
         Raises:
-            ValueError: a task has labels of one kind only.
+            InputError: a task has labels of one kind only.
         """
-        return {
-            task: {
-                "auc": auc(self.logits[:, t], self.labels[:, t]),
-                "gauc": grouped_auc(self.logits[:, t], self.labels[:, t], self.users),
-                "ne": normalized_entropy(self.logits[:, t], self.labels[:, t]),
-                "log_loss": log_loss(self.logits[:, t], self.labels[:, t]),
-                "calibration": calibration(self.logits[:, t], self.labels[:, t]),
-                "positive_rate": float(self.labels[:, t].mean(dtype=np.float64)),
+        return {task: self._metrics(task, self.logits[:, t], self.labels[:, t]) for t, task in enumerate(tasks)}
+
+    def _metrics(self, task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        try:
+            return {
+                "auc": auc(logits, labels),
+                "gauc": grouped_auc(logits, labels, self.users),
+                "ne": normalized_entropy(logits, labels),
+                "log_loss": log_loss(logits, labels),
+                "calibration": calibration(logits, labels),
+                "positive_rate": float(labels.mean(dtype=np.float64)),
             }
-            for t, task in enumerate(tasks)
-        }
+        except ValueError as error:
+            raise InputError(
+                f"{task}: {one_line(error)}: {self.requests:,} requests were scored, evaluate a split of more"
+            ) from error
 
 
 @torch.no_grad()
