@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.data.writer import COUNTS_FILE
+from torchrec_amort.data.counts import COUNTS_FILE
 from torchrec_amort.schema import InputError, RequestSchema, one_line, refuse_missing
 
 
