@@ -17,7 +17,7 @@ from torchrec_amort.schema import AGE_BUCKETS, KINDS_OF_IDS, Feature, RequestSch
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 NUM_ITEMS = 40
 MAX_HISTORY = 8

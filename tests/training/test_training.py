@@ -14,6 +14,12 @@ from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestSchema, build
 from torchrec_amort.apps import evaluate, train
 from torchrec_amort.training.checkpoint import load_weights
 
+# Other numbers of ranks or threads add up in another order. A sum then differs by some 2**-24 of it, and each step
+# carries on the differences of those before: a few steps stay below this, on any processor. Many steps part by any
+# amount, so what trained for longer is compared with what ran on as many ranks and threads, and is the same.
+ROUNDING = 1e-5
+FEW_STEPS = 10
+
 MODEL = ["--model.embedding_dim=8", "--model.history_length=8", "--model.over_layers=[16]", "--model.dense_layers=[]"]
 
 
@@ -38,38 +44,53 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(folder.name for folder in (run / "checkpoints").iterdir())
 
 
+def up_to(step: int, values: dict[int, float]) -> dict[int, float]:
+    return {at: value for at, value in values.items() if at <= step}
+
+
+def cut_back(run: Path, step: int, copy: Path) -> Path:
+    """A copy of a run without the checkpoints after a step."""
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
 def quality(run: Path, split: str = "test") -> dict[str, Any]:
     record: dict[str, Any] = json.loads((run / f"evaluate-{split}.json").read_text())
     return record
 
 
-def test_two_ranks_train_as_one_on_the_same_global_batches(data_folder: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    train.main(arguments(data_folder, one))
-    output = torchrun(2, "train", *arguments(data_folder, two)).stdout
-    assert "row_wise" in output or "table_wise" in output
-    expected = losses(one)
-    assert len(expected) == 25
-    # Sums are in another order, and the optimizers carry the difference on: 1e-4 after 25 steps.
-    assert losses(two) == pytest.approx(expected, rel=1e-4)
-    assert min(expected.values()) < expected[1]
-    for task in ("liked", "bought"):
-        assert losses(two, f"ne/{task}") == pytest.approx(losses(one, f"ne/{task}"), rel=1e-4)
-    whole = weights(data_folder, one)
-    for name, value in weights(data_folder, two).items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
-    records = [json.loads((run / "train.json").read_text()) for run in (one, two)]
+def test_two_ranks_train_as_one_on_the_same_global_batches(
+    tmp_path: Path, data_folder: Path, run_of_one_rank: Path, run_of_two_ranks: Path
+) -> None:
+    plan = (run_of_two_ranks / "plan.txt").read_text()
+    assert "row_wise" in plan or "table_wise" in plan
+    for metric in ("loss", "ne/liked", "ne/bought"):
+        one, two = (up_to(FEW_STEPS, losses(run, metric)) for run in (run_of_one_rank, run_of_two_ranks))
+        assert list(one) == [4, 8]
+        assert two == pytest.approx(one, rel=ROUNDING)
+    for run in (run_of_one_rank, run_of_two_ranks):
+        assert max(losses(run)) == 50
+        assert losses(run)[50] < losses(run)[4]
+    records = [json.loads((run / "train.json").read_text()) for run in (run_of_one_rank, run_of_two_ranks)]
     counts = json.loads((data_folder / "counts.json").read_text())
-    assert [record["candidates"] for record in records] == [counts["train"]["candidates"]] * 2
-    evaluate.main(["--run_folder", str(one)])
-    torchrun(2, "evaluate", "--run_folder", str(two))
-    first, second = quality(one), quality(two)
-    assert (first["world_size"], second["world_size"]) == (1, 2)
+    assert [record["candidates"] for record in records] == [2 * counts["train"]["candidates"]] * 2
+    first, second = (cut_back(run, FEW_STEPS, tmp_path / run.name) for run in (run_of_one_rank, run_of_two_ranks))
+    whole = weights(data_folder, first)
+    for name, value in weights(data_folder, second).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
+    evaluate.main(["--run_folder", str(first)])
+    torchrun(2, "evaluate", "--run_folder", str(second))
+    one_rank, two_ranks = quality(first), quality(second)
+    assert (one_rank["world_size"], two_ranks["world_size"]) == (1, 2)
     for count in ("requests", "candidates", "users"):
-        assert first[count] == second[count]
+        assert one_rank[count] == two_ranks[count]
     for task in ("liked", "bought"):
-        assert second["tasks"][task] == pytest.approx(first["tasks"][task], rel=1e-3)
-    assert {file.name for file in one.iterdir()} >= {
+        # Two candidates that change places are 1e-4 of an AUC.
+        assert two_ranks["tasks"][task] == pytest.approx(one_rank["tasks"][task], rel=1e-3)
+    assert {file.name for file in first.iterdir()} >= {
         "config.yaml",
         "schema.json",
         "plan.txt",
