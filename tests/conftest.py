@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torchrec_amort.schema import AGE_BUCKETS, KINDS_OF_IDS, Feature, RequestSch
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
+# Of this process, and of the commands that tests launch: what is compared exactly adds up in one order.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 NUM_ITEMS = 40
 MAX_HISTORY = 8
@@ -87,6 +90,17 @@ def make_table(num_requests: int, seed: int = 0, first_id: int = 0) -> pa.Table:
     shapes = [(int(random.integers(MAX_HISTORY + 1)), int(random.integers(1, 5))) for _ in range(num_requests)]
     requests = [{**r, "request_id": i} for i, r in enumerate(make_requests(shapes, seed), first_id)]
     return pa.Table.from_pylist(requests, SCHEMA.arrow_schema())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A host's GPU is for tests marked `gpu`; the others, their fixtures and the commands they launch do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            # The variable is for processes that start now: this one has asked CUDA by then.
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.launch import launch, torchrun
 from torchrec_amort.apps import benchmark, cli, evaluate, prepare, train
 from torchrec_amort.apps.methods import METHODS
 
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 MODEL = ["--model.embedding_dim=8", "--model.history_length=8"]
 
 
@@ -118,6 +121,17 @@ def test_bad_data_ends_every_command_with_one_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/schema.json: no such file: prepare the data")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_commands_that_tests_launch_see_no_gpu() -> None:
+    assert not torch.cuda.is_available()
+    assert launch("python", "-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))").stdout == "''\n"
+
+
+@pytest.mark.gpu
+def test_commands_of_tests_that_are_marked_see_the_gpus_of_the_host() -> None:
+    shown = launch("python", "-c", "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))").stdout
+    assert shown == f"{VISIBLE_GPUS}\n"
 
 
 def test_bad_data_ends_all_ranks(data_folder: Path, tmp_path: Path) -> None:
