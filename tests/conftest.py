@@ -7,6 +7,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+# Read when torch is loaded, here and in the commands that tests launch. What is compared exactly adds up in one order,
+# so on one thread; threads of tests that ask for more must not spin on cores that others are at work on.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,9 +22,7 @@ from torchrec_amort.schema import AGE_BUCKETS, KINDS_OF_IDS, Feature, RequestSch
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
-# Of this process, and of the commands that tests launch: what is compared exactly adds up in one order.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
 
 NUM_ITEMS = 40
 MAX_HISTORY = 8

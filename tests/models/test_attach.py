@@ -15,7 +15,7 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
 from torchrec.modules.crossnet import CrossNet
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.launch import launch
+from tests.launch import torchrun
 from torchrec_amort import (
     AmortizedDLRM,
     AmortizedDLRMTrain,
@@ -465,7 +465,7 @@ def refuse_other_inputs_of_collections(model: nn.Module) -> None:
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    launch("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "tests.models.test_attach", str(tmp_path))
+    torchrun(2, "tests.models.test_attach", str(tmp_path))
     for kind in KINDS:
         with process_group() as device:
             (one,) = train_on_this_rank(kind, device)
