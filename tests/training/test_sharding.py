@@ -10,6 +10,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 
 from tests.launch import torchrun
 from tests.training.every_way import WAYS, train_every_way
+from tests.training.test_training import ROUNDING
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig, TableSharding, shard
 
@@ -76,7 +77,7 @@ def test_losses_and_metrics_are_the_same_on_1_2_and_3_ranks_for_every_way(data_f
             plan = (run / "plan.txt").read_text()
             assert all(f" {kind} " in plan for kind in kinds), plan
             for line, same in zip(reports(run), expected, strict=True):
-                assert line == pytest.approx(same, rel=1e-5)
+                assert line == pytest.approx(same, rel=ROUNDING)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -126,19 +126,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
 
 
 def test_bfloat16_autocast_learns_what_float32_does(data_folder: Path, tmp_path: Path) -> None:
+    # Six steps: bfloat16 rounds by 2**-8.
     for precision in ("float32", "bfloat16"):
-        train.main(arguments(data_folder, tmp_path / precision, f"--loop.precision={precision}"))
+        train.main(arguments(data_folder, tmp_path / precision, "--batch_size=100", f"--loop.precision={precision}"))
     low, full = losses(tmp_path / "bfloat16"), losses(tmp_path / "float32")
     assert low != full
-    assert low == pytest.approx(full, rel=0.02)
+    assert low == pytest.approx(full, rel=2**-8)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_learns_the_same_with_embeddings_in_bfloat16_between_ranks(data_folder: Path, tmp_path: Path) -> None:
     for wire in ("float32", "bfloat16"):
-        train.main(arguments(data_folder, tmp_path / wire, f"--sharding.wire={wire}"))
-    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.02)
+        train.main(arguments(data_folder, tmp_path / wire, "--batch_size=100", f"--sharding.wire={wire}"))
+    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=2**-8)
 
 
 def test_workers_and_the_control_train(data_folder: Path, tmp_path: Path) -> None:
