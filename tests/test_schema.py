@@ -14,14 +14,15 @@ FLOORS = {
     "hashing": 0,
     "progress": 0,
     "files": 1,
-    "rows": 1,
-    "batch": 2,
-    "data": 3,
-    "modules": 3,
-    "models": 4,
-    "training": 5,
-    "inference": 5,
-    "apps": 6,
+    "columns": 1,
+    "rows": 2,
+    "batch": 3,
+    "data": 4,
+    "modules": 4,
+    "models": 5,
+    "training": 6,
+    "inference": 6,
+    "apps": 7,
 }
 STRANGERS = [{"data", "models"}, {"data", "modules"}, {"data", "training"}, {"training", "inference"}]
 

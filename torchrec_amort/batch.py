@@ -16,8 +16,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from torchrec_amort.columns import MisfitError, array_of, wanted
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import ANY_ID, InputError, RequestSchema, refuse_missing
+from torchrec_amort.schema import ANY_ID, Content, InputError, RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)
@@ -60,7 +61,8 @@ class RequestBatch(Pipelineable):
 
         Args:
             requests: one mapping per request from column to value: a number, or a list with one entry per
-                event or candidate. Labels may be left out, by all requests alike.
+                event or candidate. Labels may be left out, by all requests alike. Times are whole seconds since 1970,
+                or dates and times of Python, numpy or pandas; see `from_arrow`.
             schema: what the requests are made of.
             history_length: see `from_arrow`.
 
@@ -71,11 +73,11 @@ class RequestBatch(Pipelineable):
 
             RequestBatch.from_requests([{"user_id": 7, "history_item": [3, 4], "candidate_item": [5]}], schema)
         """
-        known = schema.arrow_schema()
         if not requests:
             raise InputError("requests: an empty list: a batch needs at least 1 request")
-        present = [name for name in known.names if any(name in request for request in requests)]
-        rows = [_to_arrow(request, present, known, row) for row, request in enumerate(requests)]
+        known = [field for field in schema.arrow_schema() if any(field.name in request for request in requests)]
+        contents = schema.contents
+        rows = [_to_arrow(request, known, contents, row) for row, request in enumerate(requests)]
         return cls.from_arrow(pa.concat_tables(rows), schema, history_length)
 
     @classmethod
@@ -91,8 +93,10 @@ class RequestBatch(Pipelineable):
         """Build a batch from a table with one row per request.
 
         Args:
-            table: the columns of `schema.arrow_schema()`; `request_id` and `user` may be absent, `time` if
-                no feature needs it, and the labels, all together, when scoring.
+            table: the columns of `schema.arrow_schema()`, in any Arrow type that says the same. `request_id` and
+                `user` may be absent, `time` if no feature needs it, and the labels, all together, when scoring. Times
+                may be timestamps of any unit and time zone (UTC if they have none) and dates, whose fractions of
+                seconds are cut, or whole seconds since 1970. Floats are rounded to float32.
             schema: what the requests are made of. By the vocabulary of its features, ids become rows of tables here
                 and nowhere else: the ids of a batch are mapped already.
             history_length: keep at most this many events of each history, the most recent ones.
@@ -100,8 +104,8 @@ class RequestBatch(Pipelineable):
             first_row: number of the table's first row there, for error messages.
 
         Raises:
-            InputError: a column is missing or has nulls, lists of one request differ in length, or what
-                `validate` refuses.
+            InputError: a column is missing, has a null or a value that its type does not hold (text or a boolean for
+                an id, a time after the year 2200), lists of one request differ in length, or what `validate` refuses.
         """
         rows = Rows(table, schema, source, first_row)
         labels = [f for f in schema.of("candidate", "label") if f.source in table.column_names]
@@ -252,16 +256,20 @@ class RequestBatch(Pipelineable):
         return self
 
 
-def _to_arrow(request: Mapping[str, Any], columns: Sequence[str], types: pa.Schema, row: int) -> pa.Table:
+def _to_arrow(
+    request: Mapping[str, Any], columns: Sequence[pa.Field], contents: Mapping[str, Content], row: int
+) -> pa.Table:
     """One request as a table of one row."""
-    refuse_missing(columns, request, f"requests: request {row}")
+    refuse_missing([column.name for column in columns], request, f"requests: request {row}")
     arrays = {}
     for column in columns:
+        name, content = column.name, contents[column.name]
         try:
-            # Asked for integers, Arrow would cut the fraction off a float; a cast refuses.
-            arrays[column] = pa.array([request[column]]).cast(types.field(column).type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
-            raise InputError(f"requests: request {row}: {column} is not {types.field(column).type}: {error}") from error
+            arrays[name] = array_of(request[name], column.type, content)
+        except MisfitError as misfit:
+            raise InputError(
+                f"requests: request {row}: {name} {misfit}: write {wanted(column.type, content)}"
+            ) from misfit
     return pa.table(arrays)
 
 

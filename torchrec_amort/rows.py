@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_amort.columns import typed_table
 from torchrec_amort.hashing import hash_ids
 from torchrec_amort.schema import Feature, InputError, RequestSchema, Side, refuse_missing
 
@@ -24,42 +25,23 @@ class Rows:
         first_row: number of the table's first row there, for error messages.
 
     Raises:
-        InputError: a column is missing. Its parts raise it for nulls and for lists of one request that differ in
-            length.
+        InputError: a column is missing, has a null or a value that its type does not hold. The parts of the batch raise
+            it for lists of one request that differ in length.
     """
 
     def __init__(self, table: pa.Table, schema: RequestSchema, source: str, first_row: int) -> None:
-        self.table = table.combine_chunks()
         self.schema = schema
-        self.types = schema.arrow_schema()
         self.source = source
         self.first_row = first_row
-        self._arrays: dict[str, pa.Array] = {}
         labels = {f.source for f in schema.of("candidate", "label")}
         scoring = not labels & set(table.column_names)
         needed = [f.source for f in schema.features if not (scoring and f.source in labels)]
         refuse_missing([*needed, *(["time"] if schema.needs_time else [])], table.column_names, source)
+        self.table = typed_table(table, schema, source, first_row)
         self.num_candidates = self._lengths("candidate_item")
 
     def _array(self, column: str) -> pa.Array:
-        """A column as one array of the schema's type, without nulls."""
-        if column not in self._arrays:
-            self._arrays[column] = self._read(column)
-        return self._arrays[column]
-
-    def _read(self, column: str) -> pa.Array:
-        chunked = self.table.column(column)
-        array = chunked.chunk(0) if chunked.num_chunks else pa.array([], chunked.type)
-        expected = self.types.field(column).type
-        if (row := _first_null(array)) is not None:
-            what = "is null" if array[row].as_py() is None else "has a null"
-            raise InputError(f"{self._at(row)}: {column} {what}: write values, or an empty list")
-        if array.type.equals(expected):
-            return array
-        try:
-            return array.cast(expected)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise InputError(f"{self.source}: column {column!r} is {array.type}, not {expected}: {error}") from error
+        return self.table.column(column).chunk(0)
 
     def _at(self, row: int) -> str:
         return f"{self.source}: request {self.first_row + row}"
@@ -158,15 +140,6 @@ def _table_rows(feature: Feature, ids: np.ndarray) -> np.ndarray:
     if feature.vocabulary == "unknown":
         return np.where((ids >= 0) & (ids < table_size), ids, 0)
     return ids
-
-
-def _first_null(array: pa.Array) -> int | None:
-    """The first row that is null or has a null in its list."""
-    if array.null_count:
-        return int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-    if pa.types.is_list(array.type) and (entry := _first_null(array.flatten())) is not None:
-        return int(np.searchsorted(np.cumsum(array.value_lengths().to_numpy()), entry, side="right"))
-    return None
 
 
 def _keyed_jagged(

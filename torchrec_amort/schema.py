@@ -16,6 +16,7 @@ SCHEMA_FILE = "schema.json"
 Side = Literal["request", "candidate", "event"]
 Kind = Literal["id", "ids", "item", "age", "dense", "label"]
 Vocabulary = Literal["refuse", "unknown", "hash", "managed"]
+Content = Literal["id", "time", "number"]
 
 # What may stand on which side; `item` is the one id that history and candidates share a table for.
 KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,9 @@ VOCABULARIES_OF_KIND: dict[str, tuple[str, ...]] = {
     "ids": ("refuse", "unknown", "hash"),
     "item": get_args(Vocabulary),
 }
+
+# The columns that every data set has besides its features.
+OWN_COLUMNS: dict[str, Content] = {"request_id": "id", "user": "id", "time": "time"}
 
 # An age of s seconds falls into bucket s.bit_length(): one bucket an octave, and 63 holds any int64.
 AGE_BUCKETS = 64
@@ -109,9 +113,14 @@ class Feature:
         return self.column or self.name
 
     @property
+    def content(self) -> Content:
+        """What the values of the feature's column are."""
+        return "time" if self.kind == "age" else "id" if self.kind in KINDS_OF_IDS else "number"
+
+    @property
     def arrow_type(self) -> pa.DataType:
         """The Arrow type of the feature's column, one row per request."""
-        scalar = pa.float32() if self.kind in ("dense", "label") else pa.int64()
+        scalar = pa.float32() if self.content == "number" else pa.int64()
         per_row = pa.list_(scalar) if self.kind == "ids" else scalar
         return per_row if self.side == "request" else pa.list_(per_row)
 
@@ -141,8 +150,8 @@ class RequestSchema:
         format_version: version of the file format this schema was written with.
 
     Raises:
-        InputError: two features have one name, an item feature is missing, or table sizes or vocabularies of the two
-            differ.
+        InputError: two features have one name, an item feature is missing, table sizes or vocabularies of the two
+            differ, or a column is read as two types.
 
     Example::
 
@@ -178,6 +187,13 @@ class RequestSchema:
                 raise InputError(
                     f"schema {self.dataset!r}: one table serves history and candidates, but {field} is "
                     f"{values['history_item']} for history_item and {values['candidate_item']} for candidate_item"
+                )
+        types = dict.fromkeys(OWN_COLUMNS, pa.int64())
+        for feature in self.features:
+            if not (have := types.setdefault(feature.source, feature.arrow_type)).equals(feature.arrow_type):
+                raise InputError(
+                    f"schema {self.dataset!r}: feature {feature.name!r} reads column {feature.source!r} as "
+                    f"{feature.arrow_type}, but it is {have} already: give the feature a column of its own"
                 )
 
     def of(self, side: Side, *kinds: Kind) -> tuple[Feature, ...]:
@@ -279,9 +295,17 @@ class RequestSchema:
 
     def arrow_schema(self) -> pa.Schema:
         """The columns of a request-level Parquet file: one row per request."""
-        columns = {"request_id": pa.int64(), "user": pa.int64(), "time": pa.int64()}
-        columns |= {f.source: f.arrow_type for f in self.features}
+        columns = dict.fromkeys(OWN_COLUMNS, pa.int64()) | {f.source: f.arrow_type for f in self.features}
         return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+    @property
+    def contents(self) -> dict[str, Content]:
+        """What the values of each column of `arrow_schema()` are; times, if any feature reads them as such."""
+        contents = dict(OWN_COLUMNS)
+        for feature in self.features:
+            if contents.setdefault(feature.source, feature.content) != "time":
+                contents[feature.source] = feature.content
+        return contents
 
     def to_json(self) -> str:
         """The schema as readable JSON, features without the fields that have their default."""

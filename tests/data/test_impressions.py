@@ -1,6 +1,8 @@
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SCHEMA, make_table
-from torchrec_amort.data import impressions, kuairand, log, mind, movielens
+from torchrec_amort.data import impressions, kuairand, log, mind, movielens, writer
 from torchrec_amort.data.counts import read_counts, sizes
 from torchrec_amort.data.impressions import to_impressions, to_requests
 from torchrec_amort.data.log import SPLITS, candidate_columns, impression_schema
@@ -249,7 +251,15 @@ MISFITS = [
     ("user_id", column(ROWS, "user_id", {4: 1.5}, pa.float64()), "row 4: user_id is 1.5, which int64 does not"),
     ("user_id", column(ROWS, "user_id", {4: 2.0**63}, pa.float64()), r"row 4: user_id is 9.223\S*, which int64 does"),
     ("user_id", pa.array(["7"] * N), "row 0: user_id is string, not a number"),
-    ("time", pa.array([0] * N, pa.timestamp("s")), r"row 0: time is timestamp\[.*\], not a number: .* whole seconds"),
+    ("user_id", pa.array([True] * N), "row 0: user_id is bool, not a number"),
+    ("user", pa.array([0] * N, pa.timestamp("s")), r"row 0: user is timestamp\[.*\], not a number"),
+    ("time", pa.array([0] * N, pa.duration("s")), r"row 0: time is duration\[s\], not a time"),
+    ("time", pa.array([1_600_000_000_000] * N), "row 0: time is 1600000000000, after .* divide it by 1,000"),
+    (
+        "time",
+        column(ROWS, "time", {i: 10**12 + (i == 4) for i in range(N)}, pa.timestamp("ms")),
+        "row 4: time is 2001-09-09T01:46:40.001, not a whole second: .* name .* in rounded, to cut it",
+    ),
     ("candidate_item", column(ROWS, "candidate_item", {5: None}, pa.int64()), "row 5: candidate_item is null"),
     ("liked", column(ROWS, "liked", {2: None}, pa.float32()), "row 2: liked is null"),
     ("liked", column(ROWS, "liked", {2: np.nan}, pa.float32()), "row 2: liked is nan, not a finite number"),
@@ -257,7 +267,7 @@ MISFITS = [
     ("price", pa.array([0.1] * N, pa.float64()), "row 0: price is 0.1, which float32 does not .* name .* in rounded"),
     ("price", pa.array([2**53 + 1] * N, pa.int64()), f"row 0: price is {2**53 + 1}, which float32 does not hold"),
     ("genres", pa.array([1] * N), "row 0: genres is int64, not a list"),
-    ("genres", column(ROWS, "genres", {6: [1, None]}, pa.list_(pa.int64())), "row 6: genres has an entry that is null"),
+    ("genres", column(ROWS, "genres", {6: [1, None]}, pa.list_(pa.int64())), "row 6: genres has a null"),
     ("interests", column(ROWS, "interests", {6: None}, pa.list_(pa.int64())), "row 6: interests is null"),
     (
         "history_item",
@@ -287,7 +297,7 @@ def test_floats_are_rounded_if_that_is_asked_for(tmp_path: Path, out: Path) -> N
     write_log(path, ROWS, price=pa.array([1e39] * N))
     with pytest.raises(InputError, match=r"row 0: price is 1e\+39, which float32 does not hold exactly: mend the log$"):
         to_requests({"train": path}, SCHEMA, out, rounded=["price"], overwrite=True)
-    with pytest.raises(InputError, match=r"rounded: 'user_id' is no column of floats; .*'price'"):
+    with pytest.raises(InputError, match=r"rounded: 'user_id' is no column of floats or times; .*'price'"):
         to_requests({"train": path}, SCHEMA, out, rounded=["user_id"], overwrite=True)
 
 
@@ -360,11 +370,115 @@ def test_columns_that_would_be_lost_or_are_missing_are_named(tmp_path: Path, out
         pq.write_table(pq.read_table(path).drop_columns(["shop", "page", name]), tmp_path / "less.parquet")
         with pytest.raises(InputError, match=rf"less\.parquet: column '{name}' is missing"):
             to_requests({"train": tmp_path / "less.parquet"}, SCHEMA, out)
-    (tmp_path / "day=3").mkdir()
-    write_log(tmp_path / "day=3" / "log.parquet", ROWS)
-    with pytest.raises(InputError, match=r"does not name the columns \['day'\]"):
-        to_requests({"train": tmp_path / "day=3"}, SCHEMA, out)
-    to_requests({"train": tmp_path / "day=3"}, SCHEMA, out, drop=["day"])
+
+
+def test_folders_below_the_given_one_are_partitions_and_no_others(tmp_path: Path, out: Path) -> None:
+    log_ = tmp_path / "run=7" / "log"
+    (log_ / "day=3").mkdir(parents=True)
+    file = write_log(log_ / "day=3" / "a.parquet", ROWS)
+    for given_ in (log_, log_.parent / "*" / "day=*" / "*.parquet", log_ / "day=*", log_ / "**"):
+        with pytest.raises(InputError, match=r"a\.parquet: the schema does not name the columns \['day'\]"):
+            to_requests({"train": given_}, SCHEMA, out)
+        to_requests({"train": given_}, SCHEMA, out, drop=["day"], overwrite=True)
+        assert len(rows_of(out / "train")) == 12
+        shutil.rmtree(out)
+    for given_ in (file, file.parent, file.parent / "*.parquet"):
+        to_requests({"train": given_}, SCHEMA, out, overwrite=True)
+        assert len(rows_of(out / "train")) == 12
+
+
+def test_leftovers_in_a_folder_are_no_part_of_the_log(tmp_path: Path, out: Path) -> None:
+    log_ = tmp_path / "_logs" / ".today"
+    (log_ / "_temporary" / "0").mkdir(parents=True)
+    (log_ / "day").mkdir()
+    write_log(log_ / "day" / "a.parquet", ROWS)
+    write_log(log_ / "_temporary" / "0" / "a.parquet", ROWS)
+    (log_ / "day" / "._a.parquet").write_bytes(b"macOS")
+    (log_ / "day" / "folder.parquet").mkdir()
+    for given_ in (log_, log_ / "*" / "*.parquet", log_ / "**" / "*.parquet", log_ / "*"):
+        report = to_requests({"train": given_}, SCHEMA, out, overwrite=True)
+        assert report["log"] == {"train": [str(log_ / "day" / "a.parquet")]}
+    named = to_requests({"train": log_ / "_temp*" / "*" / "*.parquet"}, SCHEMA, out, overwrite=True)
+    assert named["log"] == {"train": [str(log_ / "_temporary" / "0" / "a.parquet")]}
+    with pytest.raises(InputError, match="no Parquet files there"):
+        to_requests({"train": log_ / "_temporary" / "*.parquet"}, SCHEMA, out, overwrite=True)
+    to_requests({"train": log_}, SCHEMA, out, overwrite=True)
+    (out / "train" / "._part-00000.parquet").write_bytes(b"macOS")
+    to_impressions(out, tmp_path / "back")
+    assert len(rows_of(tmp_path / "back" / "train")) == N
+
+
+def test_times_are_cut_to_whole_seconds_if_that_is_asked_for(tmp_path: Path, out: Path) -> None:
+    times = pa.array([row["time"] * 1000 + 999 for row in ROWS], pa.timestamp("ms", tz="Europe/Berlin"))
+    path = write_log(tmp_path / "log.parquet", ROWS, time=times)
+    to_requests({"train": path}, SCHEMA, out, rounded=["time"])
+    to_impressions(out, tmp_path / "back")
+    assert rows_of(tmp_path / "back" / "train") == ROWS
+
+
+def test_a_log_in_layouts_of_all_kinds_is_read_as_it_is(tmp_path: Path, out: Path) -> None:
+    """Parquet keeps the Arrow type; list views with lists in any order, some read twice."""
+    rows = [{**row, "history_item": [5, 6], "history_action": [1, 2], "history_time": [7, 86_400]} for row in ROWS]
+    values = pa.array([6, 5, 5, 6])
+    offsets, sizes = pa.array([2] * N, pa.int32()), pa.array([2] * N, pa.int32())
+    path = write_log(
+        tmp_path / "log.parquet",
+        rows,
+        history_item=pa.ListViewArray.from_arrays(offsets, sizes, values),
+        history_action=pa.array([[1, 2]] * N, pa.list_(pa.int8(), 2)),
+        history_time=pa.array([[7 * 10**9, 86_400 * 10**9]] * N, pa.large_list(pa.timestamp("ns"))),
+        time=column(rows, "time", {}, pa.timestamp("us", tz="UTC")),
+        genres=column(rows, "genres", {}, pa.large_list_view(pa.int32())),
+    )
+    to_requests({"train": path}, SCHEMA, out)
+    to_impressions(out, tmp_path / "back")
+    assert rows_of(tmp_path / "back" / "train") == rows
+    for kind in (pa.map_(pa.int64(), pa.int64()), pa.struct({"a": pa.int64()})):
+        values = pa.array([{"a": 1}] * N, kind) if pa.types.is_struct(kind) else pa.array([[(1, 2)]] * N, kind)
+        write_log(path, rows, history_item=values)
+        with pytest.raises(InputError, match=r"log\.parquet: row 0: history_item is (map|struct)<.*, not a list"):
+            to_requests({"train": path}, SCHEMA, out, overwrite=True)
+
+
+def peak(function: Callable[[], Any]) -> int:
+    """Most bytes that Arrow and numpy together had at once, at most."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        function()
+        return int(pool.max_memory()) + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+
+
+def test_memory_does_not_grow_with_the_length_of_histories(tmp_path: Path, out: Path) -> None:
+    """A small file: histories that repeat take no space in Parquet."""
+    num_requests, events = 600, 5_000
+    history = {"history_item": [1] * events, "history_action": [2] * events, "history_time": [3] * events}
+    row = {**ROWS[0], **history}
+    lists_ = {name: pa.array([row[name]]).take(pa.array([0] * num_requests)) for name in history}
+    ids = pa.array(np.arange(num_requests))
+    table = pa.table({name: pa.array([value] * num_requests) for name, value in row.items() if name not in history})
+    table = pa.table({**{name: table[name] for name in table.column_names}, **lists_, "request_id": ids})
+    path = tmp_path / "log.parquet"
+    pq.write_table(table, path)
+    assert path.stat().st_size < 2**20 < table.nbytes / 50
+    del table, lists_, row, history
+    with (
+        patch.object(log, "ROWS_PER_BATCH", 16_384),
+        patch.object(impressions, "ROWS_PER_BATCH", 16_384),
+        patch.object(impressions, "ROWS_PER_BUCKET", 65_536),
+        patch.object(log, "BYTES_PER_BATCH", 2**20, create=True),
+        patch.object(impressions, "BYTES_PER_BATCH", 2**20, create=True),
+        patch.object(impressions, "BYTES_PER_MERGE", 2**20, create=True),
+        patch.object(writer, "ROWS_PER_GROUP", 8),
+    ):
+        there = peak(lambda: to_requests({"train": path}, SCHEMA, out))
+        back = peak(lambda: to_impressions(out, tmp_path / "back"))
+    assert (there < 24 * 2**20, back < 24 * 2**20) == (True, True), (there, back)
 
 
 def test_keys_that_do_not_tell_requests_are_refused(tmp_path: Path, out: Path) -> None:

@@ -18,6 +18,7 @@ from torchrec_amort.schema import KINDS_OF_IDS, Feature, InputError, RequestSche
 COUNTS_FILE = "counts.json"
 TRAIN = "train"
 SIZES = ("requests", "candidates", "users")
+MOST_WAITING = 2**20
 
 _logger = logging.getLogger(__name__)
 
@@ -38,17 +39,12 @@ class IdCounts:
 
     def __init__(self, schema: RequestSchema) -> None:
         self.features = [feature for feature in schema.features if feature.kind in KINDS_OF_IDS]
-        # Of each column: the different ids, in order, and how often each came.
-        none = np.empty(0, np.int64)
-        self._ids = {feature.source: (none, none) for feature in self.features}
+        self._columns = {feature.source: _Column() for feature in self.features}
 
     def add(self, table: pa.Table) -> None:
         """Count the ids of some requests, in columns of the schema's types."""
-        for column, (known, known_counts) in self._ids.items():
-            more, more_counts = np.unique(_entries(table[column]), return_counts=True)
-            ids, place = np.unique(np.concatenate([known, more]), return_inverse=True)
-            counts = np.bincount(place, np.concatenate([known_counts, more_counts]), minlength=len(ids))
-            self._ids[column] = ids, counts
+        for name, column in self._columns.items():
+            column.add(_entries(table[name]))
 
     def unknown_shares(self, train: IdCounts | None) -> dict[str, float]:
         """The share of each feature's ids that a model does not know.
@@ -63,7 +59,7 @@ class IdCounts:
         return {feature.name: self._unknown_share(feature, train) for feature in self.features}
 
     def _unknown_share(self, feature: Feature, train: IdCounts | None) -> float:
-        ids, counts = self._ids[feature.source]
+        ids, counts = self._columns[feature.source].counted()
         is_unknown = np.zeros(len(ids), bool)
         if feature.vocabulary == "unknown":
             is_unknown = (ids <= 0) | (ids >= (feature.table_size or 0))
@@ -71,8 +67,34 @@ class IdCounts:
             is_unknown = ids == 0
         if train is not None:
             columns = {f.source for f in train.features if f.table == feature.table}
-            is_unknown |= ~np.isin(ids, np.concatenate([train._ids[column][0] for column in columns]))
+            known = [train._columns[column].counted()[0] for column in columns]
+            is_unknown |= ~np.isin(ids, np.concatenate(known))
         return float(counts[is_unknown].sum() / max(1, counts.sum()))
+
+
+class _Column:
+    """The different ids of a column, in order, and how often each came."""
+
+    def __init__(self) -> None:
+        self._ids = self._counts = np.empty(0, np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._num_waiting = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        self._waiting.append(ids)
+        self._num_waiting += len(ids)
+        # As many as there are already, so that each is sorted a few times only.
+        if self._num_waiting >= max(MOST_WAITING, len(self._ids)):
+            self.counted()
+
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._waiting:
+            more, more_counts = np.unique(np.concatenate(self._waiting), return_counts=True)
+            self._ids, place = np.unique(np.concatenate([self._ids, more]), return_inverse=True)
+            counts = np.concatenate([self._counts, more_counts])
+            self._counts = np.bincount(place, counts, minlength=len(self._ids))
+            self._waiting, self._num_waiting = [], 0
+        return self._ids, self._counts
 
 
 class SplitCounts:

@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE, read_counts, sizes
 from torchrec_amort.data.log import (
+    BYTES_PER_BATCH,
     ROWS_PER_BATCH,
     SPLITS,
     ImpressionLog,
@@ -32,8 +34,9 @@ from torchrec_amort.data.log import (
     open_file,
     refuse_columns,
 )
+from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.splits import lists_of, split_bounds
-from torchrec_amort.data.writer import ROWS_PER_GROUP, write_requests
+from torchrec_amort.data.writer import write_requests
 from torchrec_amort.files import new_folder, write_json, write_text
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
@@ -43,6 +46,8 @@ REPORT_FILE = "migration.json"
 # The log is sorted by dealing it to buckets of neighbouring requests, each a file that is open, and then one by one.
 ROWS_PER_BUCKET = 65_536
 MOST_BUCKETS = 128
+# Of a bucket, as many requests as have about that many bytes are put together at once.
+BYTES_PER_MERGE = 64 * 2**20
 
 PLACE, ROW = ".place", ".row"
 
@@ -72,7 +77,7 @@ def to_requests(
         request_key: the columns whose values together tell a request; `request_id` unless given. With a key, the log
             has no `request_id`, or it is dropped: requests are numbered in the order of their first rows.
         drop: columns of the log that are left out.
-        rounded: columns of floats that may be rounded to float32.
+        rounded: columns of floats that may be rounded to float32, and of times that may be cut to whole seconds.
         overwrite: replace a folder that is there.
         refuse_same_second: see `write_requests`.
 
@@ -306,6 +311,7 @@ class _Merged:
     def __init__(self, log: ImpressionLog, requests: _Requests, folder: Path) -> None:
         self.log = log
         self.places = requests
+        self.bytes = np.zeros(len(requests.sizes), np.int64)
         self.folder = folder / "buckets"
         self.candidate_columns = candidate_columns(log.schema)
         self.disagreements = _Disagreements()
@@ -322,7 +328,9 @@ class _Merged:
                 for first_row, batch in self.log.batches(list(self.log.types)):
                     self.impressions.add(batch)
                     table = self._merge(self._single_candidates(batch, first_row))
-                    buckets = self.places.bucket[table[PLACE].to_numpy()]
+                    place = table[PLACE].to_numpy()
+                    self.bytes[place] += _bytes_of_rows(table)
+                    buckets = self.places.bucket[place]
                     starts = np.flatnonzero(np.diff(buckets, prepend=-1))
                     for start, stop in itertools.pairwise([*starts.tolist(), table.num_rows]):
                         bucket = int(buckets[start])
@@ -375,19 +383,54 @@ class _Merged:
     def _split_tables(self, start: int, stop: int, bar: tqdm[Any]) -> Iterator[pa.Table]:
         schema = self.log.schema.arrow_schema()
         for bucket in np.unique(self.places.bucket[start:stop]).tolist():
-            with pa.ipc.open_file(str(self._path(bucket))) as reader:
-                table = self._merge(reader.read_all())
+            for merged in self._bucket_tables(bucket):
+                requests = merged if self.log.has_id else self._with_ids(merged)
+                requests = requests.select(schema.names)
+                self.requests.add(requests)
+                self.users.update(requests["user"].to_pylist())
+                yield requests
+                bar.update(requests.num_rows)
             self._path(bucket).unlink()
-            if not self.log.has_id:
-                table = table.append_column("request_id", pa.array(self.places.ids[table[PLACE].to_numpy()]))
-            if bucket == self.places.bucket[-1]:
-                # Not before, to tell how many there are.
-                self.disagreements.refuse(self.log, len(self.places.sizes))
-            requests = table.select(schema.names).cast(schema)
-            self.requests.add(requests)
-            self.users.update(requests["user"].to_pylist())
-            yield requests
-            bar.update(requests.num_rows)
+
+    def _with_ids(self, table: pa.Table) -> pa.Table:
+        return table.append_column("request_id", pa.array(self.places.ids[table[PLACE].to_numpy()]))
+
+    def _bucket_tables(self, bucket: int) -> Iterator[pa.Table]:
+        """The requests of a bucket, some at a time, each whole."""
+        first, stop = np.searchsorted(self.places.bucket, [bucket, bucket + 1]).tolist()
+        size_before = np.cumsum(self.bytes[first:stop]) - self.bytes[first:stop]
+        starts = first + np.flatnonzero(np.diff(size_before // BYTES_PER_MERGE, prepend=-1))
+        with pa.ipc.open_file(str(self._path(bucket))) as reader:
+            for low, high in itertools.pairwise([*starts.tolist(), stop]):
+                parts = [_rows_of_places(reader.get_batch(i), low, high) for i in range(reader.num_record_batches)]
+                table = self._merge(pa.Table.from_batches(parts, reader.schema))
+                if high == len(self.places.sizes):
+                    # Not before, to tell how many there are.
+                    self.disagreements.refuse(self.log, len(self.places.sizes))
+                yield table
+
+
+def _rows_of_places(batch: pa.RecordBatch, low: int, high: int) -> pa.RecordBatch:
+    """The rows of some requests out of a batch in the order of requests; a copy, unless it is the whole batch."""
+    start, stop = np.searchsorted(batch[PLACE].to_numpy(), [low, high]).tolist()
+    return batch if stop - start == batch.num_rows else batch.take(pa.array(np.arange(start, stop)))
+
+
+def _bytes_of_rows(table: pa.Table) -> np.ndarray:
+    """About how many bytes each row takes: [rows]."""
+    sizes = np.zeros(table.num_rows, np.int64)
+    for name in table.column_names:
+        sizes += 8 * _values_of_rows(_array(table, name))
+    return sizes
+
+
+def _values_of_rows(array: pa.Array) -> np.ndarray:
+    """How many values, and lists in lists, each row has: [rows]."""
+    if not pa.types.is_list(array.type):
+        return np.ones(len(array), np.int64)
+    ends = np.cumsum(_values_of_rows(array.flatten()), dtype=np.int64)
+    lengths = array.value_lengths().to_numpy()
+    return np.diff(np.concatenate([[0], ends])[np.cumsum(lengths, dtype=np.int64)], prepend=0) + 1
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:
@@ -417,7 +460,7 @@ class _Exploded:
         """Write the files of a split, each as one of impressions."""
         out.mkdir()
         first_table = len(self._sizes)
-        for path in sorted(folder.glob("*.parquet")):
+        for path in visible_files(folder.glob("*.parquet"), folder):
             with pq.ParquetWriter(out / path.name, impression_schema(self.schema)) as writer:
                 for table in self._read(path):
                     for piece in self._pieces(table):
@@ -432,35 +475,39 @@ class _Exploded:
                 )
 
     def _read(self, path: Path) -> Iterator[pa.Table]:
-        """The requests of a file, checked, some hundred at a time."""
-        schema = self.schema.arrow_schema()
-        refuse_columns(path, open_file(path)[1], schema.names, ())
+        """The requests of a file, checked, some at a time."""
+        names = self.schema.arrow_schema().names
+        refuse_columns(path, open_file(path, path.parent)[1], names, ())
         row = 0
-        for table in batches_of(path, schema.names, ROWS_PER_GROUP):
+        for batch in batches_of(path, names):
+            table = typed_table(batch, self.schema, str(path), row)
             RequestBatch.from_arrow(table, self.schema, source=str(path), first_row=row)
             row += table.num_rows
-            yield table.cast(schema)
+            yield table
 
     def _pieces(self, table: pa.Table) -> Iterator[pa.Table]:
-        """The impressions of requests, not many more at a time than a batch has rows."""
+        """The impressions of requests, as many at a time as a batch has rows or bytes."""
         self.requests.add(table)
         self.users.update(table["user"].to_pylist())
         self._ids.append(table["request_id"].to_numpy())
         sizes = pc.list_value_length(table["candidate_item"]).to_numpy().astype(np.int64)
         self._sizes.append(sizes)
-        starts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // ROWS_PER_BATCH, prepend=-1))
-        for start, stop in itertools.pairwise([*starts.tolist(), table.num_rows]):
-            piece = self._explode(table.slice(start, stop - start), sizes[start:stop])
+        request_of_row = np.repeat(np.arange(table.num_rows), sizes)
+        bytes_of_row = _bytes_of_rows(table.drop_columns(self.candidate_columns))[request_of_row]
+        size_before = np.cumsum(bytes_of_row) - bytes_of_row
+        is_first = np.diff(size_before // BYTES_PER_BATCH, prepend=-1) != 0
+        starts = np.flatnonzero(is_first | (np.arange(len(is_first)) % ROWS_PER_BATCH == 0))
+        for start, stop in itertools.pairwise([*starts.tolist(), len(request_of_row)]):
+            piece = self._explode(table, request_of_row[start:stop], start)
             self.impressions.add(piece)
             yield piece
 
-    def _explode(self, table: pa.Table, sizes: np.ndarray) -> pa.Table:
-        """A row for each candidate."""
-        request_of_row = pa.array(np.repeat(np.arange(table.num_rows), sizes))
+    def _explode(self, table: pa.Table, request_of_row: np.ndarray, first_row: int) -> pa.Table:
+        """Rows for some of the candidates of all requests, from one candidate on."""
         columns = [
-            _array(table, name).flatten()
+            _array(table, name).flatten().slice(first_row, len(request_of_row))
             if name in self.candidate_columns
-            else _array(table, name).take(request_of_row)
+            else _array(table, name).take(pa.array(request_of_row))
             for name in table.column_names
         ]
         return pa.table(columns, impression_schema(self.schema))
@@ -476,7 +523,7 @@ class _Exploded:
 
 
 def _parts(folder: Path, splits: Iterable[str]) -> list[Path]:
-    return [path for split in splits for path in sorted((folder / split).glob("*.parquet"))]
+    return [path for split in splits for path in visible_files((folder / split).glob("*.parquet"), folder)]
 
 
 # ----- the report ---------------------------------------------------------------------------------------------------

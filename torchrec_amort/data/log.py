@@ -11,15 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from torchrec_amort.data.splits import lists_of
+from torchrec_amort.columns import MisfitError, decoded, typed
+from torchrec_amort.data.parquet import HIDDEN, visible_files
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError, RequestSchema, one_line
 
 SPLITS = ("train", "validation", "test")
+# A batch has at most as many rows, and about as many bytes: a row of a long history may have a hundred kilobytes.
 ROWS_PER_BATCH = 16_384
+BYTES_PER_BATCH = 32 * 2**20
+# Rows of a file are not alike, and what is decoded at once is of one number of rows for the whole file.
+_MOST_ROWS_AT_ONCE = 128
 
 Paths = str | Path
 
@@ -69,7 +73,7 @@ class ImpressionLog:
         schema: what the requests are made of.
         request_key: the columns whose values together tell a request; `request_id` if None.
         drop: columns that are left out.
-        rounded: columns of floats that may be rounded to float32.
+        rounded: columns of floats that may be rounded to float32, and of times that may be cut to whole seconds.
 
     Raises:
         InputError: a file cannot be read, a column is missing, or one would be lost.
@@ -98,8 +102,8 @@ class ImpressionLog:
         self.files: list[_File] = []
         names: dict[Path, list[str]] = {}
         for split in self.splits:
-            for path in _expand(given[split]):
-                num_rows, names[path] = open_file(path)
+            for path, top in _expand(given[split]):
+                num_rows, names[path] = open_file(path, top)
                 self.files.append(_File(path, split, self.num_rows, num_rows))
         if not self.num_rows:
             raise InputError(f"{', '.join(str(path) for path in self.paths)}: no rows: give a log that has some")
@@ -111,6 +115,7 @@ class ImpressionLog:
             refuse_columns(path, present, [*columns, *self.key], drop)
         types = impression_schema(schema)
         self.types = {name: types.field(name).type for name in columns}
+        self.contents = schema.contents
         self.rounded = rounded
 
     @property
@@ -154,9 +159,9 @@ class ImpressionLog:
             raise InputError(f"drop: {needed[0]!r} is a column of the schema: take it out of the schema, or keep it")
         if absent := sorted(set(drop) - set(itertools.chain(*names.values()))):
             raise InputError(f"drop: {absent[0]!r} is no column of the log")
-        floats = [f.source for f in self.schema.features if f.kind in ("dense", "label")]
-        if others := sorted(set(rounded) - set(floats)):
-            raise InputError(f"rounded: {others[0]!r} is no column of floats; there are {floats}")
+        can_round = [name for name, content in self.schema.contents.items() if content != "id"]
+        if others := sorted(set(rounded) - set(can_round)):
+            raise InputError(f"rounded: {others[0]!r} is no column of floats or times; there are {can_round}")
 
     def at(self, row: int) -> str:
         """Where a row is, for messages."""
@@ -173,7 +178,7 @@ class ImpressionLog:
         tables = []
         with progress(total=self.num_rows, desc="read keys", unit="rows") as bar:
             for file in self.files:
-                batches = [_decoded(batch) for batch in batches_of(file.path, self.key, ROWS_PER_BATCH)]
+                batches = [_decoded(batch) for batch in batches_of(file.path, self.key)]
                 tables += [pa.concat_tables(batches)] if batches else []
                 bar.update(file.num_rows)
         try:
@@ -190,47 +195,58 @@ class ImpressionLog:
         """The key of one row, for messages."""
         file = next(file for file in self.files if row < file.first_row + file.num_rows)
         skipped = row - file.first_row
-        for batch in batches_of(file.path, self.key, ROWS_PER_BATCH):
+        for batch in batches_of(file.path, self.key):
             if skipped < batch.num_rows:
                 return ", ".join(f"{name} {value}" for name, value in batch.slice(skipped, 1).to_pylist()[0].items())
             skipped -= batch.num_rows
         raise InputError(f"{file.path}: changed while it was read: read it again")
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
-        """Some thousand rows at a time of some columns, after the number of the first of them.
+        """Some thousand rows at a time of some columns, fewer if they are long, after the number of the first of them.
 
         Raises:
             InputError: a value that its type does not hold exactly: names the file, the row and the value.
         """
         for file in self.files:
             row = file.first_row
-            for batch in batches_of(file.path, names, ROWS_PER_BATCH):
-                yield row, pa.table({name: self._exact(name, batch[name].combine_chunks(), row) for name in names})
+            for batch in batches_of(file.path, names):
+                yield row, pa.table({name: self._exact(name, batch[name], row) for name in names})
                 row += batch.num_rows
 
-    def _exact(self, name: str, array: pa.Array, first_row: int) -> pa.Array:
+    def _exact(self, name: str, column: pa.ChunkedArray, first_row: int) -> pa.Array:
+        rounded = name in self.rounded
         try:
-            return _exact(array, self.types[name], name in self.rounded)
-        except _MisfitError as misfit:
+            return typed(column, self.types[name], self.contents[name], rounded=rounded, finite=True)
+        except MisfitError as misfit:
             where = self.at(first_row + misfit.place)
-            raise InputError(f"{where}: {name} {misfit}: mend the log{misfit.advice}") from misfit
+            advice = f", or name the column in rounded, {misfit.if_rounded}" if misfit.if_rounded else ""
+            raise InputError(f"{where}: {name} {misfit}: mend the log{advice}") from misfit
 
 
-def _expand(given: Paths) -> list[Path]:
-    """The Parquet files of a file, folder or pattern, in the order of their names."""
+def _expand(given: Paths) -> list[tuple[Path, Path]]:
+    """The Parquet files of a file, folder or pattern, in the order of their names, each with the folder that is given.
+
+    A pattern's is what stands before the first wildcard.
+    """
     path = Path(given)
     if path.is_file():
-        return [path]
-    found = sorted(
-        path.rglob("*.parquet") if path.is_dir() else (Path(p) for p in glob.glob(str(given), recursive=True))
-    )
+        return [(path, path.parent)]
+    if path.is_dir():
+        top, found = path, visible_files(path.rglob("*.parquet"), path)
+    else:
+        fixed = next((place for place, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
+        top, free = Path(*path.parts[:fixed]), path.parts[fixed:]
+        matched = [Path(name) for name in glob.glob(str(given), recursive=True)]
+        files = {file for match in matched for file in (match.rglob("*.parquet") if match.is_dir() else [match])}
+        # What the pattern itself names is meant.
+        found = visible_files(files, top, "".join(set(HIDDEN) - {part[0] for part in free}))
     if not found:
         raise InputError(f"{given}: no such file, folder or pattern, or no Parquet files there")
-    return found
+    return [(file, top) for file in found]
 
 
-def open_file(path: Path) -> tuple[int, list[str]]:
-    """Number of rows and columns of a file; those that the names of its folders tell are columns, too."""
+def open_file(path: Path, top: Path) -> tuple[int, list[str]]:
+    """Number of rows and columns of a file; what the names of folders below the given one tell are columns, too."""
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -239,7 +255,8 @@ def open_file(path: Path) -> tuple[int, list[str]]:
         raise InputError(f"{path}: not a complete Parquet file ({one_line(error)}): copy it again") from error
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{path}: column {twice[0]!r} is there twice: rename one")
-    return num_rows, [*names, *(part.partition("=")[0] for part in path.parent.parts if "=" in part)]
+    folders = path.parent.relative_to(top).parts
+    return num_rows, [*names, *(folder.partition("=")[0] for folder in folders if "=" in folder)]
 
 
 def refuse_columns(path: Path, present: Sequence[str], wanted: Sequence[str], drop: Collection[str]) -> None:
@@ -256,93 +273,38 @@ def refuse_columns(path: Path, present: Sequence[str], wanted: Sequence[str], dr
         )
 
 
-def batches_of(path: Path, names: Sequence[str], size: int) -> Iterator[pa.Table]:
-    """Columns of a file, some rows at a time."""
+def batches_of(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Columns of a file, as many rows at a time as `ROWS_PER_BATCH` and `BYTES_PER_BATCH` allow, at least one."""
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(size, columns=list(names)):
-                yield pa.Table.from_batches([batch]).select(list(names))
+            pending: list[pa.RecordBatch] = []
+            for batch in file.iter_batches(_rows_at_once(file.metadata, names), columns=list(names)):
+                pending.append(batch)
+                rows, size = sum(b.num_rows for b in pending), sum(b.nbytes for b in pending)
+                if rows >= ROWS_PER_BATCH or size >= BYTES_PER_BATCH:
+                    yield pa.Table.from_batches(pending).select(list(names))
+                    pending = []
+            if pending:
+                yield pa.Table.from_batches(pending).select(list(names))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
 
 
+def _rows_at_once(metadata: pq.FileMetaData, names: Sequence[str]) -> int:
+    """How many rows of a file are decoded at once: of the longest row group, a batch's bytes on average.
+
+    Compressed and encoded sizes tell nothing of that, a history that repeats takes no space; numbers of values do.
+    """
+    bytes_per_row = 1.0
+    for group in (metadata.row_group(place) for place in range(metadata.num_row_groups)):
+        leaves = (group.column(place) for place in range(group.num_columns))
+        values = sum(leaf.num_values for leaf in leaves if leaf.path_in_schema.partition(".")[0] in names)
+        bytes_per_row = max(bytes_per_row, 8 * values / max(group.num_rows, 1))
+    return max(1, min(_MOST_ROWS_AT_ONCE, int(BYTES_PER_BATCH / bytes_per_row)))
+
+
 def _decoded(table: pa.Table) -> pa.Table:
     """The table without dictionaries."""
-    for place, field in enumerate(table.schema):
-        if pa.types.is_dictionary(field.type):
-            table = table.set_column(place, field.name, table[field.name].cast(field.type.value_type))
-    return table
-
-
-# ----- exact values -------------------------------------------------------------------------------------------------
-
-
-class _MisfitError(Exception):
-    """A value that its type cannot hold, at a place of an array."""
-
-    def __init__(self, place: int, what: str, advice: str = "") -> None:
-        super().__init__(what)
-        self.place, self.advice = place, advice
-
-
-_KINDS_OF_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-
-
-def _exact(array: pa.Array, expected: pa.DataType, rounded: bool) -> pa.Array:
-    """The same values in another type, floats rounded to it only if allowed."""
-    if pa.types.is_dictionary(array.type):
-        array = array.cast(array.type.value_type)
-    if array.null_count:
-        raise _MisfitError(int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), "is null")
-    if not pa.types.is_list(expected):
-        return _exact_numbers(array, expected, rounded)
-    if not any(is_kind(array.type) for is_kind in _KINDS_OF_LISTS):
-        raise _MisfitError(0, f"is {array.type}, not a list")
-    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-    try:
-        entries = _exact(array.flatten(), expected.value_type, rounded)
-    except _MisfitError as misfit:
-        row = int(np.searchsorted(np.cumsum(lengths), misfit.place, side="right"))
-        raise _MisfitError(row, f"has an entry that {misfit}", misfit.advice) from misfit
-    return lists_of(lengths, entries)
-
-
-def _exact_numbers(array: pa.Array, expected: pa.DataType, rounded: bool) -> pa.Array:
-    kind = array.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        advice = ", with times as whole seconds since 1970" if pa.types.is_temporal(kind) else ""
-        raise _MisfitError(0, f"is {kind}, not a number", advice)
-    if kind.equals(pa.int64()) and pa.types.is_integer(expected):
-        return array
-    values, dtype = array.to_numpy(zero_copy_only=False), expected.to_pandas_dtype()
-    fits = _fits_integer(values) if pa.types.is_integer(expected) else _fits_float(values, rounded)
-    if len(wrong := np.flatnonzero(~fits)):
-        value, holder = values[wrong[0]].item(), dtype.__name__
-        if not np.isfinite(value):
-            raise _MisfitError(int(wrong[0]), f"is {value}, not a finite number")
-        can_round = pa.types.is_floating(expected) and not rounded
-        advice = ", or name the column in rounded, to round it" if can_round else ""
-        raise _MisfitError(int(wrong[0]), f"is {value}, which {holder} does not hold exactly", advice)
-    return pa.array(values.astype(dtype, copy=False))
-
-
-def _fits_integer(values: np.ndarray) -> np.ndarray:
-    """Which numbers int64 holds exactly."""
-    if values.dtype.kind == "f":
-        # As float64 the greatest int64 is 2**63, which is none.
-        return np.isfinite(values) & (values == np.floor(values)) & (values >= -(2.0**63)) & (values < 2.0**63)
-    if values.dtype.kind == "u":
-        return values.astype(np.uint64) < np.uint64(2**63)
-    return np.ones(len(values), bool)
-
-
-def _fits_float(values: np.ndarray, rounded: bool) -> np.ndarray:
-    """Which numbers are finite as float32, and the same unless they may be rounded."""
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    if rounded:
-        return np.isfinite(narrow)
-    wide = values.astype(np.float64)
-    # Beyond 2**53, float64 does not tell whole numbers apart.
-    is_told = (np.abs(wide) < 2.0**53) | (values.dtype.kind == "f")
-    return np.isfinite(narrow) & (narrow == wide) & is_told
+    return pa.table(
+        {name: pa.chunked_array([decoded(chunk) for chunk in table[name].chunks]) for name in table.column_names}
+    )

@@ -19,12 +19,14 @@ import pyarrow.parquet as pq
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE
+from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.schema import InputError, RequestSchema, one_line, refuse_missing
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Rows `start` to `stop` of one row group of a file."""
 
     path: Path
@@ -95,7 +97,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         self.history_length = history_length
         self.seed = seed
         self.unknown_rate = self._unknown_rate_of_column(unknown_rate or {})
-        self._row_groups = _row_groups(Path(folder) / split, self.schema)
+        self._row_groups = row_groups(Path(folder) / split, self.schema)
         num_requests = sum(piece.num_rows for piece in self._row_groups)
         if num_requests == 0:
             raise InputError(_empty(Path(folder), split))
@@ -142,13 +144,13 @@ class RequestDataset(IterableDataset[RequestBatch]):
             raise InputError("unknown_rate: which requests it picks is drawn at random: give a seed")
         return {columns[name]: rate for name, rate in unknown_rate.items()}
 
-    def _ordered_pieces(self) -> list[_Piece]:
+    def _ordered_pieces(self) -> list[Piece]:
         if self.seed is None:
             return self._row_groups
         order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self._row_groups))
         return [self._row_groups[place] for place in order]
 
-    def _lane_steps(self, pieces: Sequence[_Piece], lane: int) -> Iterator[pa.Table]:
+    def _lane_steps(self, pieces: Sequence[Piece], lane: int) -> Iterator[pa.Table]:
         """For each step, the lane's requests of that step."""
         first, stop = (self.num_requests * bound // self._num_lanes for bound in (lane, lane + 1))
         windows = self._windows(_cut(pieces, first, stop), lane)
@@ -168,10 +170,10 @@ class RequestDataset(IterableDataset[RequestBatch]):
         """
         return (num_rows * step * self._num_lanes + lane * self._num_steps) // (self._num_steps * self._num_lanes)
 
-    def _windows(self, pieces: Iterator[_Piece], lane: int) -> Iterator[pa.Table]:
+    def _windows(self, pieces: Iterator[Piece], lane: int) -> Iterator[pa.Table]:
         """The lane's requests, shuffled within windows of several pieces."""
         order, unknown = (np.random.default_rng([self.seed or 0, self._epoch, lane, draw]) for draw in (0, 1))
-        window: list[_Piece] = []
+        window: list[Piece] = []
         for piece in itertools.chain(pieces, [None]):
             if window and (piece is None or sum(p.num_rows for p in window) >= self._window_rows):
                 table = pa.concat_tables(self._read(p) for p in window)
@@ -187,28 +189,39 @@ class RequestDataset(IterableDataset[RequestBatch]):
             table = table.set_column(table.column_names.index(column), table.field(column), pa.array(ids))
         return table
 
-    def _read(self, piece: _Piece) -> pa.Table:
-        try:
-            with pq.ParquetFile(piece.path) as file:
-                table = file.read_row_group(piece.row_group, columns=self._columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{piece.path}: request {piece.first_row} and the next cannot be read ({one_line(error)}): "
-                "copy the file again, or prepare the data again"
-            ) from error
-        table = table.slice(piece.start, piece.num_rows)
+    def _read(self, piece: Piece) -> pa.Table:
+        table = read_piece(piece, self.schema)
         # Checked here, where file and row are known; a batch mixes requests of many files.
         RequestBatch.from_arrow(table, self.schema, source=str(piece.path), first_row=piece.first_row + piece.start)
-        return table.cast(self.schema.arrow_schema())
-
-    @property
-    def _columns(self) -> list[str]:
-        return self.schema.arrow_schema().names
+        return table
 
 
-def _row_groups(folder: Path, schema: RequestSchema) -> list[_Piece]:
-    """All row groups of a split, from the footers of its files."""
-    paths = sorted(folder.glob("*.parquet"))
+def read_piece(piece: Piece, schema: RequestSchema) -> pa.Table:
+    """The rows of a piece, in the types of the schema.
+
+    Raises:
+        InputError: the file is damaged, or a value is null or not of its column's type: names the file, the request
+            and the column.
+    """
+    try:
+        with pq.ParquetFile(piece.path) as file:
+            table = file.read_row_group(piece.row_group, columns=schema.arrow_schema().names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"{piece.path}: request {piece.first_row} and the next cannot be read ({one_line(error)}): "
+            "copy the file again, or prepare the data again"
+        ) from error
+    table = table.slice(piece.start, piece.num_rows)
+    return typed_table(table, schema, str(piece.path), piece.first_row + piece.start)
+
+
+def row_groups(folder: Path, schema: RequestSchema) -> list[Piece]:
+    """All row groups of a split, from the footers of its files.
+
+    Raises:
+        InputError: the folder has no Parquet files, or one is damaged or lacks a column.
+    """
+    paths = visible_files(folder.glob("*.parquet"), folder)
     if not paths:
         if folder.is_dir() and folder.with_name(COUNTS_FILE).is_file():
             raise InputError(_empty(folder.parent, folder.name))
@@ -226,7 +239,7 @@ def _row_groups(folder: Path, schema: RequestSchema) -> list[_Piece]:
         row = 0
         for group in range(metadata.num_row_groups):
             num_rows = metadata.row_group(group).num_rows
-            pieces.append(_Piece(path, group, row, 0, num_rows))
+            pieces.append(Piece(path, group, row, 0, num_rows))
             row += num_rows
     return pieces
 
@@ -239,11 +252,11 @@ def _empty(folder: Path, split: str) -> str:
     return f"{folder}/{split}: has no requests{sizes}: take another split, or prepare a log of more requests"
 
 
-def _cut(pieces: Sequence[_Piece], first: int, stop: int) -> Iterator[_Piece]:
+def _cut(pieces: Sequence[Piece], first: int, stop: int) -> Iterator[Piece]:
     """The parts of the pieces that hold rows `first` to `stop` of all of them, one after the other."""
     row = 0
     for piece in pieces:
         low, high = max(first - row, 0), min(stop - row, piece.num_rows)
         if low < high:
-            yield _Piece(piece.path, piece.row_group, piece.first_row, piece.start + low, piece.start + high)
+            yield Piece(piece.path, piece.row_group, piece.first_row, piece.start + low, piece.start + high)
         row += piece.num_rows

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
+from torchrec_amort.columns import typed_table
+from torchrec_amort.data.reader import Piece, read_piece, row_groups
 from torchrec_amort.data.splits import lists_of
 from torchrec_amort.schema import Feature, InputError, RequestSchema
 
@@ -41,7 +42,7 @@ def sample_requests(
         )
     """
     schema = RequestSchema.load(folder)
-    table = _split(folder, split).to_table().combine_chunks()
+    table = pa.concat_tables(read_piece(piece, schema) for piece in _pieces(folder, split, schema)).combine_chunks()
     random = np.random.default_rng(seed)
     features = [f for f in schema.features if f.kind != "label"]
     pools = {f.source: pc.list_flatten(table[f.source]).combine_chunks() for f in features if f.side == "candidate"}
@@ -79,7 +80,13 @@ def first_requests(folder: str | Path, split: str, num_requests: int) -> pa.Tabl
 
         table = first_requests("data/movielens-1m", "test", 100)
     """
-    return _split(folder, split).head(num_requests)
+    schema = RequestSchema.load(folder)
+    tables, have = [schema.arrow_schema().empty_table()], 0
+    for piece in _pieces(folder, split, schema):
+        if have < num_requests:
+            tables.append(read_piece(piece, schema))
+            have += piece.num_rows
+    return pa.concat_tables(tables).slice(0, num_requests)
 
 
 def drawn_requests(folder: str | Path, split: str, num_requests: int, *, seed: int) -> pa.Table:
@@ -98,19 +105,25 @@ def drawn_requests(folder: str | Path, split: str, num_requests: int, *, seed: i
 
         table = drawn_requests("data/movielens-1m", "test", 1000, seed=0)
     """
-    dataset = _split(folder, split)
-    have = dataset.count_rows()
+    schema = RequestSchema.load(folder)
+    pieces = _pieces(folder, split, schema)
+    have = sum(piece.num_rows for piece in pieces)
     rows = np.arange(have)
     if have > num_requests:
         rows = np.sort(np.random.default_rng(seed).choice(have, num_requests, replace=False))
-    return dataset.take(pa.array(rows)).combine_chunks()
+    tables, first = [schema.arrow_schema().empty_table()], 0
+    for piece in pieces:
+        of_piece = rows[(rows >= first) & (rows < first + piece.num_rows)] - first
+        tables.append(read_piece(piece, schema).take(pa.array(of_piece)))
+        first += piece.num_rows
+    return pa.concat_tables(tables).combine_chunks()
 
 
-def _split(folder: str | Path, split: str) -> ds.Dataset:
+def _pieces(folder: str | Path, split: str, schema: RequestSchema) -> list[Piece]:
     path = Path(folder) / split
     if not path.is_dir():
         raise InputError(f"{path}: no such split: prepare the data first (torchrec-amort prepare --help)")
-    return ds.dataset(path, format="parquet")
+    return row_groups(path, schema)
 
 
 def random_requests(
@@ -144,7 +157,7 @@ def random_requests(
             continue
         entries = _random_entries(feature, int(np.sum(lengths[feature.side])), random)
         columns[feature.source] = entries if feature.side == "request" else lists_of(lengths[feature.side], entries)
-    return pa.table(columns).cast(pa.schema([schema.arrow_schema().field(name) for name in columns]))
+    return typed_table(pa.table(columns), schema)
 
 
 _NOW = 1_000_000_000

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE, TRAIN, SplitCounts, sizes
 from torchrec_amort.files import new_folder, write_json, write_text
-from torchrec_amort.schema import SCHEMA_FILE, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, RequestSchema, refuse_missing
 
 ROWS_PER_GROUP = 512
 ROWS_PER_FILE = 16_384
@@ -59,23 +62,40 @@ def write_requests(
 
 def _write_split(folder: Path, schema: RequestSchema, tables: Iterable[pa.Table], counts: SplitCounts) -> None:
     folder.mkdir()
-    for table in _of_size(tables, ROWS_PER_FILE):
-        RequestBatch.from_arrow(table, schema, source=folder.name, first_row=counts.requests)
-        written = table.cast(schema.arrow_schema())
-        path = folder / f"part-{counts.requests // ROWS_PER_FILE:05d}.parquet"
-        pq.write_table(written, path, row_group_size=ROWS_PER_GROUP)
-        counts.add(written)
+    with ExitStack() as files:
+        writer: pq.ParquetWriter | None = None
+        for table in _of_sizes(_typed(tables, schema, folder.name), itertools.cycle(_group_sizes())):
+            RequestBatch.from_arrow(table, schema, source=folder.name, first_row=counts.requests)
+            if writer is None or counts.requests % ROWS_PER_FILE == 0:
+                files.close()
+                path = folder / f"part-{counts.requests // ROWS_PER_FILE:05d}.parquet"
+                writer = files.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
+            counts.add(table)
 
 
-def _of_size(tables: Iterable[pa.Table], size: int) -> Iterable[pa.Table]:
-    """The same rows in tables of `size` rows; the last may have fewer."""
-    pending: list[pa.Table] = []
+def _typed(tables: Iterable[pa.Table], schema: RequestSchema, split: str) -> Iterator[pa.Table]:
+    """The tables in the types of the schema, whatever each has."""
+    row = 0
     for table in tables:
-        pending.append(table)
-        if sum(t.num_rows for t in pending) >= size:
-            joined = pa.concat_tables(pending)
-            for start in range(0, joined.num_rows - size + 1, size):
-                yield joined.slice(start, size)
-            pending = [joined.slice(joined.num_rows - joined.num_rows % size)]
-    if any(table.num_rows for table in pending):
-        yield pa.concat_tables(pending)
+        refuse_missing(schema.arrow_schema().names, table.column_names, split)
+        yield typed_table(table, schema, split, row)
+        row += table.num_rows
+
+
+def _group_sizes() -> list[int]:
+    """Rows of the row groups of a file."""
+    return [min(ROWS_PER_GROUP, ROWS_PER_FILE - start) for start in range(0, ROWS_PER_FILE, ROWS_PER_GROUP)]
+
+
+def _of_sizes(tables: Iterator[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]:
+    """The same rows in tables of those sizes; the last may have fewer."""
+    pending: list[pa.Table] = []
+    for size in sizes:
+        while sum(table.num_rows for table in pending) < size and (table := next(tables, None)) is not None:
+            pending.append(table)
+        if not any(table.num_rows for table in pending):
+            return
+        joined = pa.concat_tables(pending)
+        yield joined.slice(0, size)
+        pending = [joined.slice(size)]
