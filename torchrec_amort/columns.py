@@ -288,7 +288,7 @@ def _seconds(array: pa.Array, rounded: bool) -> pa.Array:
         return pa.array(array.view(pa.int32()).to_numpy().astype(np.int64) * _SECONDS_PER_DAY)
     if not (pa.types.is_timestamp(kind) or pa.types.is_date64(kind)):
         raise MisfitError(0, f"is {kind}, not a time")
-    unit = kind.unit if pa.types.is_timestamp(kind) else "ms"
+    unit: Any = kind.unit if pa.types.is_timestamp(kind) else "ms"
     ticks = array.view(pa.int64()).to_numpy()
     seconds, fractions = np.divmod(ticks, _TICKS_PER_SECOND[unit])
     if not rounded and fractions.any():

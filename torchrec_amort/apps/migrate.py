@@ -25,7 +25,7 @@ class ToRequestsConfig:
         out: the data folder to make.
         request_key: columns that together tell a request, if the log has no request_id: [user, time] for example.
         drop: columns of the log to leave out.
-        rounded: columns of floats that may be rounded to float32.
+        rounded: columns of floats that may be rounded to float32, and of times that may be cut to whole seconds.
         overwrite: replace a folder that is there.
         refuse_same_second: refuse a request with an event of its own second, instead of counting it with a warning.
     """
