@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import SCHEMA, make_table
-from tests.training.test_training import refused
+from tests.training.test_training import arguments, refused
 from torchrec_amort.apps import benchmark, compare, evaluate, pilot, throughput, train
 from torchrec_amort.data.impressions import to_impressions, to_requests
 from torchrec_amort.data.reader import RequestDataset
@@ -99,3 +99,19 @@ def test_training_without_requests_is_refused(tmp_path: Path, capsys: pytest.Cap
     pq.write_table(pa.Table.from_pylist([], SCHEMA.arrow_schema()), tmp_path / "films" / "train" / "part-00000.parquet")
     assert refused(capsys, train.main, command).startswith(expected)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_split_whose_labels_are_of_one_kind_is_refused_by_the_name_of_the_task(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "films"
+    train.main(arguments(data_folder, run))
+    short = make_table(3)
+    bought = short.schema.get_field_index("bought")
+    nobody = pa.array(
+        [[0.0] * len(labels) for labels in short["bought"].to_pylist()], short.schema.field("bought").type
+    )
+    write_requests(data, SCHEMA, {"test": [short.set_column(bought, short.schema.field("bought"), nobody)]})
+    line = refused(capsys, evaluate.main, [f"--run_folder={run}", f"--data={data}"])
+    assert line.startswith("error: bought: none of ")
+    assert "3 requests were scored, evaluate a split of more" in line

@@ -64,6 +64,7 @@ class _Clients:
         self._service, self._batches, self._expected = service, batches, expected
         self._seed = seed
         self._lock = threading.Lock()
+        self._is_over = threading.Event()
         self.sent = self.refused = self.failed = self.wrong = 0
         self.seconds: list[float] = []
 
@@ -75,15 +76,19 @@ class _Clients:
         ]
         for client in clients:
             client.start()
-        for client in clients:
-            client.join()
+        try:
+            for client in clients:
+                client.join()
+        finally:
+            # One that is interrupted does not go on to its end.
+            self._is_over.set()
 
     def _client(self, client: int, rate: float, seconds: float) -> None:
         random = np.random.default_rng([self._seed, client])
-        pause = threading.Event()
         due, end = time.perf_counter(), time.perf_counter() + seconds
         while (due := due + random.exponential(1 / rate)) < end:
-            pause.wait(max(0.0, due - time.perf_counter()))
+            if self._is_over.wait(max(0.0, due - time.perf_counter())):
+                return
             row = int(random.integers(len(self._batches)))
             with self._lock:
                 self.sent += 1

@@ -248,8 +248,13 @@ class FolderLock:
         except (FileExistsError, FileNotFoundError):
             # Or its folder, which was empty, has just been removed.
             return False
-        with open(file, "wb") as opened:
-            opened.write(self._content())
+        try:
+            with open(file, "wb") as opened:
+                opened.write(self._content())
+        except BaseException:
+            # The disk is full, for instance: a file that names nobody would be waited for.
+            path.unlink(missing_ok=True)
+            raise
         return True
 
     def _content(self) -> bytes:
