@@ -13,6 +13,7 @@ FLOORS = {
     "schema": 0,
     "hashing": 0,
     "progress": 0,
+    "versions": 0,
     "files": 1,
     "columns": 1,
     "rows": 2,

@@ -1,5 +1,9 @@
 """User history for TorchRec DLRMs, encoded once per request and read by every candidate."""
 
+from torchrec_amort.versions import refuse_versions_apart
+
+refuse_versions_apart()
+
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.hashing import hash_ids
 from torchrec_amort.inference.cache import HistoryCache

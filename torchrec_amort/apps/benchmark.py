@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--run_folder", "runs/first", "--history_lengths=[100]", "--candidates=[512]"])
     """
     config = parse(BenchmarkConfig, "benchmark", args)
-    run_command(lambda: _benchmark(config))
+    run_command(lambda: _benchmark(config), "report")
 
 
 def _benchmark(config: BenchmarkConfig) -> None:

@@ -6,11 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from torchrec_amort.files import new_file
 
 
@@ -82,6 +77,8 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         record: what was measured.
         path: of the picture.
     """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `report`
+
     first = record["cases"][0]
     cases = [
         case
@@ -89,14 +86,9 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
         if case["batch"] == 1 and all(case[key] == first[key] for key in ("embedding_dim", "layers"))
     ]
     lengths = sorted({case["history_length"] for case in cases})
-    figure, axes = plt.subplots(
-        1,
-        max(1, len(lengths)),
-        figsize=(4.2 * max(1, len(lengths)), 4),
-        layout="constrained",
-        sharey=True,
-        squeeze=False,
-    )
+    panels = max(1, len(lengths))
+    figure = Figure(figsize=(4.2 * panels, 4), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)
     for axis, length in zip(axes[0], lengths, strict=False):
         of_length = [case for case in cases if case["history_length"] == length]
         for method in [name for name in of_length[0]["methods"] if not name.startswith("encoder")]:
@@ -107,4 +99,3 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     axes[0][-1].legend(fontsize="small")
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    plt.close(figure)

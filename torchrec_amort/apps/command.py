@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
 import signal
@@ -21,6 +22,8 @@ from torchrec_amort.training.processes import Stopped, stop_signals
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.yaml"
+# What an extra of setup.cfg brings: a plain install scores without.
+EXTRAS = {"train": ("tensorboard", "torchx"), "report": ("jinja2", "matplotlib")}
 # No space, over quota, file too large, read-only, not permitted (twice), a file where a folder should be (twice).
 UNWRITABLE = (
     errno.ENOSPC,
@@ -116,12 +119,16 @@ def refuse_other_schema(run: str | Path, data: str | Path) -> None:
     RequestSchema.load(run).refuse_other_data(RequestSchema.load(data), str(data))
 
 
-def run_command(command: Callable[[], None]) -> None:
+def run_command(command: Callable[[], None], *extras: str) -> None:
     """Run a command.
 
-    Bad input, and a disk that is full or may not be written, end it with one line and exit status 2. A signal that
-    stops it is an exception, so that what it was writing is removed; it ends with one line and the signal's exit
-    status: 130 for Ctrl-C, 143 for SIGTERM.
+    Bad input, an extra that is not installed, and a disk that is full or may not be written, end it with one line and
+    exit status 2. A signal that stops it is an exception, so that what it was writing is removed; it ends with one line
+    and the signal's exit status: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        command: what to run.
+        extras: what it needs, of `EXTRAS`: refused before it works for hours.
     """
     # What TorchRec and torch deprecate of each other is not for who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
@@ -129,6 +136,8 @@ def run_command(command: Callable[[], None]) -> None:
     for library in ("torchrec", "torch.fx"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
+        for extra in extras:
+            _require(extra)
         with stop_signals(_stop):
             command()
     except InputError as error:
@@ -145,6 +154,14 @@ def run_command(command: Callable[[], None]) -> None:
 
 def _stop(number: signal.Signals) -> NoReturn:
     raise Stopped(number, f"by {number.name}")
+
+
+def _require(extra: str) -> None:
+    for package in EXTRAS[extra]:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise InputError(f"{error.name} is not installed: pip install 'torchrec-amort[{extra}]'") from error
 
 
 def _end(kind: str, message: object, status: int) -> NoReturn:

@@ -85,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--config", "examples/compare_movielens.yaml", "--out", "runs/compare"])
     """
     config = parse(CompareConfig, "compare", args)
-    run_command(lambda: _compare(config))
+    run_command(lambda: _compare(config), "train", "report")
 
 
 def _compare(config: CompareConfig) -> None:

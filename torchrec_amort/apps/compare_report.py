@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import new_file, write_json, write_text
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 METRICS = ("auc", "gauc", "ne")
 
@@ -98,10 +94,11 @@ def _number(value: float | None, digits: str) -> str:
 
 def _draw(path: Path, record: dict[str, Any]) -> None:
     """AUC against the time to score a request, one panel for each task."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `report`
+
     tasks = list(_by_task(record))
-    figure, axes = pyplot.subplots(
-        1, len(tasks), figsize=(4.5 * len(tasks) + 2.5, 4.5), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.5 * len(tasks) + 2.5, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)
     scoring = record["speed"]["scoring"]
     for panel, task in zip(axes[0], tasks, strict=True):
         for name, arm in record["arms"].items():
@@ -122,4 +119,3 @@ def _draw(path: Path, record: dict[str, Any]) -> None:
     figure.legend(handles, names, loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)

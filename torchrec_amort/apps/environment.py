@@ -8,18 +8,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torchx.tracker import app_run_from_env
 
 from torchrec_amort.files import utc_now, write_json
 from torchrec_amort.training.processes import job_name, restarts, restarts_of_all
+from torchrec_amort.versions import installed_versions
 
 ENVIRONMENT_FILE = "environment.json"
-PACKAGES = ("torchrec-amort", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchx", "numpy", "pyarrow")
 
 
 def write_environment(run: str | Path, device: torch.device) -> None:
@@ -32,7 +30,7 @@ def write_environment(run: str | Path, device: torch.device) -> None:
     record = {
         "started": utc_now(),
         "command": sys.argv,
-        "packages": versions(),
+        "packages": installed_versions(),
         "python": platform.python_version(),
         "git_commit": git_commit(),
         "host": socket.gethostname(),
@@ -52,6 +50,8 @@ def track(run: str | Path, results: Mapping[str, object]) -> None:
         run: the run's folder.
         results: names and values, as JSON has them.
     """
+    from torchx.tracker import app_run_from_env  # noqa: PLC0415 - of the extra `train`
+
     job = app_run_from_env()
     job.add_metadata(**results)
     job.add_artifact("run_folder", str(Path(run).resolve()))
@@ -61,18 +61,6 @@ def is_restart_of(run: str | Path, device: torch.device) -> bool:
     """Whether torchrun started this job's ranks again, after they had begun this run. All ranks call it together."""
     path = Path(run) / ENVIRONMENT_FILE
     return restarts_of_all(device) > 0 and path.is_file() and json.loads(path.read_text())["job"] == job_name()
-
-
-def versions() -> dict[str, str | None]:
-    """The version of each package that a result depends on; None for one that is not installed."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def git_commit() -> str | None:

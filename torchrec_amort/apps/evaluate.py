@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--run_folder", "runs/first", "--split", "validation"])
     """
     config = parse(EvaluateConfig, "evaluate", args)
-    run_command(lambda: _evaluate(config))
+    run_command(lambda: _evaluate(config), "train")
 
 
 @record

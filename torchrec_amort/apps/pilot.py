@@ -14,7 +14,7 @@ import torch
 
 from torchrec_amort.apps.arms import Arm, ArmConfig, load_arm
 from torchrec_amort.apps.command import parse, run_command
-from torchrec_amort.apps.environment import git_commit, versions
+from torchrec_amort.apps.environment import git_commit
 from torchrec_amort.apps.pilot_analysis import (
     CONTROL,
     TREATMENT,
@@ -38,6 +38,7 @@ from torchrec_amort.files import utc_now
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.lock import FolderLock
+from torchrec_amort.versions import installed_versions
 
 MEMORY_REQUESTS = 1000
 SHARES_OF_LONGEST = (0, 0.1, 0.25, 0.5, 1)
@@ -101,7 +102,7 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--control.run_folder", "runs/none", "--treatment.run_folder", "runs/history", "--out", "runs/pilot"])
     """
     config = parse(PilotConfig, "pilot", args)
-    run_command(lambda: _pilot(config))
+    run_command(lambda: _pilot(config), "report")
 
 
 def _pilot(config: PilotConfig) -> None:
@@ -167,7 +168,7 @@ def _what_was_run(config: PilotConfig, data: str, arms: Mapping[str, Arm], log: 
         "finished": utc_now(),
         "machine": machine(),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": installed_versions(),
         "git_commit": git_commit(),
         "config": asdict(config),
         "data": data,

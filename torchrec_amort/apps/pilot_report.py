@@ -11,20 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import jinja2
-import matplotlib
+from typing import TYPE_CHECKING, Any
 
 from torchrec_amort.apps.cost import TERMS, CostModel
 from torchrec_amort.apps.pilot_analysis import CONTROL, TREATMENT, held_back
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import write_json, write_text
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ARMS = (CONTROL, TREATMENT)
 COLORS = {CONTROL: "#8a8f98", TREATMENT: "#1769aa"}
@@ -302,6 +298,8 @@ def _cost_models(record: Mapping[str, Any]) -> Table:
 
 def page(record: Mapping[str, Any]) -> str:
     """The report as one HTML page that needs no other file."""
+    import jinja2  # noqa: PLC0415 - of the extra `report`
+
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         files("torchrec_amort.apps").joinpath("pilot.html.jinja").read_text(encoding="utf-8")
     )
@@ -343,14 +341,14 @@ def _pictures(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def _uri(figure: Figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _figure(panels: int, *, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
-    figure, axes = pyplot.subplots(
-        1, panels, figsize=(9, 3.2), squeeze=False, layout="constrained", sharey="row" if sharey else "none"
-    )
+    from matplotlib.figure import Figure  # noqa: PLC0415 - of the extra `report`
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, sharey="row" if sharey else "none")
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, list(axes[0])

@@ -85,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--data", "data/movielens-1m", "--run_folder", "runs/first", "--loop.epochs", "1"])
     """
     config = parse(TrainConfig, "train", args)
-    run_command(lambda: _train(config))
+    run_command(lambda: _train(config), "train")
 
 
 @record

@@ -15,7 +15,6 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +39,7 @@ from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import MeanPooling
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.versions import installed_versions
 
 PACKAGE_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -151,7 +151,7 @@ def export_package(
             temporary / MANIFEST_FILE,
             {
                 "package_version": PACKAGE_VERSION,
-                "versions": _versions(),
+                "versions": {"python": platform.python_version(), **installed_versions()},
                 "cpu": torch.backends.cpu.get_cpu_capability(),
                 "dtype": str(dtype).removeprefix("torch."),
                 "num_request_dense": head.num_request_dense,
@@ -179,11 +179,6 @@ def _why_not_exportable(model: AmortizedDLRM) -> str | None:
     if encoder.compression is not None:
         return "how many rows recent_events leaves of a history is not known when it is compiled"
     return None
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torchrec-amort", "torch", "torchrec")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def _checksum(path: Path) -> str:

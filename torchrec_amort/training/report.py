@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchrec.metrics.metrics_config import RecTaskInfo
 from torchrec.metrics.ne import NEMetric
 from tqdm import tqdm
@@ -34,6 +33,8 @@ class Report:
     """
 
     def __init__(self, run: Path, tasks: tuple[str, ...], batch_size: int, device: torch.device) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - of the extra `train`
+
         self._tasks, self._device, self._file = tasks, device, run / METRICS_FILE
         self._tensorboard = SummaryWriter(str(run / "tensorboard")) if is_first() else None
         self._ne = NEMetric(
