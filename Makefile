@@ -1,15 +1,24 @@
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
+# torch, and what was built for it.
+TORCH ?= 2.13.0
+TORCHREC ?= 1.8.0
+FBGEMM ?= 1.8.0
+# Where torch alone is taken from; README tells what each choice downloads.
+TORCH_INDEX ?=
+# Where `test-versions` keeps its environments.
+VENVS ?= .venvs
 
-.PHONY: setup demo test test-docs test-slurm lint docs docs-links
+.PHONY: setup demo test test-docs test-slurm test-install test-versions lint docs docs-links
 
 setup: $(VENV)/.installed
 
-# torch first and by version: without one installed, pip would take the newest CUDA build.
-$(VENV)/.installed: setup.cfg setup.py torchrec_amort/inference/native.cpp packaging/fbgemm-gpu-cpu/setup.cfg
+# torch first, by version and from its own index: whatever asks for torch later is content with it.
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml torchrec_amort/inference/native.cpp packaging/fbgemm-gpu-cpu/setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0 ./packaging/fbgemm-gpu-cpu torchrec==1.8.0 torchx==0.7.0
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
+	FBGEMM=$(FBGEMM) $(BIN)/pip install --quiet ./packaging/fbgemm-gpu-cpu torchrec==$(TORCHREC)
 	$(BIN)/pip install --quiet --editable '.[dev,docs]'
 	$(BIN)/pip check
 	touch $@
@@ -31,10 +40,19 @@ docs: setup
 docs-links: setup
 	$(BIN)/python -m sphinx --builder linkcheck docs docs/_build/links
 
+# Builds a wheel, and installs it, and the source without a compiler, where no extra is; some minutes.
+test-install: setup
+	$(BIN)/python -m pytest -m slow tests/test_install.py
+
+# The tests with each minor version of torch once and each Python once; an hour or two, and 20 GB of CUDA builds
+# unless TORCH_INDEX is given. Needs python3.10 to python3.13 on the path.
+test-versions:
+	$(PYTHON) packaging/test_versions.py --venvs $(VENVS) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy torchrec_amort examples tests torchx_components
+	$(BIN)/mypy torchrec_amort examples tests torchx_components packaging/test_versions.py
 
 # On Debian, as root: two nodes of a real Slurm on this machine. Not part of `test`.
 test-slurm: setup
