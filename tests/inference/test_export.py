@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 from tests.conftest import SCHEMA, make_requests
 from tests.inference.test_scorer import assert_same, by_impressions, make_batch, make_model
@@ -155,6 +156,10 @@ def test_a_package_for_other_features_is_refused(package: Path) -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="no cmake or no C++ compiler")
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not (Path(CUDA_HOME or "none") / "include" / "cuda_runtime.h").exists(),
+    reason="torch's CUDA build, and no CUDA toolkit to link with",
+)
 def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     build, prefix = tmp_path / "build", torch.utils.cmake_prefix_path
     source = ROOT / "examples" / "cpp"

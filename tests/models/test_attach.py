@@ -354,7 +354,7 @@ def with_other_crossnet() -> DLRM:
 
 def compiled() -> DLRM:
     dlrm = make_dlrm()
-    dlrm.compile_dense_path()
+    dlrm.dense_arch = torch.compile(dlrm.dense_arch)
     return dlrm
 
 

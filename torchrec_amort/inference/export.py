@@ -182,8 +182,11 @@ def _why_not_exportable(model: AmortizedDLRM) -> str | None:
 
 
 def _checksum(path: Path) -> str:
+    checksum = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            checksum.update(block)
+    return checksum.hexdigest()
 
 
 def _compile(model: AmortizedDLRM, head: Head, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
