@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline.tracing import Tracer, _get_leaf_module_names
 from torchrec.distributed.types import ShardedModule
 from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
@@ -410,6 +411,9 @@ def train_on_this_rank(kind: str, device: torch.device) -> list[dict[str, Tensor
     with pytest.raises(ValueError, match="is a DistributedModelParallel, .* before sharding"):
         attach_history(module, make_collection(), AmortizedHistoryArch(8))
     refuse_other_inputs_of_collections(attached)
+    unwired = DistributedModelParallel(AmortizedDLRMTrain(attach(make_dlrm(kind))), device=device)
+    with pytest.raises(ValueError, match=r"of history_embedding_collection were sharded without an optimizer"):
+        unwired(batch)
 
     def scores() -> Tensor:
         with torch.no_grad():

@@ -15,6 +15,7 @@ from torchrec.modules.crossnet import LowRankCrossNet
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.managed import SequenceTables
+from torchrec_amort.models.sharded import refuse_tables_without_optimizer
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 
@@ -130,7 +131,12 @@ class AmortizedDLRM(nn.Module):
 
         Returns:
             Tensor: logits [C, T].
+
+        Raises:
+            ValueError: this is a step of training, and some tables were sharded without an optimizer.
         """
+        if self.training and torch.is_grad_enabled():
+            refuse_tables_without_optimizer(self)
         slots_CFD = [self.sparse_arch(batch.candidate_sparse)]
         if self.request_sparse_arch is not None:
             request_BFD = self.request_sparse_arch(batch.request_sparse)
