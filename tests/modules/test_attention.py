@@ -1,13 +1,18 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from tests.modules.rows import ENCODERS, make_both, make_encoder
+from torchrec_amort import AmortizedHistoryArch
 from torchrec_amort.modules import attention
 from torchrec_amort.modules.attention import Backend, JaggedAttention
+from torchrec_amort.modules.history import HistoryAttention
 
 HEADS, HEAD_DIM = 2, 4
 sizes = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=12)
@@ -117,6 +122,81 @@ def test_requests_of_one_length_are_one_call_without_copies() -> None:
     assert group.rows.is_dense and group.keys.is_dense
     queries = torch.randn(6, HEADS, HEAD_DIM)
     assert group.rows.pad(queries).data_ptr() == queries.data_ptr()
+
+
+def varlen_by_loops(
+    queries: Tensor, keys: Tensor, values: Tensor, row_ends: Tensor, key_ends: Tensor, *_: int, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What FlashAttention-2 does for requests that all have keys or are not causal, and what it demands."""
+    assert queries.dtype == keys.dtype == values.dtype == torch.bfloat16
+    read = torch.zeros_like(queries)
+    log_sums = torch.full((HEADS, len(queries)), torch.inf)
+    for row, key, row_end, key_end in zip(row_ends, key_ends, row_ends[1:], key_ends[1:], strict=False):
+        logits = torch.einsum("rhk,nhk->hrn", queries[row:row_end].float(), keys[key:key_end].float())
+        logits *= queries.shape[-1] ** -0.5
+        if options["window_size"] == (-1, 0):
+            logits += torch.full(logits.shape[1:], -torch.inf).triu(1 + logits.shape[2] - logits.shape[1])
+        if key_end > key:
+            weights = torch.softmax(logits, dim=-1)
+            read[row:row_end] = torch.einsum("hrn,nhk->rhk", weights, values[key:key_end].float()).bfloat16()
+            log_sums[:, row:row_end] = torch.logsumexp(logits, dim=-1)
+    return (read, log_sums) if options["return_aux"].lse else read
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rotary": True}, {"reads_itself": True}, {"rotary": True, "reads_itself": True}], ids=str
+)
+@pytest.mark.parametrize("history_attention", ["full", "causal"])
+def test_under_autocast_every_encoder_takes_variable_length_attention(
+    options: dict[str, Any], history_attention: HistoryAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    arch = AmortizedHistoryArch(8 * HEADS, num_heads=HEADS, history_attention=history_attention, **options)
+    history, candidates = (
+        JaggedTensor(torch.randn(sum(lengths), 8 * HEADS), lengths=torch.tensor(lengths))
+        for lengths in ([5, 0, 9, 1], [2, 3, 1, 4])
+    )
+    calls = []
+
+    def varlen(*args: Any, **keywords: Any) -> Any:
+        calls.append(args)
+        return varlen_by_loops(*args, **keywords)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = arch(history, candidates)
+        monkeypatch.setattr(attention, "_has_flash_attention", lambda device: True)
+        monkeypatch.setattr(attention, "varlen_attn", varlen)
+        vectors = arch(history, candidates)
+    assert len(calls) == 3  # The events' first layer, and both of the candidates'.
+    torch.testing.assert_close(vectors, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_a_key_of_ones_own_has_its_gradient_wherever_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, keys = [3, 2], [4, 0]
+    tensors = [tensor.detach().bfloat16().requires_grad_() for tensor in make_tensors(rows, keys, 0, True)]
+    attend(tensors, rows, keys, False, "padded").float().sin().sum().backward()
+    expected = [tensor.grad for tensor in tensors]
+    monkeypatch.setattr(attention, "_has_varlen_kernel", lambda tensors: True)
+    for tensor in tensors:
+        tensor.grad = None
+    attend(tensors, rows, keys, False, "packed").float().sin().sum().backward()
+    for tensor, gradient in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_key_of_ones_own_is_read_on_cuda_as_elsewhere() -> None:
+    rows, keys = torch.tensor([3, 0, 7, 1], device="cuda"), torch.tensor([5, 2, 0, 90], device="cuda")
+    torch.manual_seed(0)
+    queries, keys_NHK, values_NHK, *own = (
+        torch.randn(count, 2, 64, device="cuda", dtype=torch.bfloat16) for count in (11, 97, 97, 11, 11)
+    )
+    packed, padded = (
+        JaggedAttention(rows, keys, backend=backend)(queries, keys_NHK, values_NHK, (own[0], own[1]))
+        for backend in ("packed", "padded")
+    )
+    torch.testing.assert_close(packed, padded, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-from torchrec_amort.modules.jagged import offsets
+from torchrec_amort.modules.jagged import expand, offsets
 
 Backend = Literal["packed", "padded"]
 
@@ -28,9 +28,9 @@ class JaggedAttention:
     """Which rows read which keys; worked out once, used by every layer.
 
     A single request is attended to as it is. Of several, `packed` wastes next to nothing on padding: on CUDA in half
-    precision it is torch's variable-length attention, elsewhere requests of similar lengths are padded together, in as
-    many groups as pay for their calls. `padded` pads all requests to the longest. Both give the same result, to
-    rounding.
+    precision it is torch's variable-length attention, unless rows read a key of their own and gradients are wanted;
+    elsewhere requests of similar lengths are padded together, in as many groups as pay for their calls. `padded` pads
+    all requests to the longest. Both give the same result, to rounding.
 
     Args:
         row_lengths_B: int64 [B], rows of each request.
@@ -77,8 +77,10 @@ class JaggedAttention:
                 tensors, *lengths, self.is_causal, self.backend == "packed"
             )
             return read
-        if own is None and self.backend == "packed" and _has_varlen_kernel(queries_RHK):
-            return self._varlen(queries_RHK, keys_NHK, values_NHK)
+        # Variable-length attention has no gradient by the sum of its softmax, which a row's own key is weighed by.
+        has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if self.backend == "packed" and _has_varlen_kernel(tensors) and not (own and has_gradients):
+            return self._varlen(queries_RHK, keys_NHK, values_NHK, own)
         return self._join([group.attend(tensors, self.is_causal) for group in self._groups], self._row_order_R)
 
     def gradients(self, gradient_RHK: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -90,7 +92,9 @@ class JaggedAttention:
     def _join(self, parts: Sequence[Tensor], order_R: Tensor | None) -> Tensor:
         return parts[0] if order_R is None else torch.cat(list(parts)).index_select(0, order_R)
 
-    def _varlen(self, queries_RHK: Tensor, keys_NHK: Tensor, values_NHK: Tensor) -> Tensor:
+    def _varlen(
+        self, queries_RHK: Tensor, keys_NHK: Tensor, values_NHK: Tensor, own: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         read = varlen_attn(
             queries_RHK,
             keys_NHK,
@@ -100,9 +104,19 @@ class JaggedAttention:
             max(1, int(self.row_lengths_B.max())),
             max(1, int(self.key_lengths_B.max())),
             window_size=(-1, 0) if self.is_causal else (-1, -1),
+            return_aux=AuxRequest(lse=own is not None),
         )
-        assert isinstance(read, Tensor)
-        return read
+        if own is None:
+            assert isinstance(read, Tensor)
+            return read
+        (read_RHK, log_sum_HR), (own_key_RHK, own_value_RHK) = read, own
+        # Without a key the sum is zero, and its logarithm infinite of either sign.
+        num_rows = queries_RHK.shape[0]
+        has_keys_R = expand(self.key_lengths_B, self.row_lengths_B, num_rows) > 0
+        log_sum_RH = log_sum_HR.t().masked_fill(~has_keys_R[:, None], -torch.inf)
+        logits_RH = (queries_RHK.float() * own_key_RHK.float()).sum(-1) * queries_RHK.shape[-1] ** -0.5
+        weight_RH1 = torch.sigmoid(logits_RH - log_sum_RH).unsqueeze(-1)
+        return torch.lerp(read_RHK.float(), own_value_RHK.float(), weight_RH1).to(read_RHK.dtype)
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -137,16 +151,15 @@ def _order(rows_of_groups: Sequence[Tensor | None]) -> Tensor | None:
     return torch.argsort(torch.cat(rows)) if rows else None
 
 
-def _has_varlen_kernel(queries_RHK: Tensor) -> bool:
-    """Whether torch's variable-length attention, which is FlashAttention-2, takes such queries."""
-    head_dim = queries_RHK.shape[-1]
-    return (
-        queries_RHK.is_cuda
-        and queries_RHK.dtype in (torch.float16, torch.bfloat16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and torch.cuda.get_device_capability(queries_RHK.device) >= (8, 0)
-    )
+def _has_varlen_kernel(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's variable-length attention, which is FlashAttention-2, takes such queries, keys and values."""
+    dtypes, head_dim = {tensor.dtype for tensor in tensors}, tensors[0].shape[-1]
+    is_taken = dtypes in ({torch.float16}, {torch.bfloat16}) and head_dim % 8 == 0 and head_dim <= 256
+    return is_taken and _has_flash_attention(tensors[0].device)
+
+
+def _has_flash_attention(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _split(rows: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:

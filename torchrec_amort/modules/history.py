@@ -32,7 +32,7 @@ class Rotation:
     Args:
         positions_R: int64 [R].
         head_dim: K, even.
-        dtype: of the rows to turn.
+        dtype: in which rows are turned.
     """
 
     def __init__(self, positions_R: Tensor, head_dim: int, dtype: torch.dtype) -> None:
@@ -43,7 +43,10 @@ class Rotation:
     def __call__(self, rows_RHK: Tensor) -> Tensor:
         """Turn rows [R, H, K]."""
         first, second = rows_RHK.chunk(2, dim=-1)
-        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+        turned_RHK = torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+        # Autocast makes rows of half precision of events in float32, and leaves products with both in float32: queries
+        # and keys would not be of the values' dtype, which variable-length attention needs.
+        return turned_RHK.to(rows_RHK.dtype)
 
 
 class AmortizedHistoryLayer(nn.Module):
