@@ -1,17 +1,23 @@
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.types import ShardingPlan
 
 from tests.launch import torchrun
 from tests.training.every_way import WAYS, train_every_way
 from tests.training.test_training import ROUNDING
 from torchrec_amort.schema import InputError
+from torchrec_amort.training import sharding as sharding_module
 from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig, TableSharding, shard
 
 ROWS, DIM = 6, 4
@@ -101,3 +107,68 @@ def test_what_cannot_be_is_refused(sharding: ShardingConfig, message: str) -> No
     with pytest.raises(InputError) as error:
         shard(Lookup(), device=torch.device("cpu"), optimizer=OptimizerConfig(), batch_size=2, sharding=sharding)
     assert message in str(error.value)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_tables_that_are_one_are_refused_by_both_names() -> None:
+    model = Lookup()
+    model.sequences.embeddings["sequence"].weight = model.bags.embedding_bags["bag"].weight
+    both = "bags.embedding_bags.bag.weight and sequences.embeddings.sequence.weight are one table"
+    with pytest.raises(ValueError, match=both):
+        shard(model, device=torch.device("cpu"), optimizer=OptimizerConfig(), batch_size=2)
+
+
+class Reached(Exception):
+    """Sharding went on."""
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("decay", "average", "option"),
+    [(0.1, None, "optimizer.table_weight_decay"), (0.0, 0.9, "loop.average_decay"), (0.0, None, None)],
+)
+def test_a_cached_table_is_neither_decayed_nor_averaged(
+    decay: float, average: float | None, option: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = EmbeddingShardingPlanner.collective_plan
+
+    def cached(planner: EmbeddingShardingPlanner, *arguments: Any) -> ShardingPlan:
+        plan = planned(planner, *arguments)
+        plan.plan["sequences"]["sequence"].compute_kernel = "fused_uvm_caching"
+        return plan
+
+    def distributed(*_: Any, **__: Any) -> None:
+        raise Reached
+
+    monkeypatch.setattr(EmbeddingShardingPlanner, "collective_plan", cached)
+    monkeypatch.setattr(sharding_module, "DistributedModelParallel", distributed)
+    with pytest.raises(Reached if option is None else InputError) as error:
+        shard(
+            Lookup(),
+            device=torch.device("cpu"),
+            optimizer=OptimizerConfig(table_weight_decay=decay),
+            batch_size=2,
+            average_decay=average,
+        )
+    if option is not None:
+        assert "table 'sequence' would be fused_uvm_caching" in str(error.value)
+        assert f"what {option} does" in str(error.value)
+        assert f"in sharding.tables.sequence.kernels, or leave {option} out" in str(error.value)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_planner_knows_the_memory_of_gpu_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Planner:
+        def __init__(self, topology: Topology, **_: Any) -> None:
+            storage = {(device.storage.hbm, device.storage.ddr) for device in topology.devices}
+            assert storage == {(80 * 2**30, pages * os.sysconf("SC_PAGE_SIZE") // 4)}
+            raise Reached
+
+    pages = os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30 + device.index)
+    )
+    monkeypatch.setattr(sharding_module, "EmbeddingShardingPlanner", Planner)
+    with pytest.raises(Reached):
+        shard(Lookup(), device=torch.device("cuda", 0), optimizer=OptimizerConfig(), batch_size=2)

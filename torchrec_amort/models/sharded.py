@@ -26,7 +26,6 @@ def refuse_tables_without_optimizer(model: nn.Module) -> None:
     Example::
 
         refuse_tables_without_optimizer(model)
-        model(batch).sum().backward()
     """
     for path, module in model.named_modules():
         if tables := _without_optimizer(module):

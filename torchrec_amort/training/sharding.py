@@ -26,6 +26,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.models.managed import MAP, TABLE, ManagedCollection, ManagedCollectionSharder
+from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.schema import InputError
 from torchrec_amort.training.average import TableDecay, WeightAverage
 
@@ -50,7 +51,7 @@ class TableSharding:
     Args:
         ways: how its rows or columns may be spread over ranks; `docs/training.md` tells which run on which device.
         kernels: where its rows may be, unless it is `data_parallel`: `fused` in the device's memory, and on CUDA
-            `fused_uvm` in the host's, or `fused_uvm_caching` there with a cache on the device.
+            `fused_uvm` in the host's, or `fused_uvm_caching` there with a cache on the device, which goes with neither decay nor average.
         pooling_factor: ids that a request looks up in it on average; counted in the data unless given.
         min_columns: columns of a piece, at least, if it is spread by columns.
     """
@@ -158,8 +159,11 @@ def shard(
         ShardedModel: of this rank.
 
     Raises:
-        InputError: a table that is named does not exist, or the device does nothing of what is allowed for it.
+        InputError: a table that is named does not exist, the device does nothing of what is allowed for it, or it is
+            cached and to be decayed or averaged.
+        ValueError: two tables are one.
     """
+    refuse_tied_tables(model)
     sharding = sharding or ShardingConfig()
     collections = {
         name: m for name, m in model.named_modules() if isinstance(m, Collection) and not name.endswith(TABLE)
@@ -172,15 +176,13 @@ def shard(
     sharders = _sharders(device, sharding.wire)
     constraints = _constraints(collections, sharders, device, sharding, ids_per_request or {})
     planner = EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=dist.get_world_size(),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
-            compute_device=device.type,
-        ),
+        topology=_topology(device),
         batch_size=batch_size,
         constraints=constraints,
     )
     plan = planner.collective_plan(model, list(sharders.values()), dist.group.WORLD)
+    moved_beside = {"optimizer.table_weight_decay": optimizer.table_weight_decay, "loop.average_decay": average_decay}
+    _refuse_cached(plan, [option for option, value in moved_beside.items() if value])
     copies = _data_parallel(plan, tables)
     adagrad = {"lr": optimizer.table_lr, "eps": optimizer.table_eps}
     apply_optimizer_in_backward(
@@ -197,6 +199,29 @@ def shard(
         TableDecay(module, tables, optimizer.table_weight_decay),
         None if average_decay is None else WeightAverage(module, average_decay),
     )
+
+
+def _topology(device: torch.device) -> Topology:
+    """The ranks and what memory each has; TorchRec would assume 32 GiB of a GPU and 128 of the host."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return Topology(
+        world_size=dist.get_world_size(),
+        local_world_size=ranks,
+        compute_device=device.type,
+        hbm_cap=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        ddr_cap=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks,
+    )
+
+
+def _refuse_cached(plan: ShardingPlan, options: list[str]) -> None:
+    """Refuse what writes to tables beside their lookups, where fbgemm's cache has newer rows and writes them back."""
+    kernels = {table: sharding.compute_kernel for tables in plan.plan.values() for table, sharding in tables.items()}
+    cached = [table for table, kernel in kernels.items() if kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING.value]
+    if cached and options:
+        raise InputError(
+            f"sharding: table {cached[0]!r} would be fused_uvm_caching, whose cache does not see what {options[0]} "
+            f"does: allow fused or fused_uvm for it in sharding.tables.{cached[0]}.kernels, or leave {options[0]} out"
+        )
 
 
 def _sharders(device: torch.device, wire: Wire) -> dict[type[nn.Module], ModuleSharder[nn.Module]]:
