@@ -29,10 +29,10 @@ def process_group() -> Iterator[torch.device]:
         torch.device: this rank's device.
 
     Raises:
-        InputError: torchrun may start the ranks of several nodes again, but keeps what they told each other before.
+        InputError: this host has fewer GPUs than ranks; or torchrun may start the ranks of several nodes again, but
+            keeps what they told each other before.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -49,6 +49,19 @@ def process_group() -> Iterator[torch.device]:
     finally:
         if not has_failed or dist.get_world_size() == 1:
             dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > gpus:
+        raise InputError(
+            f"{ranks} ranks on this host but {gpus} GPU{'s' * (gpus > 1)}: start 1 rank per GPU, or hide the GPUs "
+            "(CUDA_VISIBLE_DEVICES=) to train on the CPU"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _store() -> dist.Store:
@@ -74,8 +87,9 @@ def is_first() -> bool:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, on each of them."""
-    total = values.clone()
+    """The sum of a tensor over all ranks, on each of them; on the rank's GPU if there is one, wherever it was."""
+    # nccl sums nothing else.
+    total = values.to(torch.cuda.current_device(), copy=True) if dist.get_backend() == "nccl" else values.clone()
     dist.all_reduce(total)
     return total
 
