@@ -87,6 +87,8 @@ class Methods:
             elif method == "concatenation":
                 if self._concatenation is not None:
                     calls[method] = partial(self._concatenation, batch)
+            elif method == "exported" and next(self.model.parameters()).device.type != "cpu":
+                continue  # Packages are compiled for CPUs.
             else:
                 calls[method] = partial(self._scorer(method).score, batch)
         return calls

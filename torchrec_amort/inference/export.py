@@ -139,6 +139,8 @@ def export_package(
         export_package(model, "packages/films", schema)
         scorer = AmortizedScorer(load_package("packages/films"))
     """
+    if (device := next(model.parameters()).device.type) != "cpu":
+        raise InputError(f"the model is on {device}, and packages are compiled for CPUs: export model.cpu()")
     if reason := _why_not_exportable(model):
         raise InputError(f"the model cannot be exported: {reason}; serve it by AmortizedScorer itself")
     model = snapshot(model)

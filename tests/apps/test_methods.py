@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
+from torchrec_amort import ModelConfig, RequestBatch, build_model
+from torchrec_amort.apps.methods import Methods
+from torchrec_amort.inference.export import export_package
+from torchrec_amort.schema import InputError
+
+
+def test_a_model_that_is_on_no_cpu_is_not_exported_and_not_timed_as_a_package(tmp_path: Path) -> None:
+    config = ModelConfig(embedding_dim=8, history_length=MAX_HISTORY)
+    # The meta device stands for a GPU: it takes no tensor of the CPU either.
+    model = build_model(SCHEMA, config, seed=0).eval().to("meta")
+    with pytest.raises(
+        InputError, match=r"the model is on meta, and packages are compiled for CPUs: export model\.cpu"
+    ):
+        export_package(model, tmp_path / "package", SCHEMA)
+    assert not any(tmp_path.iterdir())
+    batch = RequestBatch.from_requests(make_requests([(3, 2)]), SCHEMA)
+    assert list(Methods(model, SCHEMA, 8).calls(batch, ["model", "exported"])) == ["model"]
