@@ -51,7 +51,8 @@ class TableSharding:
     Args:
         ways: how its rows or columns may be spread over ranks; `docs/training.md` tells which run on which device.
         kernels: where its rows may be, unless it is `data_parallel`: `fused` in the device's memory, and on CUDA
-            `fused_uvm` in the host's, or `fused_uvm_caching` there with a cache on the device, which goes with neither decay nor average.
+            `fused_uvm` in the host's, or `fused_uvm_caching` there with a cache on the device, which goes with
+            neither decay nor average.
         pooling_factor: ids that a request looks up in it on average; counted in the data unless given.
         min_columns: columns of a piece, at least, if it is spread by columns.
     """
