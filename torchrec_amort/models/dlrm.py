@@ -187,7 +187,7 @@ class AmortizedDLRMTrain(nn.Module):
             detached, labels [C, T] detached).
 
         Raises:
-            ValueError: the batch has no labels.
+            ValueError: the batch has no labels, or some tables were sharded without an optimizer.
         """
         if batch.labels is None:
             raise ValueError("the batch has no labels: training needs them")
