@@ -1,14 +1,14 @@
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 # torch, and what was built for it.
-TORCH ?= 2.13.0
-TORCHREC ?= 1.8.0
-FBGEMM ?= 1.8.0
+TORCH := 2.13.0
+TORCHREC := 1.8.0
+FBGEMM := 1.8.0
 # Where torch alone is taken from; README tells what each choice downloads.
 TORCH_INDEX ?=
 # Where `test-versions` keeps its environments.
-VENVS ?= .venvs
+VENVS := .venvs
 
 .PHONY: setup demo test test-docs test-slurm test-install test-versions lint docs docs-links
 

@@ -1,7 +1,7 @@
 """Runs the tests with each minor version of torch once and each Python once: `make test-versions`.
 
 Each pair has an environment, made by `make setup`; one that is there is used again. What passed goes into
-docs/versions.json, which docs/versions.md shows.
+docs/versions.json and onto docs/versions.md.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "versions.json"
+PAGE = RECORD.with_suffix(".md")
 # Python, torch, torchrec, fbgemm.
 VERSIONS = [
     ("3.12", "2.11.0", "1.6.1", "1.6.0"),
@@ -45,8 +47,8 @@ def main() -> None:
         setup += [f"TORCH={torch}", f"TORCHREC={torchrec}", f"FBGEMM={fbgemm}"]
         subprocess.run(setup, cwd=ROOT, check=True)
         records.append(run_tests(venv, options.tests))
-    if not options.tests:
-        write_record(records)
+        if not options.tests:
+            write_record(records[-1])
     print(table(records))
     sys.exit(any(record["failed"] for record in records))
 
@@ -84,12 +86,17 @@ def versions(venv: Path) -> dict[str, str]:
     return {name: found[name] for name in COLUMNS if name in found}
 
 
-def write_record(records: list[dict[str, Any]]) -> None:
-    """Put these in place of the last ones of the same versions of Python."""
-    minor = lambda record: tuple(int(part) for part in record["python"].split(".")[:2])  # noqa: E731
-    last = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    kept = {minor(record): record for record in [*last, *records]}
-    RECORD.write_text(json.dumps([kept[key] for key in sorted(kept)], indent=2) + "\n")
+def write_record(record: dict[str, Any]) -> None:
+    """Put it in place of the last one of the same Python, in the record and on the page."""
+    kept = {minor_of(record): record for record in [*json.loads(RECORD.read_text()), record]}
+    records = [kept[key] for key in sorted(kept)]
+    RECORD.write_text(json.dumps(records, indent=2) + "\n")
+    PAGE.write_text(re.sub(r"\| python \|.*?\n(?=\n)", f"{table(records)}\n", PAGE.read_text(), flags=re.DOTALL))
+
+
+def minor_of(record: dict[str, Any]) -> tuple[int, ...]:
+    """Of Python: 3.12 comes after 3.9."""
+    return tuple(int(part) for part in record["python"].split(".")[:2])
 
 
 def table(records: list[dict[str, Any]]) -> str:
