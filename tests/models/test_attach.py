@@ -394,6 +394,18 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         attach_history(make_dlrm(), make_collection(features=("candidate_item",)), arch)
 
 
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("meta")])
+def test_a_table_that_two_collections_share_is_refused(device: torch.device) -> None:
+    dlrm, collection = make_dlrm(device=device), make_collection(device=device)
+    collection.embeddings["item"].weight = dlrm.sparse_arch.embedding_bag_collection.embedding_bags["item"].weight
+    with pytest.raises(
+        ValueError,
+        match=r"sparse_arch\.embedding_bag_collection\.embedding_bags\.item\.weight and history_embedding_collection"
+        r"\.embeddings\.item\.weight are one table, and sharding would make two",
+    ):
+        attach_history(dlrm, collection, AmortizedHistoryArch(8, num_heads=1, device=device))
+
+
 def train_on_this_rank(kind: str, device: torch.device) -> list[dict[str, Tensor]]:
     """Attach, shard and train; each rank's scores before and after, on rank 0."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -16,6 +16,7 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.models.sharded import refuse_tables_without_optimizer
+from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 
@@ -45,8 +46,8 @@ class AmortizedDLRM(nn.Module):
         dense_device: where to put all weights but the tables.
 
     Raises:
-        ValueError: some but not all of the history's three parts are given, or an embedding dimension is
-            not D.
+        ValueError: some but not all of the history's three parts are given, an embedding dimension is not D, or two
+            collections share a table.
 
     Example::
 
@@ -122,6 +123,7 @@ class AmortizedDLRM(nn.Module):
         else:
             raise ValueError(f"interaction is {interaction!r}, not 'dot' or 'dcn'")
         self.over_arch = OverArch(over_in_features, over_arch_layer_sizes, device=dense_device)
+        refuse_tied_tables(self)
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Score every candidate of every request.
