@@ -371,7 +371,7 @@ def other() -> DLRM:
         (lambda: nn.Linear(2, 2), "is a Linear, not a DLRM or DLRM_DCN"),
         (lambda: DLRMTrain(make_dlrm()), "is a DLRMTrain, not a DLRM or DLRM_DCN: attach once, and before"),
         (lambda: attach(make_dlrm()), "is a AttachedDLRM, not a DLRM or DLRM_DCN: attach once"),
-        (other, "is a Other, not a DLRM"),
+        (other, "^Other overrides DLRM.forward"),
         (projection, "has a InteractionProjectionArch where InteractionArch or InteractionDCNArch is known"),
         (with_other_crossnet, "has a CrossNet where LowRankCrossNet is known"),
         (compiled, "has a OptimizedModule where .* attach before sharding, compiling"),

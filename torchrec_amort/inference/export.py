@@ -14,24 +14,26 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec import EmbeddingCollection
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from torchrec_amort.data.sample import random_requests
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.inference.heads import Head, Terms, build_head
-from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
-from torchrec_amort.inference.phases import Phases, Served, snapshot
+from torchrec_amort.inference.lookup import PLAIN_TABLES, BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
+from torchrec_amort.inference.phases import Phases, Served, serve, snapshot, why_not_served
+from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
@@ -46,6 +48,10 @@ MANIFEST_FILE = "manifest.json"
 TABLES_FILE = "tables.pt"
 Tables = Literal["int8", "float32"]
 _TABLE_DTYPES = {"int8": torch.qint8, "float32": torch.float32}
+CHECKED_REQUESTS = 20
+# How much probabilities of a package may differ from those of PyTorch with the same tables: compiled code adds up in
+# another order, and rounds to 8 bits in other places. More than this is another function.
+_MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class _History(nn.Module):
@@ -120,8 +126,8 @@ def export_package(
     dtype: torch.dtype = torch.float32,
     tables: Tables = "int8",
     overwrite: bool = False,
-) -> None:
-    """Write a model as a package, whole or not at all.
+) -> float:
+    """Write a model as a package, whole or not at all: it has been loaded and has scored requests of the schema.
 
     Args:
         model: an `AmortizedDLRM`, or what `attach_history` returned, on a CPU, with an amortizable encoder or none.
@@ -131,18 +137,30 @@ def export_package(
         tables: `int8`, each row with a scale and an offset, or `float32`.
         overwrite: replace a package that is there.
 
+    Returns:
+        float: how much a probability of the package differs at most from the model's in float32, in
+        `CHECKED_REQUESTS` random requests.
+
     Raises:
-        InputError: the model cannot be exported, or the folder cannot be written.
+        InputError: the model cannot be exported, the schema does not fit it, or the folder cannot be written.
 
     Example::
 
         export_package(model, "packages/films", schema)
         scorer = AmortizedScorer(load_package("packages/films"))
     """
+    if dtype not in _MOST_DIFFERENCE:
+        raise InputError(f"dtype is {dtype}, not torch.float32 or torch.bfloat16")
+    if reason := why_not_served(model):
+        raise InputError(f"the model cannot be exported: {reason}")
     if (device := next(model.parameters()).device.type) != "cpu":
         raise InputError(f"the model is on {device}, and packages are compiled for CPUs: export model.cpu()")
-    if reason := _why_not_exportable(model):
+    if reason := _why_other_tables(model) or _why_not_exportable(model):
         raise InputError(f"the model cannot be exported: {reason}; serve it by AmortizedScorer itself")
+    own = serve(model, dtype, "eager")
+    _refuse_other_sides(own, schema)
+    requests = _some_requests(schema, own.history_length or CHECKED_REQUESTS)
+    in_float32 = AmortizedScorer(model, schema=schema, backend="eager").score(requests)
     model = snapshot(model)
     head = build_head(model, len(schema.of("request", "dense")))
     with new_folder(folder, overwrite) as temporary, torch.no_grad():
@@ -166,12 +184,74 @@ def export_package(
                 "sha256": {path.name: _checksum(path) for path in sorted(temporary.iterdir())},
             },
         )
+        return _difference(_checked(temporary, requests, own, dtype), in_float32)
+
+
+def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: Served, dtype: torch.dtype) -> Tensor:
+    """A package's scores of some requests, given as its users do; refused if they are not its model's."""
+    package = load_package(folder)
+    scores = AmortizedScorer(package).score(requests)
+    # What rounding of tables does to scores depends on the model; all else does not.
+    with_its_tables = AmortizedScorer(replace(package, phases_of=own.phases_of)).score(requests)
+    difference, most = _difference(scores, with_its_tables), _MOST_DIFFERENCE[dtype]
+    if difference > most:
+        raise InputError(
+            f"the model cannot be exported: a compiled probability differs by {difference:.1e} from PyTorch's, more "
+            f"than {most:.0e}; serve it by AmortizedScorer itself"
+        )
+    return scores
+
+
+def _difference(logits: Tensor, others: Tensor) -> float:
+    """The greatest of their probabilities."""
+    return float((torch.sigmoid(logits) - torch.sigmoid(others)).abs().max())
+
+
+def _some_requests(schema: RequestSchema, history_length: int) -> list[dict[str, Any]]:
+    """Random requests, as mappings, with histories from none to the longest."""
+    lengths = [row * history_length // (CHECKED_REQUESTS - 1) for row in range(CHECKED_REQUESTS)]
+    requests: list[dict[str, Any]] = random_requests(
+        schema, lengths, [1 + row for row in range(CHECKED_REQUESTS)], seed=0
+    ).to_pylist()
+    return requests
+
+
+def _refuse_other_sides(served: Served, schema: RequestSchema) -> None:
+    """Refuse a schema that has on another side what the model reads, or has not."""
+    side_of = {feature.name: feature.side for feature in schema.features}
+    for side, lookup in (("candidate", served.candidate_bags), ("request", served.request_bags)):
+        for feature in () if lookup is None else lookup.table_sizes:
+            if (has := side_of.get(feature)) != side:
+                where = f"on the {has} side" if has else "on none"
+                raise InputError(
+                    f"schema {schema.dataset!r}: the model reads {feature!r} on the {side} side, and the schema has it "
+                    f"{where}: every request would be refused"
+                )
+    num_dense = {side: len(schema.of(side, "dense")) for side in ("request", "candidate")}
+    phases = served.phases_of(num_dense["request"])
+    if phases.num_candidate_dense != num_dense["candidate"]:
+        raise InputError(
+            f"schema {schema.dataset!r}: the model reads {phases.num_candidate_dense} dense features on the candidate "
+            f"side, and the schema has {num_dense['candidate']} there and {num_dense['request']} on the request side: "
+            "every request would be refused"
+        )
+
+
+def _why_other_tables(model: AmortizedDLRM) -> str | None:
+    if isinstance(model.history_embedding_collection, SequenceTables):
+        return "its table of items is managed, and packages do not hold which ids have its rows"
+    # Quantizing copies tables, not what else a collection does.
+    reasons = [PLAIN_TABLES.why_not_any(collection, name) for name, collection in _collections(model).items()]
+    devices = [
+        f"{name} is on {weight.device}, not on a CPU"
+        for name, weight in model.named_parameters()
+        if weight.device.type != "cpu"
+    ]
+    return next(filter(None, [*devices, *reasons]), None)
 
 
 def _why_not_exportable(model: AmortizedDLRM) -> str | None:
     encoder = model.history_arch
-    if isinstance(model.history_embedding_collection, SequenceTables):
-        return "its table of items is managed, and packages do not hold which ids have its rows"
     if encoder is None or isinstance(encoder, MeanPooling):
         return None
     if not isinstance(encoder, AmortizedHistoryArch):
@@ -242,16 +322,7 @@ def _save(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, path:
 
 def _save_tables(model: AmortizedDLRM, path: Path, tables: Tables) -> dict[str, Any]:
     """Write all tables, quantized or not; what is needed to make their collections again."""
-    collections: dict[str, nn.Module] = {"candidate": model.sparse_arch.embedding_bag_collection}
-    if model.request_sparse_arch is not None:
-        collections["request"] = model.request_sparse_arch.embedding_bag_collection
-    if model.history_embedding_collection is not None:
-        collections["sequences"] = model.history_embedding_collection
-    for side, collection in collections.items():
-        if type(collection) not in (EmbeddingBagCollection, EmbeddingCollection):
-            raise InputError(
-                f"the {side} tables are a {type(collection).__name__}: export before sharding or quantizing"
-            )
+    collections = _collections(model)
     quantized = quantize_embeddings(
         nn.ModuleDict(collections),
         dtype=_TABLE_DTYPES[tables],
@@ -261,6 +332,16 @@ def _save_tables(model: AmortizedDLRM, path: Path, tables: Tables) -> dict[str, 
     )
     torch.save(quantized.state_dict(), path)
     return {side: [_to_record(config) for config in _configs(quantized[side])] for side in collections}
+
+
+def _collections(model: AmortizedDLRM) -> dict[str, nn.Module]:
+    """Collections of tables by side."""
+    collections: dict[str, nn.Module] = {"candidate": model.sparse_arch.embedding_bag_collection}
+    if model.request_sparse_arch is not None:
+        collections["request"] = model.request_sparse_arch.embedding_bag_collection
+    if model.history_embedding_collection is not None:
+        collections["sequences"] = model.history_embedding_collection
+    return collections
 
 
 def _configs(collection: nn.Module) -> Sequence[EmbeddingBagConfig | EmbeddingConfig]:

@@ -18,14 +18,43 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, InteractionDCNArch
+from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.mlp import MLP, Perceptron
 
-from torchrec_amort.models.attach import AttachedDLRM, AttachedInteractionDCNArch
+from torchrec_amort.models.attach import (
+    AttachedCrossNet,
+    AttachedDLRM,
+    AttachedInteractionArch,
+    AttachedInteractionDCNArch,
+    AttachedOverArch,
+    ZeroLinear,
+)
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.jagged import expand
+from torchrec_amort.modules.plain import Plain, why_unlike
 from torchrec_amort.schema import InputError
 
 Terms = tuple[Tensor, ...]
+
+_PLAIN = Plain(
+    DenseArch,
+    OverArch,
+    MLP,
+    Perceptron,
+    nn.Sequential,
+    nn.Linear,
+    InteractionArch,
+    InteractionDCNArch,
+    LowRankCrossNet,
+    nn.ParameterList,
+    nn.ModuleList,
+    AttachedInteractionArch,
+    AttachedInteractionDCNArch,
+    AttachedCrossNet,
+    AttachedOverArch,
+    ZeroLinear,
+)
 
 
 def build_head(model: AmortizedDLRM, num_request_dense: int) -> Head:
@@ -42,9 +71,54 @@ def build_head(model: AmortizedDLRM, num_request_dense: int) -> Head:
 
         head = build_head(model, num_request_dense=batch.request_dense.shape[1])
     """
+    if reason := _why_not_folded(model):
+        return ModuleHead(model, num_request_dense, reason)
     if isinstance(model.inter_arch, InteractionDCNArch | AttachedInteractionDCNArch):
         return CrossHead(model, num_request_dense)
     return DotHead(model, num_request_dense)
+
+
+def _why_not_folded(model: AmortizedDLRM) -> str | None:
+    """Why dense, interaction and over arch may compute something else than such modules of their sizes do, or None."""
+    names = ("dense_arch", "inter_arch", "over_arch")
+    reasons = [_PLAIN.why_not_any(model.get_submodule(name), name) for name in names]
+    if not any(reasons):
+        reasons = [why_unlike(model.get_submodule(name), like, name) for name, like in _as_built(model)]
+    return next(filter(None, reasons), None)
+
+
+def _as_built(model: AmortizedDLRM) -> list[tuple[str, nn.Module]]:
+    """Dense, interaction and over arch as their constructors make them for a model's sizes."""
+    dim, num_slots = model.sparse_arch.D, sum(_num_slots(model))
+    num_new = _num_slots(model)[-1] if isinstance(model, AttachedDLRM) else 0
+    inter: nn.Module = InteractionArch(num_slots - num_new)
+    with torch.device("meta"):
+        dense, over = DenseArch(*_sizes(model.dense_arch)), OverArch(*_sizes(model.over_arch))
+        if isinstance(model.inter_arch, InteractionDCNArch | AttachedInteractionDCNArch):
+            kernels: Any = model.inter_arch.crossnet.V_kernels
+            crossnet = LowRankCrossNet((1 + num_slots - num_new) * dim, len(kernels), kernels[0].shape[0])
+            inter = InteractionDCNArch(num_slots - num_new, crossnet)
+        if isinstance(model, AttachedDLRM):
+            over = AttachedOverArch(over, model.over_arch.history_columns.in_features)
+            if isinstance(inter, InteractionDCNArch):
+                attached = AttachedCrossNet(inter.crossnet, num_new * dim, torch.empty(0))
+                inter = AttachedInteractionDCNArch(num_slots - num_new, attached)
+            else:
+                inter = AttachedInteractionArch(inter, num_new)
+    return [("dense_arch", dense), ("inter_arch", inter), ("over_arch", over)]
+
+
+def _sizes(arch: nn.Module) -> tuple[int, list[int]]:
+    """Inputs of an arch, and outputs of each of its layers."""
+    layers = [module for module in arch.modules() if type(module) is nn.Linear]
+    return layers[0].in_features, [layer.out_features for layer in layers]
+
+
+def _num_slots(model: AmortizedDLRM) -> tuple[int, int, int]:
+    """Slots of request, candidate and history."""
+    of_request = 0 if model.request_sparse_arch is None else model.request_sparse_arch.F
+    of_history = 0 if model.history_arch is None else model.history_arch.num_slots
+    return of_request, model.sparse_arch.F, of_history
 
 
 class DenseHalves(nn.Module):
@@ -76,10 +150,7 @@ class DenseHalves(nn.Module):
 
 
 class Head(nn.Module, ABC):
-    """What the two kinds of interaction have in common.
-
-    Vectors stand in the model's order: the dense one, then the slots of request, candidate and history. The dense
-    vector is a request's if candidates have no dense inputs, else a candidate's.
+    """All of a model but its lookups and its history encoder, in two phases.
 
     Args:
         model: gives the weights, of this moment.
@@ -94,34 +165,12 @@ class Head(nn.Module, ABC):
                 f"batch: request_dense has {num_request_dense} columns, but the model reads {model.dense_in_features} "
                 "dense inputs of request and candidate together"
             )
-        self.reads_constant = model.dense_in_features == 0
+        self.reads_constant = model.dense_in_features == 0 and not is_attached
         self.num_request_dense = 0 if is_attached else num_request_dense
-        self.dense = DenseHalves(model.dense_arch, 1 if self.reads_constant else self.num_request_dense)
+        self.num_candidate_dense = model.dense_in_features - self.num_request_dense
         self.embedding_dim = model.sparse_arch.D
-        num_request_slots = 0 if model.request_sparse_arch is None else model.request_sparse_arch.F
-        num_history_slots = 0 if model.history_arch is None else model.history_arch.num_slots
-        num_vectors = 1 + num_request_slots + model.sparse_arch.F + num_history_slots
-        slots_of_request = list(range(1, 1 + num_request_slots))
-        self.of_request = slots_of_request if self.dense.candidate is not None else [0, *slots_of_request]
-        self.of_candidate = [vector for vector in range(num_vectors) if vector not in self.of_request]
-        mlp, last = model.over_arch.model
-        first, *others = mlp._mlp
-        self.activation = first._activation_fn
-        self.others = nn.Sequential(*copy.deepcopy(others), copy.deepcopy(last))
-        columns = [first._linear.weight.detach()]
-        if isinstance(model, AttachedDLRM):
-            columns.append(model.over_arch.history_columns.weight.detach())
-        self._set_interaction(model, torch.cat(columns, dim=1), first._linear.bias.detach())
-
-    @property
-    def num_candidate_dense(self) -> int:
-        """Dense inputs of a candidate that are read."""
-        return 0 if self.dense.candidate is None else self.dense.candidate.in_features
 
     @abstractmethod
-    def _set_interaction(self, model: AmortizedDLRM, weight_OX: Tensor, bias_O: Tensor) -> None:
-        """Take the weights of the interaction and of the over arch's first layer."""
-
     def request(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
         """Phase one, once per request.
 
@@ -132,12 +181,8 @@ class Head(nn.Module, ABC):
         Returns:
             tuple: tensors with one row of B per request: all that its candidates need of it but its history.
         """
-        inputs_BI = slots_BFD.new_ones(slots_BFD.shape[0], 1) if self.reads_constant else dense_BI
-        dense_BW = self.dense.of_requests(inputs_BI[:, : self.dense.request.in_features])
-        if self.dense.candidate is None:
-            return dense_BW, *self._request(torch.cat([dense_BW.unsqueeze(1), slots_BFD], dim=1))
-        return dense_BW, *self._request(slots_BFD)
 
+    @abstractmethod
     def candidates(self, terms: Terms, num_candidates_B: Tensor, dense_CI: Tensor, slots_CFD: Tensor) -> Tensor:
         """Phase two.
 
@@ -150,6 +195,77 @@ class Head(nn.Module, ABC):
         Returns:
             Tensor: logits [C, T].
         """
+
+
+class ModuleHead(Head):
+    """Head that runs the model's own modules on candidates, a request's inputs repeated for each of its candidates.
+
+    Args:
+        model: see `Head`.
+        num_request_dense: see `Head`.
+        reason: why they cannot be put in another order.
+    """
+
+    def __init__(self, model: AmortizedDLRM, num_request_dense: int, reason: str) -> None:
+        super().__init__(model, num_request_dense)
+        self.reason = reason
+        self.dense_arch, self.inter_arch, self.over_arch = (
+            copy.deepcopy(arch) for arch in (model.dense_arch, model.inter_arch, model.over_arch)
+        )
+
+    def request(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
+        """Phase one; see `Head.request`."""
+        return dense_BI[:, : self.num_request_dense], slots_BFD
+
+    def candidates(self, terms: Terms, num_candidates_B: Tensor, dense_CI: Tensor, slots_CFD: Tensor) -> Tensor:
+        """Phase two; see `Head.candidates`."""
+        of_request_CI, of_request_CFD = (expand(term, num_candidates_B, dense_CI.shape[0]) for term in terms)
+        inputs_CI = torch.cat([of_request_CI, dense_CI], dim=1)
+        if self.reads_constant:
+            inputs_CI = dense_CI.new_ones(dense_CI.shape[0], 1)
+        vectors_CFD = torch.cat([of_request_CFD, slots_CFD], dim=1)
+        logits_CT: Tensor = self.over_arch(self.inter_arch(self.dense_arch(inputs_CI), vectors_CFD))
+        return logits_CT
+
+
+class FoldedHead(Head):
+    """What the heads have in common that work out a request's part once.
+
+    Vectors stand in the model's order: the dense one, then the slots of request, candidate and history. The dense
+    vector is a request's if candidates have no dense inputs, else a candidate's. Arguments are those of `Head`.
+    """
+
+    def __init__(self, model: AmortizedDLRM, num_request_dense: int) -> None:
+        super().__init__(model, num_request_dense)
+        self.dense = DenseHalves(model.dense_arch, 1 if self.reads_constant else self.num_request_dense)
+        num_request_slots, *others = _num_slots(model)
+        slots_of_request = list(range(1, 1 + num_request_slots))
+        self.of_request = slots_of_request if self.dense.candidate is not None else [0, *slots_of_request]
+        num_vectors = 1 + num_request_slots + sum(others)
+        self.of_candidate = [vector for vector in range(num_vectors) if vector not in self.of_request]
+        mlp, last = model.over_arch.model
+        first, *layers = mlp._mlp
+        self.activation = first._activation_fn
+        self.others = nn.Sequential(*copy.deepcopy(layers), copy.deepcopy(last))
+        columns = [first._linear.weight.detach()]
+        if isinstance(model, AttachedDLRM):
+            columns.append(model.over_arch.history_columns.weight.detach())
+        self._set_interaction(model, torch.cat(columns, dim=1), first._linear.bias.detach())
+
+    @abstractmethod
+    def _set_interaction(self, model: AmortizedDLRM, weight_OX: Tensor, bias_O: Tensor) -> None:
+        """Take the weights of the interaction and of the over arch's first layer."""
+
+    def request(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
+        """Phase one; see `Head.request`."""
+        inputs_BI = slots_BFD.new_ones(slots_BFD.shape[0], 1) if self.reads_constant else dense_BI
+        dense_BW = self.dense.of_requests(inputs_BI[:, : self.dense.request.in_features])
+        if self.dense.candidate is None:
+            return dense_BW, *self._request(torch.cat([dense_BW.unsqueeze(1), slots_BFD], dim=1))
+        return dense_BW, *self._request(slots_BFD)
+
+    def candidates(self, terms: Terms, num_candidates_B: Tensor, dense_CI: Tensor, slots_CFD: Tensor) -> Tensor:
+        """Phase two; see `Head.candidates`."""
         if self.dense.candidate is not None:
             dense_CD = self.dense.of_candidates(_to_candidates(terms[0], num_candidates_B, dense_CI.shape[0]), dense_CI)
             slots_CFD = torch.cat([dense_CD.unsqueeze(1), slots_CFD], dim=1)
@@ -164,7 +280,7 @@ class Head(nn.Module, ABC):
         """What the over arch's first layer gives, before its activation: [C, O]."""
 
 
-class DotHead(Head):
+class DotHead(FoldedHead):
     """Head of a model whose interaction is the dot products of all pairs of vectors; arguments are those of `Head`."""
 
     def _set_interaction(self, model: AmortizedDLRM, weight_OX: Tensor, bias_O: Tensor) -> None:
@@ -200,7 +316,7 @@ class DotHead(Head):
         return self.candidate_features(torch.cat(features, dim=1)) + first_CO
 
 
-class CrossHead(Head):
+class CrossHead(FoldedHead):
     """Head of a model whose interaction is a low-rank cross net; arguments are those of `Head`.
 
     With x_0 the coordinates of all vectors and v_l = V_l x_l, a cross layer is x_(l+1) = x_0 (W_l v_l + b_l) + x_l,

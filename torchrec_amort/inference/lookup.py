@@ -20,7 +20,10 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_amort.models.managed import SequenceTables
+from torchrec_amort.modules.plain import Plain
 from torchrec_amort.schema import ANY_ID
+
+PLAIN_TABLES = Plain(EmbeddingBagCollection, EmbeddingCollection, nn.ModuleDict, nn.EmbeddingBag, nn.Embedding)
 
 Rows = tuple[Tensor, Tensor]  # values [V], and lengths: how many of each row
 
@@ -75,8 +78,9 @@ class BagLookup:
         weights = [*bags.parameters(), *bags.buffers()]
         self.device = weights[0].device if weights else torch.device("cpu")
         self.table_sizes = _table_sizes(tables)
+        self._features = [name for table in tables for name in table.feature_names]
         self._poolings: list[tuple[str, Tensor, str]] | None = None
-        if type(bags) is EmbeddingBagCollection and _are_plain(bags.embedding_bags) and not bags.is_weighted():
+        if _is_plain(bags) and not bags.is_weighted():
             self._poolings = [
                 (
                     name,
@@ -100,8 +104,8 @@ class BagLookup:
         if self._poolings is None:
             if stop - start < features.stride():
                 features = rows_of_all(features, start, stop)
-            pooled_RFD = self._bags(features).values().unflatten(1, (-1, self.dim))
-            return [EmbeddingRows(rows_RD) for rows_RD in pooled_RFD.unbind(1)]
+            pooled = self._bags(features).to_dict()
+            return [EmbeddingRows(pooled[name]) for name in self._features]
         if have_one_each(features):
             ids = features.values().view(len(features.keys()), features.stride())[:, start:stop]
             ids_of = dict(zip(features.keys(), ids.long().unbind(), strict=True))
@@ -134,7 +138,7 @@ class SequenceLookup:
         self._weights: dict[str, Tensor] | None = None
         if isinstance(collection, SequenceTables):
             self.table_sizes |= dict.fromkeys(collection.item_features, ANY_ID)
-        elif type(collection) is EmbeddingCollection and _are_plain(collection.embeddings):
+        elif _is_plain(collection):
             self._weights = {
                 name: collection.embeddings[table.name].weight.detach()
                 for table in tables
@@ -185,8 +189,14 @@ def keyed(rows: Mapping[str, Rows], stride: int) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(list(rows), torch.cat(values), lengths=torch.cat(lengths), stride=stride)
 
 
-def _are_plain(tables: nn.ModuleDict) -> bool:
-    return all(table.weight.dtype == torch.float32 for table in tables.values())
+def _is_plain(collection: nn.Module) -> bool:
+    """Whether a collection reads rows of its float32 tables and does nothing else."""
+    if PLAIN_TABLES.why_not_any(collection, "") is not None:
+        return False
+    tables = [table for table in collection.modules() if isinstance(table, nn.EmbeddingBag | nn.Embedding)]
+    return all(
+        table.weight.dtype == torch.float32 and table.padding_idx is None and table.max_norm is None for table in tables
+    )
 
 
 def _table_sizes(tables: Iterable[Any]) -> dict[str, int]:

@@ -21,9 +21,22 @@ from torchrec_amort.inference import native
 from torchrec_amort.inference.lookup import EmbeddingRows
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
 from torchrec_amort.modules.history import AmortizedHistoryArch, AmortizedHistoryLayer
+from torchrec_amort.modules.plain import Plain, why_unlike
 
 # Events that a state has room for when it is extended, at least.
 SPARE_EVENTS = 128
+
+_PLAIN = Plain(
+    AmortizedHistoryArch,
+    AmortizedHistoryLayer,
+    nn.ModuleList,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.Sequential,
+    nn.ReLU,
+    nn.Dropout,
+    nn.Identity,
+)
 
 
 def why_not_native(encoder: nn.Module | None, dtype: torch.dtype) -> str | None:
@@ -45,12 +58,32 @@ def why_not_native(encoder: nn.Module | None, dtype: torch.dtype) -> str | None:
         "has_summary": encoder.has_summary,
         "recent_events": encoder.compression is not None,
         "a head of odd dimension": encoder.head_dim % 2 == 1,
-        "an odd feedforward_dim": cast(nn.Linear, encoder.layers[0].feedforward[0]).out_features % 2 == 1,
     }
     for option, is_given in has.items():
         if is_given:
             return f"it does not do {option}"
+    if reason := _PLAIN.why_not_any(encoder, "history_arch") or why_unlike(encoder, _as_built(encoder), "history_arch"):
+        return reason
+    if cast(nn.Linear, encoder.layers[0].feedforward[0]).out_features % 2:
+        return "it does not do an odd feedforward_dim"
     return native.why_no_build(encoder.output_norm.weight, dtype)
+
+
+def _as_built(arch: AmortizedHistoryArch) -> AmortizedHistoryArch:
+    """An arch as its constructor makes it, of the sizes of one whose modules are of the usual classes."""
+    first = arch.layers[0]
+    widths = [module.out_features for module in first.feedforward.modules() if isinstance(module, nn.Linear)]
+    return AmortizedHistoryArch(
+        arch.embedding_dim,
+        len(arch.layers),
+        arch.embedding_dim // arch.head_dim,
+        next(iter(widths), None),
+        "causal" if arch.is_causal else "full",
+        getattr(first.dropout, "p", 0.0),
+        torch.device("meta"),
+        num_vectors=arch.num_slots,
+        backend=arch.backend,
+    )
 
 
 class _Room:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrec_amort.inference import native
-from torchrec_amort.inference.heads import DotHead, Head, Terms
+from torchrec_amort.inference.heads import DotHead, Head, ModuleHead, Terms
 from torchrec_amort.inference.lookup import EmbeddingRows, Slots
 from torchrec_amort.inference.native_encoder import NativeEncoder
 from torchrec_amort.modules.encoder import HistoryState
@@ -35,6 +35,8 @@ def why_not_native_head(head: Head, dtype: torch.dtype) -> str | None:
         head = build_head(model, num_request_dense=0)
         assert why_not_native_head(head, torch.float32) is None
     """
+    if isinstance(head, ModuleHead):
+        return head.reason
     if not isinstance(head, DotHead):
         return f"it serves dot interactions, and this is a {type(head).__name__}"
     layers = [*head.dense.others, *list(head.others)[:-1]]

@@ -14,19 +14,30 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.models.dlrm import DLRM, SparseArch
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.inference.heads import Terms, build_head
 from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
 from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
 from torchrec_amort.inference.native_head import NativeHead, why_not_native_head
+from torchrec_amort.models.attach import AttachedDLRM
 from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder, recency
 from torchrec_amort.modules.history import AmortizedHistoryArch
+from torchrec_amort.modules.plain import Plain, why_other_methods, why_own_methods, why_patched
 from torchrec_amort.schema import RequestSchema
 
 Backend = Literal["auto", "native", "eager", "compiled"]
+
+_PLAIN = Plain(
+    AmortizedDLRM, AttachedDLRM, SparseArch, EventEncoder, EmbeddingCollection, SequenceTables, nn.Embedding, nn.Dropout
+)
 
 
 class Phases(ABC):
@@ -119,18 +130,14 @@ def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
         backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
 
     Raises:
-        ValueError: the encoder is not amortizable.
+        ValueError: the model, or a part of it, may compute something else than what is served.
 
     Example::
 
         served = serve(model, torch.float32, "auto")
     """
-    encoder = model.history_arch
-    if encoder is not None and not isinstance(encoder, AmortizableEncoder):
-        raise ValueError(
-            f"the encoder is a {type(encoder).__name__}, which encodes a history for every candidate anew: score "
-            "with the model itself"
-        )
+    if reason := why_not_served(model):
+        raise ValueError(f"{reason}: score with the model itself")
     frozen = snapshot(model)
     request_arch, sequences, events = model.request_sparse_arch, model.history_embedding_collection, model.event_encoder
     return Served(
@@ -143,12 +150,71 @@ def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
     )
 
 
+def why_not_served(model: nn.Module) -> str | None:
+    """Why a model cannot be served in two phases, or None if it can.
+
+    Args:
+        model: any.
+
+    Example::
+
+        assert why_not_served(model) is None
+    """
+    if not isinstance(model, AmortizedDLRM):
+        hint = ", which attach_history makes of a DLRM" if isinstance(model, DLRM) else ", neither wrapped nor sharded"
+        return f"the model is a {type(model).__name__}, not an AmortizedDLRM{hint}"
+    base = AttachedDLRM if isinstance(model, AttachedDLRM) else AmortizedDLRM
+    reasons = (
+        why_other_methods(type(model), base),
+        why_patched(model, "the model"),
+        *(_why_other_bags(name, arch) for name, arch in _sparse_archs(model)),
+        _why_other_sequences(model.history_embedding_collection),
+        _why_other_encoder(model.history_arch),
+        *(why_own_methods(module, name) for name, module in model.named_children() if name not in _TABLES),
+    )
+    return next(filter(None, reasons), None)
+
+
+_TABLES = ("sparse_arch", "request_sparse_arch", "history_embedding_collection")
+
+
+def _sparse_archs(model: AmortizedDLRM) -> list[tuple[str, nn.Module]]:
+    archs = {"sparse_arch": model.sparse_arch, "request_sparse_arch": model.request_sparse_arch}
+    return [(name, arch) for name, arch in archs.items() if arch is not None]
+
+
+def _why_other_bags(name: str, arch: nn.Module) -> str | None:
+    if reason := _PLAIN.why_not(arch, name):
+        return reason
+    bags = arch.embedding_bag_collection
+    known = isinstance(bags, EmbeddingBagCollection | QuantEmbeddingBagCollection)
+    return None if known else f"{name}.embedding_bag_collection is a {type(bags).__name__}, sharded or unknown"
+
+
+def _why_other_sequences(collection: nn.Module | None) -> str | None:
+    # Events and candidates' items are looked up one after the other: a hook would see half of each batch.
+    name = "history_embedding_collection"
+    if collection is None or type(collection) is QuantEmbeddingCollection:
+        return None
+    return _PLAIN.why_not(collection, name)
+
+
+def _why_other_encoder(encoder: nn.Module | None) -> str | None:
+    # Its two phases are called, not its forward.
+    if encoder is None:
+        return None
+    if not isinstance(encoder, AmortizableEncoder):
+        return f"the encoder is a {type(encoder).__name__}, which encodes a history for every candidate anew"
+    if type(encoder).forward is not AmortizableEncoder.forward:
+        return f"the encoder is a {type(encoder).__name__} with a forward of its own beside its two phases"
+    return why_patched(encoder, "history_arch")
+
+
 def snapshot(model: AmortizedDLRM) -> AmortizedDLRM:
     """The model with copies of all weights but its tables, for inference."""
     copied = copy.copy(model)
-    tables = {"sparse_arch", "request_sparse_arch", "history_embedding_collection"}
     copied._modules = {
-        name: module if name in tables or module is None else copy.deepcopy(module).eval().requires_grad_(False)
+        name: module if name in _TABLES or module is None else copy.deepcopy(module).eval().requires_grad_(False)
         for name, module in model._modules.items()
     }
     return copied
@@ -171,9 +237,10 @@ class ModelPhases(Phases):
         encoder, head = model.history_arch, build_head(model, num_request_dense)
         self.dtype = dtype
         self.event_encoder: EventEncoder | None = model.event_encoder
+        other_events = None if self.event_encoder is None else _PLAIN.why_not_any(self.event_encoder, "event_encoder")
         self.encoder: AmortizableEncoder | None = None
         reasons = {
-            "encoder": None if encoder is None else why_not_native(encoder, dtype),
+            "encoder": None if encoder is None else other_events or why_not_native(encoder, dtype),
             "head": why_not_native_head(head, dtype),
         }
         not_native = [f"{part}: {reason}" for part, reason in reasons.items() if reason is not None]
@@ -195,12 +262,14 @@ class ModelPhases(Phases):
         if backend == "compiled":
             _compile(self.head, "request", "candidates")
             _compile(self.encoder, "encode_history", "score_candidates", "extend_history")
-        # An event's place is counted from the latest one, so that every new event moves all others.
+        # An event's place is counted from the latest one, so that every new event moves all others. What hooks make of
+        # some of the events is not known.
         has_fixed_places = self.event_encoder is not None and self.event_encoder.recency is None
+        is_known = other_events is None and encoder is not None and not any(map(_has_hooks, encoder.modules()))
         super().__init__(
             head.num_request_dense,
             head.num_candidate_dense,
-            has_fixed_places and self.encoder is not None and self.encoder.is_extendable,
+            has_fixed_places and is_known and self.encoder is not None and self.encoder.is_extendable,
         )
         self.not_native = not_native
 
@@ -267,6 +336,10 @@ class ModelPhases(Phases):
         if isinstance(self.encoder, NativeEncoder) or rows.values().dtype == self.dtype:
             return rows
         return JaggedTensor(rows.values().to(self.dtype), lengths=rows.lengths())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return why_patched(module, "") is not None
 
 
 def _compile(module: nn.Module | None, *methods: str) -> None:

@@ -14,13 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, InteractionDCNArch, OverArch
+from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, InteractionDCNArch, OverArch, SparseArch
 from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.mlp import MLP, Perceptron
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.plain import ALL_HOOKS, Plain, why_other_methods, why_patched, why_unlike
+
+_PLAIN = Plain(
+    SparseArch,
+    InteractionDCNArch,
+    LowRankCrossNet,
+    nn.ParameterList,
+    OverArch,
+    nn.Sequential,
+    MLP,
+    Perceptron,
+    hooks=ALL_HOOKS,
+)
 
 
 def attach_history(
@@ -54,8 +68,10 @@ def attach_history(
         AttachedDLRM: an `AmortizedDLRM`, in the mode (training or not) of `dlrm`.
 
     Raises:
-        ValueError: `dlrm` is not a DLRM of these two kinds, is sharded, or has history already; embedding
-            dimensions differ; or `history_embedding_collection` lacks `candidate_item` or event features.
+        ValueError: `dlrm` is not a DLRM of these two kinds, is sharded, or has history already; hooks, patched
+            methods or a subclass change what it or a part computes that the result replaces; embedding dimensions
+            differ; `history_embedding_collection` lacks `candidate_item` or event features, or shares a table with
+            the DLRM.
 
     Example::
 
@@ -95,17 +111,19 @@ def attach_history(
 
 
 def _refuse_other_models(dlrm: nn.Module) -> None:
-    # A subclass of any part may compute something else.
-    if not isinstance(dlrm, DLRM) or type(dlrm).forward is not DLRM.forward:
+    if not isinstance(dlrm, DLRM):
         raise ValueError(
             f"dlrm is a {type(dlrm).__name__}, not a DLRM or DLRM_DCN: attach once, and before sharding or wrapping"
         )
+    _refuse(why_other_methods(type(dlrm), DLRM) or why_patched(dlrm, "dlrm", ALL_HOOKS))
+    _refuse_other(dlrm.sparse_arch, SparseArch)
     _refuse_other(dlrm.sparse_arch.embedding_bag_collection, EmbeddingBagCollection)
     _refuse_other(dlrm.dense_arch, DenseArch)
     _refuse_other(dlrm.inter_arch, InteractionArch, InteractionDCNArch)
     if isinstance(dlrm.inter_arch, InteractionDCNArch):
         _refuse_other(dlrm.inter_arch.crossnet, LowRankCrossNet)
     _refuse_other(dlrm.over_arch, OverArch)
+    _refuse_changed_parts(dlrm)
 
 
 def _refuse_other(part: nn.Module, *known: type[nn.Module]) -> None:
@@ -114,6 +132,40 @@ def _refuse_other(part: nn.Module, *known: type[nn.Module]) -> None:
         raise ValueError(
             f"dlrm has a {type(part).__name__} where {names} is known: attach before sharding, compiling or "
             "quantizing, and to a DLRM or DLRM_DCN as TorchRec builds it"
+        )
+
+
+def _refuse_changed_parts(dlrm: DLRM) -> None:
+    """Refuse changes to what a class computes in parts that the result replaces.
+
+    What it calls may be anything: the dense arch, the dot products, the collection, and of the over arch all but the
+    shells around the first layer.
+    """
+    _refuse(_PLAIN.why_not(dlrm.sparse_arch, "sparse_arch"))
+    if isinstance(dlrm.inter_arch, InteractionDCNArch):
+        crossnet = dlrm.inter_arch.crossnet
+        with torch.device("meta"):
+            num_features = (dlrm.sparse_arch.F + 1) * dlrm.sparse_arch.D
+            like = LowRankCrossNet(num_features, crossnet._num_layers, crossnet._low_rank)
+        _refuse(_PLAIN.why_not(dlrm.inter_arch, "inter_arch"))
+        _refuse(
+            _PLAIN.why_not_any(crossnet, "inter_arch.crossnet") or why_unlike(crossnet, like, "inter_arch.crossnet")
+        )
+    path, shell = "over_arch", cast(nn.Module, dlrm.over_arch)
+    for child, kind in (("model", nn.Sequential), ("0", MLP), ("_mlp", nn.Sequential), ("0", Perceptron)):
+        _refuse(_PLAIN.why_not(shell, path))
+        path, shell = f"{path}.{child}", shell.get_submodule(child)
+        if type(shell) is not kind:
+            _refuse(f"{path} is a {type(shell).__name__}, not a {kind.__name__}")
+    _refuse(_PLAIN.why_not(shell, path))
+    if not isinstance(shell._linear, nn.Linear) or len(dlrm.over_arch.model) != 2:
+        _refuse("over_arch is not an MLP of linear layers and one linear layer more")
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(
+            f"{reason}, and a model with history would do without: attach to a DLRM or DLRM_DCN as TorchRec builds it"
         )
 
 
@@ -197,7 +249,8 @@ class AttachedInteractionArch(nn.Module):
 
     def forward(self, dense_CD: Tensor, slots_CFD: Tensor) -> tuple[Tensor, Tensor]:
         """Interact the dense vector [C, D] and slots [C, F, D], the new ones last, to old [C, I], new [C, J]."""
-        old_CI = self.inter_arch(dense_CD, slots_CFD[:, : self.inter_arch.F])
+        # As a DLRM calls it: hooks may read keywords.
+        old_CI = self.inter_arch(dense_features=dense_CD, sparse_features=slots_CFD[:, : self.inter_arch.F])
         vectors_CVD = torch.cat([dense_CD.unsqueeze(1), slots_CFD], dim=1)
         num_old = 1 + self.inter_arch.F
         dots_CSV = torch.bmm(vectors_CVD[:, num_old:], vectors_CVD.transpose(1, 2))
