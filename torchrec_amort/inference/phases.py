@@ -137,7 +137,7 @@ def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
         served = serve(model, torch.float32, "auto")
     """
     if reason := why_not_served(model):
-        raise ValueError(f"{reason}: score with the model itself")
+        raise ValueError(f"{reason}: score with the model itself" if isinstance(model, AmortizedDLRM) else reason)
     frozen = snapshot(model)
     request_arch, sequences, events = model.request_sparse_arch, model.history_embedding_collection, model.event_encoder
     return Served(

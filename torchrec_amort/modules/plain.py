@@ -51,7 +51,7 @@ class Plain:
         """
         kind = type(module)
         if kind not in self._methods:
-            return f"{path} is a {kind.__name__}"
+            return f"{path} is a {kind.__name__} of {kind.__module__}"
         for name, method in self._methods[kind].items():
             if inspect.getattr_static(kind, name, None) is not method:
                 return f"{path} is a {kind.__name__}, and {kind.__name__}.{name} was replaced"
