@@ -18,7 +18,6 @@ def refuse_tied_tables(model: nn.Module) -> None:
     Example::
 
         refuse_tied_tables(model)
-        sharded = DistributedModelParallel(model)
     """
     collections = (EmbeddingBagCollection, EmbeddingCollection)
     tables = {
