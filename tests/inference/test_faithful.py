@@ -63,7 +63,7 @@ def hook_with_keywords(module: nn.Module) -> None:
 
 def patch(module: nn.Module) -> None:
     own = module.forward
-    module.forward = lambda *args, **kwargs: other(own(*args, **kwargs))  # type: ignore[method-assign]
+    module.forward = lambda *args, **kwargs: other(own(*args, **kwargs))
 
 
 def derive(module: nn.Module) -> None:
@@ -324,7 +324,7 @@ def test_a_schema_whose_requests_the_model_would_refuse_is_refused_at_once(tmp_p
     with pytest.raises(InputError, match="the model reads 'f0' on the candidate side, and the schema has it on none"):
         export_package(attach(make_dlrm().eval()), tmp_path / "package", SCHEMA)
     model = make_model()
-    model.sparse_arch, model.request_sparse_arch = model.request_sparse_arch, model.sparse_arch  # type: ignore[assignment]
+    model.sparse_arch, model.request_sparse_arch = model.request_sparse_arch, model.sparse_arch
     with pytest.raises(
         InputError,
         match="schema 'films': the model reads 'user_id' on the candidate side, and the schema has it on the request",
