@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import pyarrow as pa
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.schema import AGE_BUCKETS, KINDS_OF_IDS, Feature, RequestSchema, TableConfig
 
@@ -84,6 +88,22 @@ def spread_ids(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     columns = {f.source for f in SCHEMA.features if f.kind in KINDS_OF_IDS}
     return [{k: spread(v) if k in columns else v for k, v in request.items()} for request in requests]
+
+
+def with_weights(batch: RequestBatch, weigh: Callable[[Tensor], Tensor]) -> RequestBatch:
+    """The same batch, whose ids have the weights that a function gives them."""
+
+    def weighted(kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        return KeyedJaggedTensor(
+            kjt.keys(), kjt.values(), weights=weigh(kjt.values()), lengths=kjt.lengths(), stride=kjt.stride()
+        )
+
+    return replace(
+        batch,
+        request_sparse=weighted(batch.request_sparse),
+        candidate_sparse=weighted(batch.candidate_sparse),
+        sequences=weighted(batch.sequences),
+    )
 
 
 def make_table(num_requests: int, seed: int = 0, first_id: int = 0) -> pa.Table:

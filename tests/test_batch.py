@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.conftest import HASHED, NUM_ITEMS, SCHEMA, make_requests, spread_ids
+from tests.conftest import HASHED, NUM_ITEMS, SCHEMA, make_requests, spread_ids, with_weights
 from torchrec_amort import InputError, RequestBatch, TableConfig, hash_ids
 
 shapes = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=5)
@@ -111,6 +111,48 @@ def test_scoring_needs_no_labels_no_user_and_no_request_id() -> None:
     assert batch.labels is None
     assert batch.users is None
     assert batch.to_impressions().labels is None
+
+
+@given(shapes, st.data(), st.integers(0, 7), st.integers(0, 2**20))
+def test_weights_go_where_their_ids_go(
+    sizes: list[tuple[int, int]], data: st.DataObject, history_length: int, seed: int
+) -> None:
+    # An id tells its weight, so that whatever becomes of a batch can be checked.
+    batch = with_weights(RequestBatch.from_requests(make_requests(sizes, seed), SCHEMA), lambda ids: ids + 0.25)
+    wanted = data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1))
+    made = [batch.to(torch.device("cpu")), batch.keep_latest(history_length), batch.select(torch.tensor(wanted))]
+    for other in (*made, *[part.to_impressions() for part in made]):
+        for kjt in (other.request_sparse, other.candidate_sparse, other.sequences):
+            assert torch.equal(kjt.weights(), kjt.values() + 0.25)
+
+
+def test_what_is_kept_of_single_keys_moves_too() -> None:
+    batch = RequestBatch.from_requests(make_requests([(2, 3), (0, 1)]), SCHEMA)
+    batch.candidate_sparse.to_dict()
+    moved = batch.to(torch.device("meta")).candidate_sparse
+    assert {of_key.values().device.type for of_key in moved.to_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("given_by", ["lengths", "offsets"])
+def test_no_method_leaves_tensors_of_inference_mode_in_the_batch(given_by: str) -> None:
+    batch = RequestBatch.from_requests(make_requests([(2, 3), (0, 1)]), SCHEMA)
+    if given_by == "offsets":
+        for name in ("request_sparse", "candidate_sparse", "sequences"):
+            of = getattr(batch, name)
+            setattr(batch, name, KeyedJaggedTensor(of.keys(), of.values(), offsets=of.offsets(), stride=of.stride()))
+    expected = RequestBatch.from_requests(make_requests([(2, 3), (0, 1)]), SCHEMA)
+    with torch.inference_mode():
+        batch.validate(SCHEMA.table_sizes)
+        made = [batch.select(torch.tensor([1])), batch.to_impressions(), batch.keep_latest(1), batch.shallow_copy()]
+        for other in [batch.to(torch.device("cpu")), *made]:
+            for kjt in (other.request_sparse, other.candidate_sparse, other.sequences):
+                kjt.sync()
+                kjt.to_dict()
+                kjt.offsets()
+    for kjt in (batch.request_sparse, batch.candidate_sparse, batch.sequences):
+        kept = [kjt.offsets(), kjt.lengths(), *(tensor for of in kjt.to_dict().values() for tensor in (of.offsets(),))]
+        assert not any(tensor.is_inference() for tensor in kept)
+    assert_same(batch, expected)
 
 
 def test_moves_as_a_whole() -> None:
@@ -253,8 +295,11 @@ def broken(field: str, value: Any) -> RequestBatch:
     return dataclasses.replace(batch, **{field: value})
 
 
-def kjt(values: list[int], lengths: list[int], keys: list[str], stride: int) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor(keys=keys, values=torch.tensor(values), lengths=torch.tensor(lengths), stride=stride)
+def kjt(values: list[int], lengths: list[int], keys: list[str], stride: int, weights: Any = None) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(keys, torch.tensor(values), lengths=torch.tensor(lengths), stride=stride, weights=weights)
+
+
+NAN = torch.tensor([1.0, 1.0, torch.nan])
 
 
 @pytest.mark.parametrize(
@@ -282,6 +327,28 @@ def kjt(values: list[int], lengths: list[int], keys: list[str], stride: int) -> 
             "sequences",
             kjt([1, 1, 1, 1, 1], [0, 1, 2, 2], ["history_item", "candidate_item"], 2),
             r"request 0: sequences\['candidate_item'\] has 2 entries, but num_candidates tells of 3",
+        ),
+        (
+            "request_sparse",
+            kjt([1, 2, 3], [1, 0, 0, 2], ["user_id", "interests"], 2, weights=NAN),
+            r"request 1: request_sparse\['interests'\] has weight nan, not a finite number",
+        ),
+        (
+            "candidate_sparse",
+            kjt([1, 2, 3], [0, 0, 2, 1], ["genres"], 4, weights=NAN),
+            r"request 1, candidate 0: candidate_sparse\['genres'\] has weight nan",
+        ),
+        (
+            "candidate_sparse",
+            kjt([1, 2, 3], [0, 0, 2, 1], ["genres"], 4, weights=torch.ones(2)),
+            r"weights of candidate_sparse are torch.float32 with shape \(2,\), but it has 3 values",
+        ),
+        (
+            "sequences",
+            kjt(
+                [1, 2, 3], [0, 0, 2, 1], ["history_item", "candidate_item"], 2, weights=torch.ones(3, dtype=torch.int64)
+            ),
+            "weights of sequences are torch.int64",
         ),
     ],
 )

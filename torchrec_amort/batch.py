@@ -5,7 +5,7 @@ Shape suffixes: B requests; C candidates, N history events, all requests togethe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from torchrec_amort.columns import MisfitError, array_of, wanted
@@ -24,6 +24,9 @@ from torchrec_amort.schema import ANY_ID, Content, InputError, RequestSchema, re
 @dataclass(eq=False)
 class RequestBatch(Pipelineable):
     """B requests with all their candidates and histories.
+
+    Ids may have weights, which go where their ids go. No method changes the batch, or what its `KeyedJaggedTensor`s
+    keep of what they once worked out.
 
     Args:
         request_dense: float [B, I_r]; I_r may be 0.
@@ -126,6 +129,24 @@ class RequestBatch(Pipelineable):
         """The number of requests, B."""
         return self.num_candidates.numel()
 
+    def shallow_copy(self) -> RequestBatch:
+        """The same tensors in `KeyedJaggedTensor`s of its own.
+
+        A `KeyedJaggedTensor` keeps offsets once it has worked them out. Those of inference mode cannot be trained with,
+        so whoever scores somebody else's batch scores a shallow copy.
+
+        Example::
+
+            with torch.inference_mode():
+                logits_CT = model(batch.shallow_copy())
+        """
+        return replace(
+            self,
+            request_sparse=_shallow_copy(self.request_sparse),
+            candidate_sparse=_shallow_copy(self.candidate_sparse),
+            sequences=_shallow_copy(self.sequences),
+        )
+
     def _map(self, function: Callable[[Any], Any]) -> RequestBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: None if v is None else function(v) for name, v in values.items()}
@@ -133,7 +154,8 @@ class RequestBatch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
         """Copy the batch to a device."""
-        return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
+        # TorchRec would leave what it keeps of single keys on the old device.
+        return self.shallow_copy()._map(lambda value: value.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> RequestBatch:
         """Copy the batch to page-locked memory, from where it moves to a GPU without blocking."""
@@ -160,14 +182,22 @@ class RequestBatch(Pipelineable):
         """
         if history_length < 0:
             raise InputError(f"history_length is {history_length}, not 0 or more")
-        keys, lengths = self.sequences.keys(), self.sequences.lengths()
+        batch = self.shallow_copy()
+        keys, lengths, weights = batch.sequences.keys(), batch.sequences.lengths(), batch.sequences.weights_or_none()
         is_event = torch.tensor([key != "candidate_item" for key in keys], device=lengths.device)
         limited = lengths.clamp(max=history_length)
         kept = torch.where(is_event.repeat_interleave(len(self)), limited, lengths)
         ends = torch.cumsum(lengths, 0).repeat_interleave(lengths)
         recency = ends - 1 - torch.arange(ends.numel(), device=ends.device)
-        values = self.sequences.values()[recency < kept.repeat_interleave(lengths)]
-        return replace(self, sequences=KeyedJaggedTensor(keys=keys, values=values, lengths=kept, stride=len(self)))
+        is_kept = recency < kept.repeat_interleave(lengths)
+        batch.sequences = KeyedJaggedTensor(
+            keys=keys,
+            values=batch.sequences.values()[is_kept],
+            weights=None if weights is None else weights[is_kept],
+            lengths=kept,
+            stride=len(self),
+        )
+        return batch
 
     def select(self, requests: Tensor) -> RequestBatch:
         """Some of the requests, as a batch of their own; a copy.
@@ -210,18 +240,19 @@ class RequestBatch(Pipelineable):
         """
         num_impressions = self.candidate_sparse.stride()
         requests_C = torch.repeat_interleave(self.num_candidates, output_size=num_impressions)
-        items = self.sequences["candidate_item"].values()
+        items = _shallow_copy(self.sequences)["candidate_item"]
         history_keys = [key for key in self.sequences.keys() if key != "candidate_item"]
         sequences = _select(self.sequences, requests_C, history_keys)
         return RequestBatch(
             request_dense=self.request_dense[requests_C],
             candidate_dense=self.candidate_dense,
             request_sparse=_select(self.request_sparse, requests_C, self.request_sparse.keys()),
-            candidate_sparse=self.candidate_sparse,
+            candidate_sparse=_shallow_copy(self.candidate_sparse),
             sequences=KeyedJaggedTensor(
                 keys=[*history_keys, "candidate_item"],
-                values=torch.cat([sequences.values(), items]),
-                lengths=torch.cat([sequences.lengths(), torch.ones_like(items)]),
+                values=torch.cat([sequences.values(), items.values()]),
+                weights=_cat_weights(sequences, items),
+                lengths=torch.cat([sequences.lengths(), torch.ones_like(items.values())]),
                 stride=num_impressions,
             ),
             num_candidates=torch.ones_like(requests_C),
@@ -245,8 +276,8 @@ class RequestBatch(Pipelineable):
 
         Raises:
             InputError: lengths do not add up, a candidate count does not match, a request has no
-                candidate, an id is outside its table, or a dense feature or label is not finite. The
-                message names the source, the field, the request and the two numbers that disagree.
+                candidate, an id is outside its table, or a dense feature, a weight or a label is not finite.
+                The message names the source, the field, the request and the two numbers that disagree.
 
         Example::
 
@@ -273,16 +304,83 @@ def _to_arrow(
     return pa.table(arrays)
 
 
+def list_requests(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Requests that are given as mappings, each read once.
+
+    Args:
+        requests: a list, or anything else that yields them.
+
+    Raises:
+        InputError: they are not mappings, or are one mapping.
+    """
+    if isinstance(requests, Mapping):
+        raise InputError("requests: one mapping by itself: give a list of requests: [request]")
+    if isinstance(requests, (str, bytes)) or not isinstance(requests, Iterable):
+        raise InputError(f"requests: a {type(requests).__name__}: give a RequestBatch or a list of mappings")
+    listed = list(requests)
+    for row, request in enumerate(listed):
+        if not isinstance(request, Mapping):
+            raise InputError(f"requests: request {row} is a {type(request).__name__}, not a mapping of its columns")
+    return listed
+
+
+def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) -> None:
+    """Refuse ids with weights where a collection of bags does not read weights, and ids without where it does.
+
+    Args:
+        name: of the field, for the error message.
+        features: ids.
+        is_weighted: whether the collection reads weights.
+
+    Raises:
+        InputError: the ids do not go with the collection.
+    """
+    has_weights = features.weights_or_none() is not None
+    if has_weights and not is_weighted:
+        # Alone, TorchRec's collection leaves such weights out; sharded, it applies them.
+        raise InputError(
+            f"batch: {name} has weights, but the model's collection of bags is not weighted: build it with "
+            "is_weighted=True, or take the weights off the batch"
+        )
+    if is_weighted and not has_weights:
+        raise InputError(
+            f"batch: {name} has no weights, but the model's collection of bags is weighted: give each id its weight, "
+            "1.0 where there is none"
+        )
+
+
+def _shallow_copy(kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    # Its constructor, and `copy.copy`, take ten times as long as a small request can spare.
+    copied = KeyedJaggedTensor.__new__(type(kjt))
+    vars(copied).update(vars(kjt))
+    # The tensors of each key keep their offsets, too.
+    copied._jt_dict = None
+    return copied
+
+
+def _cat_weights(*parts: KeyedJaggedTensor | JaggedTensor) -> Tensor | None:
+    if any(part.weights_or_none() is None for part in parts):
+        return None
+    return torch.cat([part.weights() for part in parts])
+
+
 def _select(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> KeyedJaggedTensor:
     """The given rows of the given keys, in that order; a row may be taken many times."""
+    kjt = _shallow_copy(kjt)
     first_of_key = torch.tensor([kjt.keys().index(key) * kjt.stride() for key in keys], device=rows.device)
     lists = (first_of_key[:, None] + rows).flatten().long()
     lengths = kjt.lengths()[lists]
     ends = torch.cumsum(lengths, 0)
     # Where an entry goes, less where its list goes, plus where its list comes from.
     shift = torch.repeat_interleave(kjt.offsets()[lists] - (ends - lengths), lengths)
-    values = kjt.values()[torch.arange(shift.numel(), device=rows.device) + shift]
-    return KeyedJaggedTensor(keys=list(keys), values=values, lengths=lengths, stride=rows.numel())
+    taken, weights = torch.arange(shift.numel(), device=rows.device) + shift, kjt.weights_or_none()
+    return KeyedJaggedTensor(
+        keys=list(keys),
+        values=kjt.values()[taken],
+        weights=None if weights is None else weights[taken],
+        lengths=lengths,
+        stride=rows.numel(),
+    )
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -296,7 +394,7 @@ class _Check:
     """The checks of `RequestBatch.validate`, in the order in which one makes the next meaningful."""
 
     def __init__(self, batch: RequestBatch, table_sizes: Mapping[str, int], source: str, first_row: int) -> None:
-        self.batch = batch
+        self.batch = batch.shallow_copy()
         self.table_sizes = table_sizes
         self.source = source
         self.first_row = first_row
@@ -382,6 +480,8 @@ class _Check:
             )
         if not self._are_ids(keys, counts, values):
             self._refuse_id(name, keys, lengths, values, per_candidate)
+        if (weights := kjt.weights_or_none()) is not None:
+            self._weights(name, keys, lengths, weights, per_candidate)
         if name == "sequences":
             self._sequence_lengths(keys, lengths)
 
@@ -402,15 +502,28 @@ class _Check:
     ) -> None:
         sizes = np.repeat(self._sizes(keys), lengths.sum(1))
         position = int(np.flatnonzero((values < 0) | (values >= sizes))[0])
+        limit = "0 to 2**63 - 2" if sizes[position] == ANY_ID else f"0 to {sizes[position] - 1}, the rows of its table"
+        raise InputError(
+            f"{self._entry(name, keys, lengths, position, per_candidate)} has id {values[position]}, not {limit}: map "
+            "the id, enlarge the table, or give the feature vocabulary 'unknown' or 'hash'"
+        )
+
+    def _weights(self, name: str, keys: list[str], lengths: np.ndarray, weights: Tensor, per_candidate: bool) -> None:
+        num_values = int(lengths.sum())
+        if not weights.is_floating_point() or weights.shape != (num_values,):
+            raise InputError(
+                f"{self.source}: the weights of {name} are {weights.dtype} with shape {tuple(weights.shape)}, but it "
+                f"has {num_values} values: give each its weight, a float"
+            )
+        if len(wrong := np.flatnonzero(~np.isfinite(array := _array(weights)))):
+            entry = self._entry(name, keys, lengths, int(wrong[0]), per_candidate)
+            raise InputError(f"{entry} has weight {array[wrong[0]]}, not a finite number")
+
+    def _entry(self, name: str, keys: list[str], lengths: np.ndarray, position: int, per_candidate: bool) -> str:
+        """Where the value at a position of a field is."""
         place = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
         key, row = divmod(place, lengths.shape[1])
-        where = self._candidate(row) if per_candidate else self._request(row)
-        size = self.table_sizes.get(keys[key], ANY_ID)
-        limit = "0 to 2**63 - 2" if size == ANY_ID else f"0 to {size - 1}, the rows of its table"
-        raise InputError(
-            f"{where}: {name}[{keys[key]!r}] has id {values[position]}, not {limit}: map the id, enlarge the table, "
-            "or give the feature vocabulary 'unknown' or 'hash'"
-        )
+        return f"{self._candidate(row) if per_candidate else self._request(row)}: {name}[{keys[key]!r}]"
 
     def _sequence_lengths(self, keys: list[str], lengths: np.ndarray) -> None:
         for key, have in zip(keys, lengths, strict=True):
