@@ -1,18 +1,26 @@
 import threading
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.inference.modules import quantize_embeddings
 from torchrec.models.dlrm import DLRM, DLRM_DCN
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from tests.conftest import HASHED, MAX_HISTORY, NUM_ITEMS, SCHEMA, make_requests, spread_ids
+from tests.conftest import HASHED, MAX_HISTORY, NUM_ITEMS, SCHEMA, make_requests, spread_ids, with_weights
 from torchrec_amort import (
     AmortizedDLRM,
+    AmortizedDLRMTrain,
     AmortizedHistoryArch,
     AmortizedScorer,
     HistoryCache,
@@ -23,7 +31,11 @@ from torchrec_amort import (
     attach_history,
     build_model,
 )
+from torchrec_amort.inference.lookup import BagLookup
+from torchrec_amort.inference.rollout import Rollout, score_impressions
+from torchrec_amort.inference.service import ScoringService
 from torchrec_amort.models.build import ENCODERS
+from torchrec_amort.training.sharding import OptimizerConfig, shard
 
 shapes = st.lists(st.tuples(st.integers(0, MAX_HISTORY), st.integers(1, 5)), min_size=1, max_size=4)
 seeds = st.integers(0, 2**20)
@@ -162,6 +174,237 @@ def test_requests_may_be_plain_mappings() -> None:
     assert_same(AmortizedScorer(model, schema=SCHEMA).score(requests), expected)
     with pytest.raises(InputError, match="schema"):
         AmortizedScorer(model).score(requests)
+
+
+def test_requests_may_come_one_by_one() -> None:
+    model, requests = make_model(), make_requests([(3, 2), (0, 1)])
+    scorer = AmortizedScorer(model, schema=SCHEMA)
+    scorer.warm_up(request for request in requests)
+    assert_same(scorer.score(iter(requests)), scorer.score(requests))
+
+
+@pytest.mark.parametrize("path", [AmortizedScorer.score, AmortizedScorer.warm_up])
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        (make_requests([(1, 1)])[0], r"one mapping by itself: give a list of requests: \[request\]"),
+        ("requests", "requests: a str: give a RequestBatch or a list of mappings"),
+        (None, "requests: a NoneType: give a RequestBatch or a list"),
+        (["user_id"], "request 0 is a str, not a mapping"),
+        ([*make_requests([(1, 1)]), None], "request 1 is a NoneType, not a mapping"),
+        ([], "an empty list"),
+    ],
+)
+def test_what_is_no_list_of_requests_is_told(path: Callable[..., Any], requests: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        path(AmortizedScorer(make_model(), schema=SCHEMA), requests)
+
+
+def summed_and_weighted(bags: EmbeddingBagCollection) -> EmbeddingBagCollection:
+    tables = [replace(table, pooling=PoolingType.SUM) for table in bags.embedding_bag_configs()]
+    return EmbeddingBagCollection(tables=tables, is_weighted=True)
+
+
+def make_weighted_model(interaction: str = "dot", **changes: Any) -> AmortizedDLRM:
+    """A model both of whose collections of bags are weighted."""
+    parts = make_model(**changes)
+    assert parts.request_sparse_arch is not None
+    model = AmortizedDLRM(
+        candidate_embedding_bag_collection=summed_and_weighted(parts.sparse_arch.embedding_bag_collection),
+        request_embedding_bag_collection=summed_and_weighted(parts.request_sparse_arch.embedding_bag_collection),
+        dense_in_features=parts.dense_in_features,
+        dense_arch_layer_sizes=[6, 8],
+        over_arch_layer_sizes=[16, 2],
+        history_embedding_collection=parts.history_embedding_collection,
+        event_encoder=parts.event_encoder,
+        history_arch=parts.history_arch,
+        interaction=interaction,
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def make_weighted_batch(sizes: list[tuple[int, int]], seed: int = 0) -> RequestBatch:
+    random = torch.Generator().manual_seed(seed)
+    return with_weights(make_batch(sizes, seed), lambda ids: torch.randn(ids.shape, generator=random))
+
+
+@settings(max_examples=20)
+@given(shapes, st.sampled_from(["dot", "dcn"]), st.sampled_from(["auto", "eager"]), st.integers(1, 7), seeds)
+def test_weighted_bags_score_the_same_however_a_batch_is_cut(
+    sizes: list[tuple[int, int]], interaction: str, backend: Any, microbatch: int, seed: int
+) -> None:
+    model, batch = make_weighted_model(interaction), make_weighted_batch(sizes, seed)
+    expected = by_impressions(model, batch)
+    with torch.no_grad():
+        assert_same(model(batch), expected)
+    whole, cut = AmortizedScorer(model, backend=backend), AmortizedScorer(model, microbatch, backend=backend)
+    assert_same(whole.score(batch), expected)
+    assert_same(cut.score(batch), expected)
+    assert_same(whole.score(batch.to_impressions()), expected)
+    assert_same(torch.cat([cut.score(batch.select(torch.tensor([row]))) for row in range(len(batch))]), expected)
+    assert_same(score_impressions(model, batch, microbatch_size=microbatch), expected)
+
+
+bags_of_ids = st.one_of(
+    st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=2, max_size=12),
+    st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=1), min_size=2, max_size=12),
+)
+
+
+@settings(max_examples=20)
+@given(bags_of_ids, st.data(), st.sampled_from([None, torch.float]), st.sampled_from([torch.float, torch.double]))
+def test_weighted_bags_are_sums_of_rows_times_weights(
+    bags: list[list[int]], data: st.DataObject, quantized: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    rows = len(bags) // 2
+    bags = bags[: 2 * rows]
+    lengths = torch.tensor([len(bag) for bag in bags])
+    weights = torch.randn(int(lengths.sum()), dtype=dtype)
+    ids = torch.tensor([i for bag in bags for i in bag], dtype=torch.int64)
+    configs = [
+        EmbeddingBagConfig(name=name, feature_names=[name], num_embeddings=5, embedding_dim=4) for name in ("f", "g")
+    ]
+    collection = EmbeddingBagCollection(tables=configs, is_weighted=True)
+    expected = []
+    for place, (bag, of_bag) in enumerate(zip(bags, weights.split(lengths.tolist()), strict=True)):
+        table = collection.embedding_bags["fg"[place // rows]].weight.detach()
+        terms = [weight * table[i] for i, weight in zip(bag, of_bag, strict=True)]
+        expected.append(sum(terms, torch.zeros(4)).float())
+    if quantized is not None:
+        collection = quantize_embeddings(nn.ModuleDict({"bags": collection}), dtype=quantized, inplace=True)["bags"]
+    start = data.draw(st.integers(0, rows - 1))
+    stop = data.draw(st.integers(start + 1, rows))
+    features = KeyedJaggedTensor(["f", "g"], ids, weights, lengths, stride=rows)
+    slots = BagLookup(collection)(features, start, stop)
+    for slot, first in zip(slots, (0, rows), strict=True):
+        assert_same(slot.tensor().detach(), torch.stack(expected[first + start : first + stop]))
+
+
+def unweighted(batch: RequestBatch, *names: str) -> RequestBatch:
+    """The batch without the weights of some fields."""
+    kjts = {name: getattr(batch, name) for name in names}
+    return replace(
+        batch,
+        **{
+            name: KeyedJaggedTensor(of.keys(), of.values(), lengths=of.lengths(), stride=of.stride())
+            for name, of in kjts.items()
+        },
+    )
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("name", ["candidate_sparse", "request_sparse"])
+def test_weights_that_the_bags_do_not_read_or_miss_are_refused(name: str, validate: bool) -> None:
+    other = {"candidate_sparse": "request_sparse", "request_sparse": "candidate_sparse"}[name]
+    batch = make_weighted_batch([(3, 2), (0, 1)])
+    cases = [
+        (
+            make_model(),
+            unweighted(batch, other),
+            "has weights, but .* not weighted: build it with is_weighted=True, or",
+        ),
+        (make_weighted_model(), unweighted(batch, name), "has no weights, but .* is weighted: give each id its weight"),
+    ]
+    for model, wrong, message in cases:
+        scorer = AmortizedScorer(model, 1, validate=validate)
+        for score in (scorer.score, scorer.warm_up, model):
+            with pytest.raises(InputError, match=f"batch: {name} {message}"):
+                score(wrong)
+    # Weights of sequences are nobody's: an EmbeddingCollection does not read them.
+    only_sequences = unweighted(batch, name, other)
+    assert_same(AmortizedScorer(make_model()).score(only_sequences), by_impressions(make_model(), only_sequences))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_sharded_bags_apply_the_weights_that_unsharded_ones_leave_out_so_both_are_refused() -> None:
+    def sharded(model: AmortizedDLRM) -> DistributedModelParallel:
+        module = shard(model, device=torch.device("cpu"), optimizer=OptimizerConfig(), batch_size=3).module
+        assert isinstance(module, DistributedModelParallel)
+        return module
+
+    batch = make_weighted_batch([(3, 2), (0, 1)])
+    plain = unweighted(batch, "candidate_sparse", "request_sparse")
+    model, alone = sharded(make_model()), make_model()
+    assert_same(model(plain).detach(), AmortizedScorer(alone).score(plain))
+    bags: Any = model.module.sparse_arch
+    with torch.no_grad():
+        left_out, applied = alone.sparse_arch(batch.candidate_sparse), bags(batch.candidate_sparse)
+        assert_same(left_out, alone.sparse_arch(plain.candidate_sparse))
+    assert float((applied - left_out).abs().max()) > 0.1
+    for refusing in (model, AmortizedScorer(alone).score):
+        with pytest.raises(InputError, match="candidate_sparse has weights, but"):
+            refusing(batch)
+    weighted = make_weighted_model()
+    expected = AmortizedScorer(weighted, 1).score(batch)
+    assert_same(sharded(weighted)(batch).detach(), expected)
+
+
+def test_a_mean_cannot_be_weighted() -> None:
+    table = EmbeddingBagConfig(name="t", feature_names=["f"], num_embeddings=5, embedding_dim=4)
+    bags = EmbeddingBagCollection(tables=[replace(table, pooling=PoolingType.MEAN)], is_weighted=True)
+    with pytest.raises(ValueError, match="table 't' is weighted and pools by the mean"):
+        BagLookup(bags)
+
+
+def copy_of(batch: RequestBatch, given_by: str) -> RequestBatch:
+    """The same batch, with nothing worked out yet."""
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, KeyedJaggedTensor):
+            return None if value is None else value.clone()
+        rows = {given_by: getattr(value, given_by)().clone()}
+        weights = value.weights_or_none()
+        weights = None if weights is None else weights.clone()
+        return KeyedJaggedTensor(list(value.keys()), value.values().clone(), weights, stride=value.stride(), **rows)
+
+    return RequestBatch(**{field.name: copied(getattr(batch, field.name)) for field in fields(RequestBatch)})
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("given_by", ["lengths", "offsets"])
+def test_a_batch_trains_as_if_it_had_never_been_scored(is_weighted: bool, given_by: str) -> None:
+    sizes = [(3, 2), (0, 1), (MAX_HISTORY + 2, 4), (2, 3)]
+    model = make_weighted_model() if is_weighted else make_model()
+    made = make_weighted_batch(sizes) if is_weighted else make_batch(sizes)
+    short = made.keep_latest(MAX_HISTORY)
+    batch, untouched, long = (copy_of(of, given_by) for of in (short, short, made))
+    plain, cut = AmortizedScorer(model), AmortizedScorer(model, 2, HistoryCache(2**20), backend="eager")
+    whatever = partial(score_impressions, model, microbatch_size=3)
+    with Rollout(cut.score, control=model, reference=whatever, experiment="films", share=0.5, sample_rate=1.0) as both:
+        for scored in (batch, long):
+            plain.warm_up(scored)
+            for score in (plain.score, cut.score, cut.score, AmortizedScorer(model, validate=False).score, whatever):
+                score(scored)
+        both.score(batch)
+        for scorer in (plain, both):
+            with ScoringService(scorer, 1, 1) as service:
+                service.submit(batch).result()
+    gradients = []
+    for trained in (batch, untouched):
+        model.zero_grad()
+        loss, _ = AmortizedDLRMTrain(model)(trained)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for gradient, expected in zip(*gradients, strict=True):
+        assert torch.equal(gradient, expected)
+    for field in fields(RequestBatch):
+        value, expected = getattr(batch, field.name), getattr(untouched, field.name)
+        if isinstance(value, KeyedJaggedTensor):
+            assert value.keys() == expected.keys()
+            parts = [lambda kjt: kjt.values(), lambda kjt: kjt.lengths(), lambda kjt: kjt.offsets()]
+            for part in [*parts, lambda kjt: kjt.weights()] if is_weighted else parts:
+                assert torch.equal(part(value), part(expected))
+        else:
+            assert torch.equal(value, expected)
 
 
 def test_dense_weights_are_those_of_the_moment_the_scorer_is_made() -> None:

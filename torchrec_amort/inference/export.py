@@ -240,9 +240,8 @@ def _refuse_other_sides(served: Served, schema: RequestSchema) -> None:
 def _why_other_tables(model: AmortizedDLRM) -> str | None:
     if isinstance(model.history_embedding_collection, SequenceTables):
         return "its table of items is managed, and packages do not hold which ids have its rows"
-    for name, weight in model.named_parameters():
-        if weight.device.type != "cpu":
-            return f"{name} is on {weight.device}, and packages are compiled for CPUs"
+    if any(model.is_weighted.values()):
+        return "its bags are weighted, and the requests of a schema have no weights"
     # Quantizing copies tables, not what else a collection does.
     names = {module: name for name, module in model.named_modules()}
     reasons = (PLAIN_TABLES.why_not_any(collection, names[collection]) for collection in _collections(model).values())

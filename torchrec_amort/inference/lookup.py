@@ -65,6 +65,9 @@ class BagLookup:
     Args:
         bags: the collection; read where it is.
 
+    Raises:
+        ValueError: a table of a weighted collection pools by the mean.
+
     Example::
 
         slots = BagLookup(model.sparse_arch.embedding_bag_collection)(batch.candidate_sparse)
@@ -77,10 +80,16 @@ class BagLookup:
         self.dim: int = tables[0].embedding_dim
         weights = [*bags.parameters(), *bags.buffers()]
         self.device = weights[0].device if weights else torch.device("cpu")
+        # Quantized tables have buffers alone.
+        self._weights_dtype = next((weight.dtype for weight in bags.parameters()), torch.float32)
         self.table_sizes = _table_sizes(tables)
+        self.is_weighted: bool = bags.is_weighted()
+        for table in tables if self.is_weighted and type(bags) is EmbeddingBagCollection else ():
+            if table.pooling is not PoolingType.SUM:
+                raise ValueError(f"table {table.name!r} is weighted and pools by the mean, which PyTorch cannot: sum")
         self._features = [name for table in tables for name in table.feature_names]
         self._poolings: list[tuple[str, Tensor, str]] | None = None
-        if _is_plain(bags) and not bags.is_weighted():
+        if _is_plain(bags):
             self._poolings = [
                 (
                     name,
@@ -96,17 +105,19 @@ class BagLookup:
         """Pooled embeddings of each feature, in the order of their tables, as `SparseArch` has them.
 
         Args:
-            features: ids.
+            features: ids, with weights if the collection is weighted.
             start: the first row that is read.
             stop: where they end; with the last one if None.
         """
         stop = features.stride() if stop is None else stop
+        if self.is_weighted:
+            features = self._with_weights_of_its_type(features)
         if self._poolings is None:
             if stop - start < features.stride():
                 features = rows_of_all(features, start, stop)
             pooled = self._bags(features).to_dict()
             return [EmbeddingRows(pooled[name]) for name in self._features]
-        if have_one_each(features):
+        if have_one_each(features) and not self.is_weighted:
             ids = features.values().view(len(features.keys()), features.stride())[:, start:stop]
             ids_of = dict(zip(features.keys(), ids.long().unbind(), strict=True))
             return [EmbeddingRows(table, ids_of[name]) for name, table, _ in self._poolings]
@@ -114,8 +125,20 @@ class BagLookup:
         for name, table, mode in self._poolings:
             ids, lengths_R = rows_of(features, name, start, stop)
             starts_R = torch.cumsum(lengths_R, 0) - lengths_R
-            slots.append(EmbeddingRows(F.embedding_bag(ids.long(), table, starts_R, mode=mode)))
+            weights = features.weights()[_span(features, name, start, stop)] if self.is_weighted else None
+            rows_RD = F.embedding_bag(ids.long(), table, starts_R, mode=mode, per_sample_weights=weights)
+            slots.append(EmbeddingRows(rows_RD))
         return slots
+
+    def _with_weights_of_its_type(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """Sharded tables, with which a model is trained, take weights of any type."""
+        weights = features.weights()
+        if weights.dtype == self._weights_dtype:
+            return features
+        weights = weights.to(self._weights_dtype)
+        return KeyedJaggedTensor(
+            features.keys(), features.values(), weights, features.lengths(), stride=features.stride()
+        )
 
 
 class SequenceLookup:
@@ -160,19 +183,35 @@ class SequenceLookup:
 def rows_of(kjt: KeyedJaggedTensor, key: str, start: int, stop: int) -> Rows:
     """Values and lengths of the rows of a key from `start` to `stop`."""
     first = kjt.keys().index(key) * kjt.stride()
-    offsets = kjt.offsets()
-    begin, end = int(offsets[first + start]), int(offsets[first + stop])
-    return kjt.values()[begin:end], kjt.lengths()[first + start : first + stop]
+    return kjt.values()[_span(kjt, key, start, stop)], kjt.lengths()[first + start : first + stop]
+
+
+def _span(kjt: KeyedJaggedTensor, key: str, start: int, stop: int) -> slice:
+    """Where the values of the rows of a key from `start` to `stop` are."""
+    first, offsets = kjt.keys().index(key) * kjt.stride(), kjt.offsets()
+    return slice(int(offsets[first + start]), int(offsets[first + stop]))
 
 
 def rows_of_all(kjt: KeyedJaggedTensor, start: int, stop: int) -> KeyedJaggedTensor:
-    """The rows of all keys from `start` to `stop`."""
-    keys, num_rows, count = list(kjt.keys()), kjt.stride(), stop - start
-    if have_one_each(kjt):
-        # Offsets would take as much memory as the ids.
-        values = kjt.values().view(len(keys), num_rows)[:, start:stop].reshape(-1)
-        return KeyedJaggedTensor(keys, values, lengths=torch.ones_like(values), stride=count)
-    return keyed({key: rows_of(kjt, key, start, stop) for key in keys}, count)
+    """The rows of all keys from `start` to `stop`, with their weights if they have some."""
+    keys, weights = list(kjt.keys()), kjt.weights_or_none()
+    # Offsets would take as much memory as ids that are one of each row.
+    spans = None if have_one_each(kjt) else [_span(kjt, key, start, stop) for key in keys]
+
+    def rows(one_each: Tensor) -> Tensor:
+        # Of one row of each key a flat view can be had; quantized tables would read it as if it had no gaps.
+        return one_each.reshape(len(keys), kjt.stride())[:, start:stop].contiguous().flatten()
+
+    def entries(flat: Tensor) -> Tensor:
+        return rows(flat) if spans is None else torch.cat([flat[span] for span in spans])
+
+    return KeyedJaggedTensor(
+        keys,
+        entries(kjt.values()),
+        weights=None if weights is None else entries(weights),
+        lengths=rows(kjt.lengths()),
+        stride=stop - start,
+    )
 
 
 def have_one_each(kjt: KeyedJaggedTensor) -> bool:
@@ -183,8 +222,6 @@ def have_one_each(kjt: KeyedJaggedTensor) -> bool:
 
 def keyed(rows: Mapping[str, Rows], stride: int) -> KeyedJaggedTensor:
     """Put the rows of several keys together."""
-    if not rows:
-        return KeyedJaggedTensor.empty()
     values, lengths = zip(*rows.values(), strict=True)
     return KeyedJaggedTensor(list(rows), torch.cat(values), lengths=torch.cat(lengths), stride=stride)
 

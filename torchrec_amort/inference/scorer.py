@@ -12,14 +12,14 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torchrec_amort.batch import RequestBatch
+from torchrec_amort.batch import RequestBatch, list_requests, refuse_weights
 from torchrec_amort.inference.cache import CachedHistory, HistoryCache
 from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, Rows, Slots, rows_of
 from torchrec_amort.inference.phases import Backend, Phases, Served, serve
@@ -107,19 +107,20 @@ class AmortizedScorer:
                 raise ValueError("the model reads no history: it needs no cache")
             cache.bind(self)
 
-    def score(self, requests: RequestBatch | Sequence[Mapping[str, Any]]) -> Tensor:
+    def score(self, requests: RequestBatch | Iterable[Mapping[str, Any]]) -> Tensor:
         """Score every candidate of every request.
 
         Args:
-            requests: B requests with C candidates, of any lengths, on any device; or one mapping per request, as
-                `RequestBatch.from_requests` reads them.
+            requests: B requests with C candidates, of any lengths, on any device, which are left as they are; or one
+                mapping per request, as `RequestBatch.from_requests` reads them.
 
         Returns:
             Tensor: logits [C, T], the candidates in the order of the requests, on the model's device.
 
         Raises:
             InputError: a request is malformed, has an id outside its table or, if that is to be refused, too long a
-                history; or a cache is to be used and the batch does not tell `users`.
+                history; its ids have weights where the model's bags have none, or none where they have some; or a
+                cache is to be used and the batch does not tell `users`.
             FloatingPointError: a score is not finite.
 
         Example::
@@ -129,7 +130,7 @@ class AmortizedScorer:
         with torch.inference_mode():
             return self._score(self._batch(requests), self.cache)
 
-    def warm_up(self, requests: RequestBatch | Sequence[Mapping[str, Any]], times: int = 3) -> None:
+    def warm_up(self, requests: RequestBatch | Iterable[Mapping[str, Any]], times: int = 3) -> None:
         """Score some requests, so that the first real one does not wait for memory, threads or compilation.
 
         The cache is left as it is.
@@ -143,21 +144,29 @@ class AmortizedScorer:
             scorer.warm_up(batch)
         """
         with torch.inference_mode():
+            batch = self._batch(requests)
             for _ in range(times):
-                self._score(self._batch(requests), None)
+                self._score(batch, None)
 
-    def _batch(self, requests: RequestBatch | Sequence[Mapping[str, Any]]) -> RequestBatch:
-        if not isinstance(requests, RequestBatch):
+    def _batch(self, requests: RequestBatch | Iterable[Mapping[str, Any]]) -> RequestBatch:
+        if isinstance(requests, RequestBatch):
+            batch = requests.shallow_copy()
+        else:
+            requests = list_requests(requests)
             if self.schema is None:
                 raise InputError("requests are given as mappings: give the scorer the schema that they follow")
-            requests = RequestBatch.from_requests(requests, self.schema)
+            batch = RequestBatch.from_requests(requests, self.schema)
         if self.validate:
-            self._refuse_missing_features(requests)
-            requests.validate(self._table_sizes)
+            self._refuse_missing_features(batch)
+            batch.validate(self._table_sizes)
+        # Not only when batches are checked: weights that are left out crash nothing.
+        refuse_weights("candidate_sparse", batch.candidate_sparse, self._served.candidate_bags.is_weighted)
+        if self._served.request_bags is not None:
+            refuse_weights("request_sparse", batch.request_sparse, self._served.request_bags.is_weighted)
         device = self._served.candidate_bags.device
-        if requests.num_candidates.device != device:
-            requests = requests.to(device)
-        return self._limit(requests)
+        if batch.num_candidates.device != device:
+            batch = batch.to(device)
+        return self._limit(batch)
 
     def _refuse_other_schema(self, schema: RequestSchema) -> None:
         for feature, size in self._table_sizes.items():

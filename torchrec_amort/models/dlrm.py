@@ -13,12 +13,15 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch, SparseArch
 from torchrec.modules.crossnet import LowRankCrossNet
 
-from torchrec_amort.batch import RequestBatch
+from torchrec_amort.batch import RequestBatch, refuse_weights
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.models.sharded import refuse_tables_without_optimizer
 from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
+
+# Pipelines trace the model, and a traced batch has no weights to look at.
+torch.fx.wrap("refuse_weights")
 
 
 class AmortizedDLRM(nn.Module):
@@ -103,6 +106,11 @@ class AmortizedDLRM(nn.Module):
         self.request_sparse_arch = (
             None if request_embedding_bag_collection is None else SparseArch(request_embedding_bag_collection)
         )
+        self.is_weighted = {
+            "candidate_sparse": candidate_embedding_bag_collection.is_weighted(),
+            "request_sparse": request_embedding_bag_collection is not None
+            and request_embedding_bag_collection.is_weighted(),
+        }
         self.history_embedding_collection = history_embedding_collection
         self.event_encoder = event_encoder
         self.history_arch = history_arch
@@ -136,11 +144,14 @@ class AmortizedDLRM(nn.Module):
 
         Raises:
             ValueError: this is a step of training, and some tables were sharded without an optimizer.
+            InputError: ids have weights where the bags have none, or none where they have some.
         """
         if self.training and torch.is_grad_enabled():
             refuse_tables_without_optimizer(self)
+        refuse_weights("candidate_sparse", batch.candidate_sparse, self.is_weighted["candidate_sparse"])
         slots_CFD = [self.sparse_arch(batch.candidate_sparse)]
         if self.request_sparse_arch is not None:
+            refuse_weights("request_sparse", batch.request_sparse, self.is_weighted["request_sparse"])
             request_BFD = self.request_sparse_arch(batch.request_sparse)
             slots_CFD.insert(0, self._expand(request_BFD, batch))
         if self.history_embedding_collection and self.event_encoder and self.history_arch:
