@@ -26,7 +26,7 @@ ENTRIES = st.one_of(st.integers(0, 39), st.none()) | st.integers(0, 39)
 
 def view_of(draw: st.DrawFn, rows: list[Any], depth: int, large: bool) -> pa.Array:
     """A list view whose lists lie in any order, with gaps, and equal ones at the same place."""
-    gap = [[] if depth > 1 else 0] * draw(st.integers(0, 2))
+    gap: list[Any] = [[] if depth > 1 else 0] * draw(st.integers(0, 2))
     entries: list[Any] = []
     start_of: dict[str, int] = {}
     for row in draw(st.permutations(rows)):
@@ -155,8 +155,8 @@ def spellings(seconds: list[int]) -> dict[str, tuple[pa.Array, list[int] | None]
     forms["uint32"] = (pa.array(seconds, pa.uint32()), seconds)
     forms["decimal"] = (pa.array([Decimal(s) for s in seconds], pa.decimal128(20, 0)), seconds)
     for name, kind in {"duration": pa.duration("s"), "time64": pa.time64("us"), "text": pa.string()}.items():
-        values = [str(s) for s in seconds] if name == "text" else pa.array([s % 80_000 for s in seconds])
-        forms[name] = (pa.array(values, kind) if name == "text" else values.view(kind), None)
+        values: Any = [str(s) for s in seconds] if name == "text" else [s % 80_000 for s in seconds]
+        forms[name] = (pa.array(values, kind), None)
     return forms
 
 
@@ -248,7 +248,7 @@ def test_what_cannot_be_a_time_is_refused(history: Any, message: str) -> None:
 
 # ----- ids and numbers, everywhere alike ----------------------------------------------------------------------------
 
-NOT_IDS = {
+NOT_IDS: dict[str, list[Any]] = {
     "bool": [True, False],
     "string": ["1", "2"],
     "binary": [b"1", b"2"],
@@ -371,6 +371,6 @@ def test_prepared_folders_of_other_layouts_are_read_and_sampled_as_they_are(tmp_
     drawn = drawn_requests(tmp_path / "films", "train", 7, seed=0)["request_id"].to_pylist()
     assert drawn == sorted(drawn) and len(set(drawn)) == 7
     options = {"num_requests": 3, "num_candidates": 2, "history_length": 0, "seed": 0}
-    sample = sample_requests(tmp_path / "films", "train", **options)  # type: ignore[arg-type]
+    sample = sample_requests(tmp_path / "films", "train", **options)
     by_id = {row["request_id"]: row["history_item"] for row in table.to_pylist()}
     assert all(row["history_item"] == by_id[row["request_id"]] for row in sample.to_pylist())
