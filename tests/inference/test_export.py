@@ -10,7 +10,7 @@ import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
 from tests.conftest import SCHEMA, make_requests
-from tests.inference.test_scorer import assert_same, by_impressions, make_batch, make_model
+from tests.inference.test_scorer import assert_same, by_impressions, make_batch, make_model, make_weighted_model
 from tests.launch import ROOT
 from torchrec_amort import (
     AmortizedScorer,
@@ -95,6 +95,8 @@ def test_every_kind_of_model_that_can_be_exported(tmp_path: Path, options: dict[
 
 
 def test_what_cannot_be_exported_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be exported: its bags are weighted"):
+        export_package(make_weighted_model(), tmp_path / "package", SCHEMA)
     for options in ({"history": "target_attention"}, {"history": "append_candidate_self"}, {"recent_events": 3}):
         with pytest.raises(InputError, match="cannot be exported"):
             export_package(make_model(**options), tmp_path / "package", SCHEMA)

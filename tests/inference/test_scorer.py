@@ -379,13 +379,14 @@ def test_a_batch_trains_as_if_it_had_never_been_scored(is_weighted: bool, given_
     batch, untouched, long = (copy_of(of, given_by) for of in (short, short, made))
     plain, cut = AmortizedScorer(model), AmortizedScorer(model, 2, HistoryCache(2**20), backend="eager")
     whatever = partial(score_impressions, model, microbatch_size=3)
-    with Rollout(cut.score, control=model, reference=whatever, experiment="films", share=0.5, sample_rate=1.0) as both:
+    make_rollout = partial(Rollout, cut.score, control=model, reference=whatever, experiment="films", sample_rate=1.0)
+    with make_rollout(share=0.0) as shadow, make_rollout(share=0.5) as both:
         for scored in (batch, long):
             plain.warm_up(scored)
             for score in (plain.score, cut.score, cut.score, AmortizedScorer(model, validate=False).score, whatever):
                 score(scored)
-        both.score(batch)
-        for scorer in (plain, both):
+        for scorer in (plain, shadow, both):
+            scorer.score(batch)
             with ScoringService(scorer, 1, 1) as service:
                 service.submit(batch).result()
     gradients = []
@@ -400,9 +401,9 @@ def test_a_batch_trains_as_if_it_had_never_been_scored(is_weighted: bool, given_
         value, expected = getattr(batch, field.name), getattr(untouched, field.name)
         if isinstance(value, KeyedJaggedTensor):
             assert value.keys() == expected.keys()
-            parts = [lambda kjt: kjt.values(), lambda kjt: kjt.lengths(), lambda kjt: kjt.offsets()]
-            for part in [*parts, lambda kjt: kjt.weights()] if is_weighted else parts:
-                assert torch.equal(part(value), part(expected))
+            for part in ("values", "lengths", "offsets", *(["weights"] if is_weighted else [])):
+                assert torch.equal(getattr(value, part)(), getattr(expected, part)())
+                assert not getattr(value, part)().is_inference()
         else:
             assert torch.equal(value, expected)
 
