@@ -14,6 +14,7 @@ FLOORS = {
     "hashing": 0,
     "progress": 0,
     "versions": 0,
+    "bounds": 1,
     "files": 1,
     "columns": 1,
     "rows": 2,

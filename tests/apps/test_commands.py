@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.launch import launch, torchrun
-from torchrec_amort.apps import benchmark, cli, evaluate, prepare, train
+from torchrec_amort.apps import benchmark, cli, evaluate, pilot, prepare, train
 from torchrec_amort.apps.methods import METHODS
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -65,6 +65,15 @@ def test_a_benchmark_of_longer_histories_than_there_are_is_refused(
         benchmark.main(["--run_folder", str(trained), "--history_lengths=[9]"])
     assert stop.value.code == 2
     assert "history_lengths has 9, but the model of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [benchmark, pilot])
+def test_a_command_leaves_the_threads_of_the_process(command: Any, tmp_path: Path) -> None:
+    runs = {benchmark: ["--run_folder"], pilot: ["--out=out", "--treatment.run_folder=none", "--control.run_folder"]}
+    before = torch.get_num_threads()
+    with pytest.raises(SystemExit):
+        command.main([f"--threads={before + 1}", *runs[command], str(tmp_path / "none")])
+    assert torch.get_num_threads() == before
 
 
 def test_evaluation_with_shorter_histories_keeps_the_latest_events(

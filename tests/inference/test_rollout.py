@@ -16,8 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
+from tests.conftest import MAX_HISTORY, SCHEMA, make_requests, with_weights
 from tests.inference.test_scorer import WITHOUT_AGE, assert_same, by_impressions, grown, make_batch, make_model
+from tests.inference.test_service import assert_end, run
 from tests.launch import ROOT
 from torchrec_amort import (
     AmortizedDLRM,
@@ -393,7 +394,7 @@ def secret_batch() -> RequestBatch:
     return batch
 
 
-def raises(error: Exception) -> Callable[[RequestBatch], Tensor]:
+def raises(error: BaseException) -> Callable[[RequestBatch], Tensor]:
     def path(batch: RequestBatch) -> Tensor:
         raise error
 
@@ -411,6 +412,7 @@ FAULTS: list[tuple[Any, Any, str]] = [
     (off_by(0.0), lambda batch: torch.zeros(1, 2), r"by inf, .* logits \[2, 1\], the reference's \[1, 2\]"),
     (off_by(0.0), raises(RuntimeError(f"id {SECRET}")), r"sample 1: the reference raised RuntimeError \(test_rollout"),
     (off_by(0.0), raises(InputError(f"id {SECRET}")), "sample 1: the reference raised InputError"),
+    (off_by(0.0), raises(SystemExit(SECRET)), "sample 1: the reference raised SystemExit"),
     (off_by(0.0), lambda batch: None, "sample 1: the reference raised AttributeError"),
     (raises(FloatingPointError(f"id {SECRET}")), never, "the treatment raised FloatingPointError"),
 ]
@@ -542,16 +544,39 @@ def test_samples_that_find_the_queue_full_are_counted_and_requests_do_not_wait()
     assert rollout.switched_back is None
 
 
+def test_it_is_closed_by_many_threads_while_samples_wait() -> None:
+    held, batch = Held(), make_batch([(2, 2)])
+    rollout = make_rollout(reference=held, max_waiting=1)
+    rollout.score(batch)
+    assert held.started.acquire(timeout=60)
+    rollout.score(batch)
+    closing = run(rollout.close, rollout.close, rollout.close)
+    held.go_on.set()
+    assert_end(closing)
+    assert rollout.counters()["compared"] == 2
+    assert_end(run(rollout.close, rollout.drain))
+
+
 def test_samples_are_copies() -> None:
-    held, batch = Held(), make_batch([(2, 2), (3, 1)])
-    with make_rollout(reference=held) as rollout:
+    held, samples = Held(), list[RequestBatch]()
+    batch = with_weights(make_batch([(2, 2), (3, 1)]), lambda ids: ids + 0.25)
+
+    def reference(batch: RequestBatch) -> Tensor:
+        samples.append(batch)
+        return held(batch)
+
+    with make_rollout(reference=reference) as rollout:
         logits_CT = rollout.score(batch)
         held.started.acquire()
         with torch.inference_mode():
             logits_CT.zero_()
         for kjt in (batch.request_sparse, batch.candidate_sparse, batch.sequences):
             kjt.values().zero_()
+            kjt.weights().zero_()
         held.go_on.set()
+    for sample in samples:
+        for kjt in (sample.request_sparse, sample.candidate_sparse, sample.sequences):
+            assert torch.equal(kjt.weights(), kjt.values() + 0.25)
     assert rollout.switched_back is None
     assert rollout.counters()["compared"] == 2
 

@@ -19,7 +19,7 @@ from torchrec_amort.apps.command import parse, run_command
 from torchrec_amort.apps.cost import encoder_flops, fit
 from torchrec_amort.apps.load import measure_load
 from torchrec_amort.apps.methods import SLOW, Methods
-from torchrec_amort.apps.timing import Times, machine, peak_memory
+from torchrec_amort.apps.timing import Times, machine, peak_memory, threads
 from torchrec_amort.files import write_json
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.history import AmortizedHistoryArch
@@ -39,12 +39,11 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--run_folder", "runs/first", "--history_lengths=[100]", "--candidates=[512]"])
     """
     config = parse(BenchmarkConfig, "benchmark", args)
-    run_command(lambda: _benchmark(config), "report")
+    with threads(config.threads):
+        run_command(lambda: _benchmark(config), "report")
 
 
 def _benchmark(config: BenchmarkConfig) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     out = Path(config.out or config.run_folder or "runs/benchmark")
     cases = [case for source in sources(config) for case in _measure(source, config)]
     record: dict[str, Any] = {

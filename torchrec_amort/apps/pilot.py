@@ -29,7 +29,7 @@ from torchrec_amort.apps.pilot_analysis import (
 )
 from torchrec_amort.apps.pilot_report import write_report
 from torchrec_amort.apps.replay import Log, Replayed, replay, replay_memory, score_shorter, time_shapes
-from torchrec_amort.apps.timing import machine
+from torchrec_amort.apps.timing import machine, threads
 from torchrec_amort.apps.train import load_run
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.data.counts import unknown_ids
@@ -102,7 +102,8 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--control.run_folder", "runs/none", "--treatment.run_folder", "runs/history", "--out", "runs/pilot"])
     """
     config = parse(PilotConfig, "pilot", args)
-    run_command(lambda: _pilot(config), "report")
+    with threads(config.threads):
+        run_command(lambda: _pilot(config), "report")
 
 
 def _pilot(config: PilotConfig) -> None:
@@ -111,8 +112,6 @@ def _pilot(config: PilotConfig) -> None:
 
 
 def _replay_and_report(config: PilotConfig) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     _, data, _ = load_run(config.control.run_folder, config.data)
     arms = _load_arms(config, data)
     requests = drawn_requests(data, config.split, config.requests, seed=config.seed)

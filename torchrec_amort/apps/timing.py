@@ -93,7 +93,7 @@ class Times:
 def threads(count: int | None) -> Iterator[None]:
     """Use so many CPU threads meanwhile; as many as before if None."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:

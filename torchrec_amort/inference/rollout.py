@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import queue
 import random
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.hashing import mix
+from torchrec_amort.inference.workers import Workers
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.schema import InputError
 
@@ -221,6 +222,8 @@ class Rollout:
             probabilities_CT = torch.sigmoid(rollout.score(batch))
         """
         with torch.inference_mode():
+            # Whatever a path is, the caller's batch stays as it is.
+            batch = batch.shallow_copy()
             is_treated_B = self._is_treated(batch)
             if not is_treated_B.any():
                 return self._by_control(batch)
@@ -345,17 +348,13 @@ class _Shadow:
         self._threshold = threshold
         self._draw = draw
         self._on_fault = on_fault
-        self._queue: queue.Queue[_Sample | None] = queue.Queue(max_waiting)
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
         self._lock = threading.Lock()
         self._counters = ShadowCounters()
         self._is_closed = False
-        self._has_own_threads = threading.Event()
-        self._worker = threading.Thread(target=self._work, daemon=True)
-        num_threads = torch.get_num_threads()
-        self._worker.start()
-        self._has_own_threads.wait()
-        # The worker's one thread would be that of all threads to come, too.
-        torch.set_num_threads(num_threads)
+        self._worker = Workers(num_workers=1, num_threads=1)
+        self._latest: Future[None] | None = None
 
     def offer(self, batch: RequestBatch, logits_CT: Tensor | None) -> None:
         """Take a sample of the requests, which the treatment has answered so if it has."""
@@ -380,34 +379,29 @@ class _Shadow:
             return asdict(self._counters)
 
     def drain(self) -> None:
-        self._queue.join()
+        with self._lock:
+            latest = self._latest
+        if latest is not None:
+            # One worker takes samples in turn.
+            latest.result()
 
     def close(self) -> None:
         with self._lock:
-            is_first, self._is_closed = not self._is_closed, True
-        if is_first:
-            self._queue.put(None)
-        self._worker.join()
+            self._is_closed = True
+        self._worker.close()
 
     def _put(self, sample: _Sample) -> None:
         with self._lock:
-            if self._is_closed or self._queue.full():
+            if self._is_closed or self._num_waiting == self._max_waiting:
                 self._counters.dropped += 1
             else:
-                self._queue.put_nowait(sample)
+                self._num_waiting += 1
+                self._latest = self._worker.submit(self._compare, sample)
 
-    def _work(self) -> None:
-        # Asked for its number first, or a thread takes that of the process when it first computes.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        self._has_own_threads.set()
-        with torch.inference_mode():
-            while (sample := self._queue.get()) is not None:
-                self._compare(sample)
-                self._queue.task_done()
-        self._queue.task_done()
-
+    @torch.inference_mode()
     def _compare(self, sample: _Sample) -> None:
+        with self._lock:
+            self._num_waiting -= 1
         logits_CT, sizes = sample.logits_CT, _sizes(sample.request)
         try:
             if logits_CT is None:
@@ -415,13 +409,13 @@ class _Shadow:
         except InputError:
             self._uncompared(1)
             return
-        except Exception as error:  # noqa: BLE001 - the worker goes on
+        except BaseException as error:  # noqa: BLE001 - a thread cannot exit the process, and the worker goes on
             self._uncompared(1, f"sample {sample.number}: the treatment raised {_place(error)} for {sizes}")
             return
         try:
             expected_CT = self._reference(sample.request)
             difference = _largest_difference(logits_CT, expected_CT)
-        except Exception as error:  # noqa: BLE001 - the worker goes on
+        except BaseException as error:  # noqa: BLE001 - a thread cannot exit the process, and the worker goes on
             self._uncompared(1, f"sample {sample.number}: the reference raised {_place(error)} for {sizes}")
             return
         with self._lock:
@@ -470,7 +464,7 @@ def _sizes(batch: RequestBatch) -> str:
     return f"{len(batch)} requests, {num_candidates} candidates, {num_ids} ids of events and candidates"
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """An error's kind and the line that raised it; its message may tell ids."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno})"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.inference.workers import Workers
 
 
 class Scorer(Protocol):
@@ -73,14 +72,12 @@ class ScoringService:
                 "all need 1 or more"
             )
         self.scorer = scorer
-        self._threads_per_request = threads_per_request
-        self._queue: queue.Queue[tuple[RequestBatch, Future[Tensor]] | None] = queue.Queue(max_waiting)
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
         self._counters = ServiceCounters()
         self._lock = threading.Lock()
         self._is_closed = False
-        self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(num_workers)]
-        for worker in self._workers:
-            worker.start()
+        self._workers = Workers(num_workers, threads_per_request)
 
     def submit(self, batch: RequestBatch) -> Future[Tensor]:
         """Hand in requests.
@@ -99,11 +96,11 @@ class ScoringService:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the service is closed")
-            try:
-                self._queue.put_nowait((batch, future))
-            except queue.Full:
+            if self._num_waiting == self._max_waiting:
                 self._counters.refused += 1
-                raise Overloaded(f"{self._queue.maxsize} requests are waiting: the limit") from None
+                raise Overloaded(f"{self._max_waiting} requests are waiting: the limit")
+            self._workers.submit(self._work, batch, future)
+            self._num_waiting += 1
             self._counters.accepted += 1
         return future
 
@@ -113,13 +110,14 @@ class ScoringService:
             return asdict(self._counters)
 
     def close(self) -> None:
-        """Take no more requests, and return when those that were accepted are scored."""
+        """Take no more requests, and return when those that were accepted are scored.
+
+        It may be called any number of times, by any threads; a worker, which calls back who waits for a future, does
+        not wait.
+        """
         with self._lock:
             self._is_closed = True
-        for _ in self._workers:
-            self._queue.put(None)
-        for worker in self._workers:
-            worker.join()
+        self._workers.close()
 
     def __enter__(self) -> ScoringService:
         return self
@@ -127,23 +125,21 @@ class ScoringService:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _work(self) -> None:
-        torch.set_num_threads(self._threads_per_request)
-        while (job := self._queue.get()) is not None:
-            batch, future = job
-            # Who cancels a request that waits does not want it scored; later it cannot be cancelled.
-            if not future.set_running_or_notify_cancel():
-                with self._lock:
-                    self._counters.cancelled += 1
-                continue
-            try:
-                logits_CT, error = self.scorer.score(batch), None
-            except Exception as raised:  # noqa: BLE001 - it is the sender's, and the worker goes on
-                logits_CT, error = None, raised
+    def _work(self, batch: RequestBatch, future: Future[Tensor]) -> None:
+        # Who cancels a request that waits does not want it scored; later it cannot be cancelled.
+        is_wanted = future.set_running_or_notify_cancel()
+        with self._lock:
+            self._num_waiting -= 1
+            self._counters.cancelled += not is_wanted
+        if not is_wanted:
+            return
+        try:
+            logits_CT = self.scorer.score(batch)
+        except BaseException as error:  # noqa: BLE001 - it is the sender's, and the worker goes on
             with self._lock:
-                self._counters.done += error is None
-                self._counters.failed += error is not None
-            if logits_CT is not None:
-                future.set_result(logits_CT)
-            else:
-                future.set_exception(error)
+                self._counters.failed += 1
+            future.set_exception(error)
+        else:
+            with self._lock:
+                self._counters.done += 1
+            future.set_result(logits_CT)
