@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/python examples/demo.py $(if $(SOURCE),--source $(SOURCE))
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-docs: setup
 	$(BIN)/python -m pytest -m docs tests/docs

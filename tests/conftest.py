@@ -20,6 +20,7 @@ from hypothesis import settings
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tests.pages import run_local_commands, small_clone
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.schema import AGE_BUCKETS, KINDS_OF_IDS, Feature, RequestSchema, TableConfig
@@ -138,6 +139,13 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {split: [make_table(n, seed, 1000 * seed)] for seed, (split, n) in enumerate(sizes.items())}
     write_requests(folder, SCHEMA, splits)
     return folder
+
+
+@pytest.fixture(scope="session")
+def launched(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, str]]]:
+    """A clone in which the local commands of docs/launching.md ran, and what each showed."""
+    clone = small_clone(tmp_path_factory.mktemp("clone"), data_folder)
+    return clone, run_local_commands(clone)
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests.launch import ROOT, launch
+
+LAUNCHING = "docs/launching.md"
+# Schedulers that need a cluster, and the packages without which TorchX makes no dry run for them.
+CLUSTERS = {"slurm": None, "kubernetes": "kubernetes", "aws_batch": None, "ray": "ray"}
+SMALL_LAUNCHES = {
+    "train": ["--model.embedding_dim=8", "--loop.epochs=1"],
+    "evaluate": [],
+    "benchmark": ["--history_lengths=[5]", "--candidates=[4]", "--methods=[impressions,amortized]"],
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -30,3 +40,25 @@ def small_clone(folder: Path, data: Path) -> Path:
     (folder / "data").mkdir()
     (folder / "data" / "movielens-1m").symlink_to(data)
     return folder
+
+
+def scheduler_of(command: str) -> str:
+    """The scheduler that TorchX is to ask; empty where it is not TorchX."""
+    found = re.search(r"torchx run .*?-s (\w+)", command)
+    return found.group(1) if found else ""
+
+
+def local_commands() -> list[str]:
+    """What docs/launching.md runs on this machine."""
+    return [command for command in commands(LAUNCHING) if scheduler_of(command) not in CLUSTERS]
+
+
+def run_local_commands(clone: Path) -> list[tuple[str, str]]:
+    """Run them in a clone, on small data; gives the name of each of ours, and what it showed."""
+    shown = []
+    # Settings first.
+    for command in sorted(local_commands(), key=lambda line: not line.startswith(("cp ", "mkdir "))):
+        names = re.findall(r"(?:torchrec-amort |apps\.|amort\.py:)(\w+)", command)
+        done = launch(*shlex.split(command), *(option for name in names for option in SMALL_LAUNCHES[name]), cwd=clone)
+        shown += [(name, done.stdout + done.stderr) for name in names]
+    return shown

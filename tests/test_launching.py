@@ -13,24 +13,9 @@ import pytest
 from torchx.schedulers import get_scheduler_factories
 
 from tests.launch import ROOT, launch
-from tests.pages import blocks, commands, small_clone
+from tests.pages import CLUSTERS, LAUNCHING, blocks, commands, scheduler_of, small_clone
 
-PAGE = "docs/launching.md"
-# Schedulers, and the packages without which TorchX makes no dry run for them.
-CLUSTERS = {"slurm": None, "kubernetes": "kubernetes", "aws_batch": None, "ray": "ray"}
-SMALL = {
-    "train": ["--model.embedding_dim=8", "--loop.epochs=1"],
-    "evaluate": [],
-    "benchmark": ["--history_lengths=[5]", "--candidates=[4]", "--methods=[impressions,amortized]"],
-}
-
-
-def scheduler_of(command: str) -> str:
-    found = re.search(r"torchx run .*?-s (\w+)", command)
-    return found.group(1) if found else ""
-
-
-ON_CLUSTERS = {scheduler_of(command): command for command in commands(PAGE) if scheduler_of(command) in CLUSTERS}
+ON_CLUSTERS = {scheduler_of(command): command for command in commands(LAUNCHING) if scheduler_of(command) in CLUSTERS}
 
 
 def dry_run(scheduler: str, clone: Path) -> str:
@@ -47,15 +32,11 @@ def clone(data_folder: Path, tmp_path: Path) -> Path:
     return small_clone(tmp_path, data_folder)
 
 
-def test_the_local_commands_run(clone: Path) -> None:
-    local = [command for command in commands(PAGE) if command not in ON_CLUSTERS.values()]
-    settings = [command for command in local if command.startswith(("cp ", "mkdir "))]
-    for command in settings:
-        launch(*shlex.split(command), cwd=clone)
-    for command in (command for command in local if command not in settings):
-        (name,) = re.findall(r"(?:torchrec-amort |apps\.|amort\.py:)(\w+)", command)
-        output = launch(*shlex.split(command), *SMALL[name], cwd=clone)
-        assert f"{name}: 100%" in output.stdout + output.stderr
+def test_the_local_commands_run(launched: tuple[Path, list[tuple[str, str]]]) -> None:
+    clone, shown = launched
+    assert len(shown) == 5
+    for name, output in shown:
+        assert f"{name}: 100%" in output
     results = {path.parent.name: json.loads(path.read_text()) for path in clone.glob("runs/*/train.json")}
     assert {run: result["world_size"] for run, result in results.items()} == {
         "one-rank": 1,
@@ -73,7 +54,7 @@ def test_the_local_commands_run(clone: Path) -> None:
 @pytest.mark.parametrize("scheduler", [name for name in CLUSTERS if name != "slurm"])
 def test_the_nodes_of_a_cluster_run_what_the_page_says(scheduler: str, clone: Path) -> None:
     request = dry_run(scheduler, clone)
-    lines = [re.escape(" ".join(block.split())).replace("JOB", r"[\w-]+") for block in blocks(PAGE, "text")]
+    lines = [re.escape(" ".join(block.split())).replace("JOB", r"[\w-]+") for block in blocks(LAUNCHING, "text")]
     assert len(lines) == 3
     assert any(re.search(line, request) for line in lines), request
 
@@ -81,7 +62,7 @@ def test_the_nodes_of_a_cluster_run_what_the_page_says(scheduler: str, clone: Pa
 def test_the_script_for_slurm_asks_for_what_torchx_asks_for(clone: Path) -> None:
     """`make test-slurm` runs both."""
     request = dry_run("slurm", clone)
-    (script,) = blocks(PAGE, "sh")
+    (script,) = blocks(LAUNCHING, "sh")
     (options,) = re.findall("#SBATCH --nodes=2 (.*)", script)
     for option in options.split():
         assert request.count(f" {option} ") == 2, option

@@ -58,7 +58,7 @@ class RequestBatch(Pipelineable):
 
     @classmethod
     def from_requests(
-        cls, requests: Sequence[Mapping[str, Any]], schema: RequestSchema, history_length: int | None = None
+        cls, requests: Iterable[Mapping[str, Any]], schema: RequestSchema, history_length: int | None = None
     ) -> RequestBatch:
         """Build a batch from plain Python requests.
 
@@ -76,6 +76,7 @@ class RequestBatch(Pipelineable):
 
             RequestBatch.from_requests([{"user_id": 7, "history_item": [3, 4], "candidate_item": [5]}], schema)
         """
+        requests = _listed(requests)
         if not requests:
             raise InputError("requests: an empty list: a batch needs at least 1 request")
         known = [field for field in schema.arrow_schema() if any(field.name in request for request in requests)]
@@ -287,6 +288,26 @@ class RequestBatch(Pipelineable):
         return self
 
 
+def _listed(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Requests that are given as mappings, each read once.
+
+    Args:
+        requests: a list, or anything else that yields them.
+
+    Raises:
+        InputError: they are not mappings, or are one mapping.
+    """
+    if isinstance(requests, Mapping):
+        raise InputError("requests: one mapping by itself: give a list of requests: [request]")
+    if isinstance(requests, (str, bytes)) or not isinstance(requests, Iterable):
+        raise InputError(f"requests: a {type(requests).__name__}: give a list of mappings, one for each request")
+    listed = list(requests)
+    for row, request in enumerate(listed):
+        if not isinstance(request, Mapping):
+            raise InputError(f"requests: request {row} is a {type(request).__name__}, not a mapping of its columns")
+    return listed
+
+
 def _to_arrow(
     request: Mapping[str, Any], columns: Sequence[pa.Field], contents: Mapping[str, Content], row: int
 ) -> pa.Table:
@@ -302,26 +323,6 @@ def _to_arrow(
                 f"requests: request {row}: {name} {misfit}: write {wanted(column.type, content)}"
             ) from misfit
     return pa.table(arrays)
-
-
-def list_requests(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Requests that are given as mappings, each read once.
-
-    Args:
-        requests: a list, or anything else that yields them.
-
-    Raises:
-        InputError: they are not mappings, or are one mapping.
-    """
-    if isinstance(requests, Mapping):
-        raise InputError("requests: one mapping by itself: give a list of requests: [request]")
-    if isinstance(requests, (str, bytes)) or not isinstance(requests, Iterable):
-        raise InputError(f"requests: a {type(requests).__name__}: give a RequestBatch or a list of mappings")
-    listed = list(requests)
-    for row, request in enumerate(listed):
-        if not isinstance(request, Mapping):
-            raise InputError(f"requests: request {row} is a {type(request).__name__}, not a mapping of its columns")
-    return listed
 
 
 def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) -> None:

@@ -188,8 +188,8 @@ def test_requests_may_come_one_by_one() -> None:
     ("requests", "message"),
     [
         (make_requests([(1, 1)])[0], r"one mapping by itself: give a list of requests: \[request\]"),
-        ("requests", "requests: a str: give a RequestBatch or a list of mappings"),
-        (None, "requests: a NoneType: give a RequestBatch or a list"),
+        ("requests", "requests: a str: give a list of mappings"),
+        (None, "requests: a NoneType: give a list of mappings"),
         (["user_id"], "request 0 is a str, not a mapping"),
         ([*make_requests([(1, 1)]), None], "request 1 is a NoneType, not a mapping"),
         ([], "an empty list"),

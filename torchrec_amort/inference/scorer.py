@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchrec_amort.batch import RequestBatch, list_requests, refuse_weights
+from torchrec_amort.batch import RequestBatch, refuse_weights
 from torchrec_amort.inference.cache import CachedHistory, HistoryCache
 from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, Rows, Slots, rows_of
 from torchrec_amort.inference.phases import Backend, Phases, Served, serve
@@ -152,7 +152,6 @@ class AmortizedScorer:
         if isinstance(requests, RequestBatch):
             batch = requests.shallow_copy()
         else:
-            requests = list_requests(requests)
             if self.schema is None:
                 raise InputError("requests are given as mappings: give the scorer the schema that they follow")
             batch = RequestBatch.from_requests(requests, self.schema)
