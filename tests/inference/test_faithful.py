@@ -50,7 +50,8 @@ def other(value: Any) -> Any:
         ),
         RequestBatch: lambda batch: replace(batch, candidate_dense=other(batch.candidate_dense)),
     }
-    return of_kind.get(type(value), lambda same: same)(value)
+    # While it is exported, a tensor is of another class.
+    return next((change(value) for kind, change in of_kind.items() if isinstance(value, kind)), value)
 
 
 def hook(module: nn.Module) -> None:
