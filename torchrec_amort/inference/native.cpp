@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -328,6 +329,22 @@ struct State {
 struct History {
   const State* states;
   int64_t start, past, added;
+};
+
+// What Python compares with its own before the first call: VERSION of native.py, and of each structure, in the order
+// of STRUCTS there, the size and where its last field is.
+extern const int64_t torchrec_amort_version, torchrec_amort_layout[][2];
+const int64_t torchrec_amort_version = 1;
+const int64_t torchrec_amort_layout[][2] = {
+    {sizeof(Layer), offsetof(Layer, narrow_bias)},
+    {sizeof(Encoder), offsetof(Encoder, output_norm_bias)},
+    {sizeof(Linear), offsetof(Linear, outputs)},
+    {sizeof(Head), offsetof(Head, over)},
+    {sizeof(Request), offsetof(Request, first)},
+    {sizeof(Rows), offsetof(Rows, stride)},
+    {sizeof(Candidates), offsetof(Candidates, slots)},
+    {sizeof(State), offsetof(State, value_stride)},
+    {sizeof(History), offsetof(History, added)},
 };
 
 }  // extern "C"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ from torchrec_amort.inference.lookup import EmbeddingRows
 Struct = TypeVar("Struct", bound=ctypes.Structure)
 
 _SUFFIXES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
+
+# VERSION of native.cpp: one more whenever a function or a structure that Python uses changes.
+VERSION = 1
 
 
 class LayerStruct(ctypes.Structure):
@@ -122,6 +126,62 @@ class HistoryStruct(ctypes.Structure):
 History = tuple[int, int, int, int]
 
 
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What C candidates are scored from.
+
+    Args:
+        items: rows [C, D] that the encoder reads, if there is one.
+        dense: float32 [C, inputs], if the head reads them.
+        slots: rows [C, D] of each slot of the head.
+    """
+
+    items: EmbeddingRows | None = None
+    dense: Tensor | None = None
+    slots: Sequence[EmbeddingRows] = ()
+
+
+# In the order of torchrec_amort_layout in native.cpp.
+STRUCTS: tuple[type[ctypes.Structure], ...] = (
+    LayerStruct,
+    EncoderStruct,
+    LinearStruct,
+    HeadStruct,
+    RequestStruct,
+    RowsStruct,
+    CandidatesStruct,
+    StateStruct,
+    HistoryStruct,
+)
+
+
+def refuse_other_build(library: ctypes.CDLL, path: str) -> None:
+    """Refuse native code that was not built from the native.cpp of this version: it would read other memory.
+
+    Args:
+        library: the build.
+        path: where it is.
+
+    Raises:
+        RuntimeError: tells the two versions or layouts.
+    """
+    again = "build it again: pip install -e . in a checkout, or install the package anew"
+    try:
+        version = ctypes.c_int64.in_dll(library, "torchrec_amort_version").value
+    except ValueError:  # a build from before there were versions
+        version = 0
+    if version != VERSION:
+        raise RuntimeError(f"{path}: native code of version {version}, but Python reads version {VERSION}: {again}")
+    layout = (ctypes.c_int64 * 2 * len(STRUCTS)).in_dll(library, "torchrec_amort_layout")
+    for struct, (size, last) in zip(STRUCTS, layout, strict=True):
+        have = ctypes.sizeof(struct), getattr(struct, struct._fields_[-1][0]).offset
+        if have != (size, last):
+            raise RuntimeError(
+                f"{path}: native code has a {struct.__name__} of {size} bytes, its last field at {last}, but Python "
+                f"one of {have[0]}, at {have[1]}: {again}"
+            )
+
+
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The build for this processor that multiplies numbers of a type; None if there is none."""
@@ -133,12 +193,17 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         spec = find_spec(f"torchrec_amort.inference._native_{kind}")
         if spec is not None and spec.origin is not None:
             library = ctypes.CDLL(spec.origin)
+            refuse_other_build(library, spec.origin)
             return library if hasattr(library, "torchrec_amort_score" + _SUFFIXES[dtype]) else None
     return None
 
 
 def why_no_build(weight: Tensor, dtype: torch.dtype) -> str | None:
-    """Why native code cannot multiply weights here, or None if it can."""
+    """Why native code cannot multiply weights here, or None if it can.
+
+    Raises:
+        RuntimeError: the build is of another version: that is mended, and not served by PyTorch instead.
+    """
     if weight.device.type != "cpu":
         return f"the weights are on {weight.device}"
     if dtype not in _SUFFIXES or _library(dtype) is None:
@@ -163,16 +228,41 @@ def array(struct: type[Struct], fields: Sequence[Any]) -> ctypes.Array[Struct]:
     return (struct * len(fields))(*fields)
 
 
-def rows(of: Sequence[EmbeddingRows]) -> ctypes.Array[RowsStruct]:
-    """Where rows of embeddings are; those given live until they are read."""
-    return array(RowsStruct, [_row_fields(one) for one in of])
+def address(tensor: Tensor, name: str, dtype: torch.dtype = torch.float32) -> int:
+    """Where a tensor's entries are, one after the other.
+
+    Args:
+        tensor: on a CPU, contiguous.
+        name: what an error calls it.
+        dtype: that it needs to have.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        layout = "contiguous" if tensor.is_contiguous() else f"of strides {tensor.stride()}"
+        raise ValueError(
+            f"{name} is {layout}, {tensor.dtype}, on {tensor.device}; native code reads contiguous {dtype} on a CPU"
+        )
+    return tensor.data_ptr()
 
 
-def _row_fields(rows: EmbeddingRows) -> tuple[int, int | None, int]:
-    stride, of_column = rows.table.stride()
-    assert rows.table.dtype == torch.float32
-    assert of_column == 1
-    return rows.table.data_ptr(), None if rows.ids is None else rows.ids.data_ptr(), stride
+def _rows(of: Sequence[EmbeddingRows], name: str, count: int, dim: int) -> ctypes.Array[RowsStruct]:
+    """Where rows of embeddings are, `count` of `dim` each; those given live until they are read."""
+    return array(RowsStruct, [_row_fields(rows, name, count, dim) for rows in of])
+
+
+def _row_fields(rows: EmbeddingRows, name: str, count: int, dim: int) -> tuple[int, int | None, int]:
+    table, ids = rows.table, rows.ids
+    if table.dim() != 2 or table.shape[1] != dim or len(rows) != count:
+        raise ValueError(f"{name}: {len(rows)} rows of a table {list(table.shape)}, not {count} rows of {dim}")
+    stride, of_column = table.stride()
+    if table.dtype != torch.float32 or table.device.type != "cpu" or of_column != 1:
+        raise ValueError(
+            f"{name}: a table of {table.dtype}, strides {table.stride()}, on {table.device}; native code reads "
+            "torch.float32 on a CPU whose columns are next to each other"
+        )
+    return table.data_ptr(), None if ids is None else address(ids, f"{name}: ids", torch.int64), stride
 
 
 def encode(
@@ -185,10 +275,14 @@ def encode(
         terms: rows [N, D] each, whose sum are the events.
         histories: of each request.
         dtype: of weights, keys and values.
+
+    Raises:
+        ValueError: rows are of another number, width, type, device or layout than native code reads.
     """
+    num_events = sum(added for *_, added in histories)
     _function("encode", dtype)(
         ctypes.byref(encoder),
-        rows(terms),
+        _rows(terms, "events", num_events, encoder.dim),
         ctypes.c_int64(len(terms)),
         array(HistoryStruct, histories),
         ctypes.c_int64(len(histories)),
@@ -199,11 +293,10 @@ def encode(
 def score(
     encoder: EncoderStruct | None,
     head: HeadStruct | None,
-    candidates: CandidatesStruct,
+    candidates: Candidates,
     num_candidates: Sequence[int],
     histories: Sequence[History],
     requests: Sequence[Request],
-    out: Tensor,
     dtype: torch.dtype,
     interacted: Tensor | None = None,
 ) -> Tensor:
@@ -212,27 +305,53 @@ def score(
     Args:
         encoder: makes the last vector of each candidate; None if there is none.
         head: makes logits of the vectors; None to have the encoder's.
-        candidates: addresses of what they are scored from.
+        candidates: what they are scored from.
         num_candidates: of each request.
         histories: of each request; none without encoder.
         requests: what each adds; none without head.
-        out: float32 [C, D] or, with a head, [C, T]: to be written.
         dtype: of weights, keys and values.
         interacted: float32 [C, U, D]: to be written with the vectors that a head interacts, if given.
 
     Returns:
-        Tensor: `out`.
+        Tensor: float32 [C, T] of a head, or else [C, D].
+
+    Raises:
+        ValueError: candidates, histories or requests are of another number, width, type, device or layout than native
+            code reads.
     """
+    count, num_requests = sum(num_candidates), len(num_candidates)
+    for name, of, wanted in (
+        ("histories", histories, 0 if encoder is None else num_requests),
+        ("requests", requests, 0 if head is None else num_requests),
+        ("slots", candidates.slots, 0 if head is None else head.num_slots),
+    ):
+        if len(of) != wanted:
+            raise ValueError(f"{name} are {len(of)}, but native code reads {wanted}")
+    given = CandidatesStruct()
+    if encoder is not None:
+        if candidates.items is None:
+            raise ValueError("items are None, but the encoder reads them")
+        given.items = _rows([candidates.items], "items", count, encoder.dim)[0]
+    if head is not None:
+        slots = _rows(candidates.slots, "slots", count, head.dim)
+        given.slots = ctypes.addressof(slots)
+    if head is not None and head.num_dense_layers > 0:
+        dense = candidates.dense
+        if dense is None or dense.shape != (count, head.num_dense_inputs):
+            have = None if dense is None else list(dense.shape)
+            raise ValueError(f"dense inputs are {have}, but native code reads {[count, head.num_dense_inputs]}")
+        given.dense = address(dense, "dense inputs")
+    out = torch.empty(count, encoder.dim if head is None else head.num_tasks)
     _function("score", dtype)(
         None if encoder is None else ctypes.byref(encoder),
         None if head is None else ctypes.byref(head),
-        ctypes.byref(candidates),
-        (ctypes.c_int64 * len(num_candidates))(*num_candidates),
-        ctypes.c_int64(len(num_candidates)),
+        ctypes.byref(given),
+        (ctypes.c_int64 * num_requests)(*num_candidates),
+        ctypes.c_int64(num_requests),
         array(HistoryStruct, histories),
         array(RequestStruct, requests),
         ctypes.c_void_p(out.data_ptr()),
-        None if interacted is None else ctypes.c_void_p(interacted.data_ptr()),
+        None if interacted is None else ctypes.c_void_p(address(interacted, "interacted")),
         ctypes.c_int(torch.get_num_threads()),
     )
     return out

@@ -125,6 +125,19 @@ class _Room:
         self.address = ctypes.addressof(self._states)
         self._lock = threading.Lock()
 
+    def refuse_other_encoder(self, num_layers: int, num_heads: int, dim: int) -> None:
+        """Refuse an encoder of another size: it would read beyond what is here.
+
+        Raises:
+            ValueError: tells both sizes.
+        """
+        have = len(self._states), self._num_heads, self._num_heads * self._head_dim
+        if have != (num_layers, num_heads, dim):
+            raise ValueError(
+                f"state is of {have[0]} layers, {have[1]} heads, dimension {have[2]}, but the encoder has "
+                f"{num_layers}, {num_heads}, {dim}: encode the history with it"
+            )
+
     def take(self, num_past: int, num_events: int) -> bool:
         """Take the space for the events that come after the first `num_past`, if nobody has and it is there."""
         with self._lock:
@@ -297,17 +310,15 @@ class NativeEncoder(AmortizableEncoder):
 
     def score_states(self, states: Sequence[HistoryState], candidates: JaggedTensor) -> Tensor:
         """Phase two, the requests' states not put together; see `AmortizableEncoder.score_states`."""
-        items_CD = _whole(candidates.values())
         num_candidates = candidates.lengths().tolist()
         readable = self.readable(states, len(num_candidates))
         vectors_CD = native.score(
             self.struct,
             None,
-            native.CandidatesStruct(native.rows([items_CD])[0]),
+            native.Candidates(_whole(candidates.values())),
             num_candidates,
             [history for state in readable for history in state.histories()],
             [],
-            torch.empty_like(items_CD.table),
             self.dtype,
         )
         return self.vectors(vectors_CD)
@@ -330,6 +341,7 @@ class NativeEncoder(AmortizableEncoder):
     def _readable(self, state: HistoryState) -> _NativeState:
         """The state as native code reads it: itself, if it was written here."""
         if isinstance(state, _NativeState) and state.room.dtype == self.dtype:
+            state.room.refuse_other_encoder(self._num_layers, self.num_heads, self.embedding_dim)
             return state
         readable = self._empty(state.lengths.tolist())
         _copy(state, readable)

@@ -184,11 +184,8 @@ class NativeHead:
         slots: Slots,
         interacted: Tensor | None = None,
     ) -> Tensor:
-        of_slots = native.rows(slots)
-        of_items = native.RowsStruct() if items is None else native.rows([items])[0]
-        given = native.CandidatesStruct(of_items, dense_CI.data_ptr(), ctypes.addressof(of_slots))
-        out = torch.empty(dense_CI.shape[0], head.num_tasks)
-        return native.score(encoder, head, given, num_candidates, histories, requests, out, self._dtype, interacted)
+        given = native.Candidates(items, dense_CI, slots)
+        return native.score(encoder, head, given, num_candidates, histories, requests, self._dtype, interacted)
 
 
 def _of_pairs(weight_OX: Tensor, num_vectors: int) -> Tensor:
@@ -199,4 +196,5 @@ def _of_pairs(weight_OX: Tensor, num_vectors: int) -> Tensor:
 
 def _row_addresses(rows: Tensor) -> list[int]:
     """Where each row of a contiguous tensor starts."""
-    return [rows.data_ptr() + row * rows.stride(0) * rows.element_size() for row in range(rows.shape[0])]
+    first = native.address(rows, "what requests add")
+    return [first + row * rows.stride(0) * rows.element_size() for row in range(rows.shape[0])]
