@@ -17,8 +17,9 @@ setup(
         Extension(
             f"torchrec_amort.inference._native_{kind}",
             ["torchrec_amort/inference/native.cpp"],
-            extra_compile_args=["-O3", "-std=gnu++17", "-fopenmp", *options],
-            extra_link_args=["-fopenmp"],
+            depends=["torchrec_amort/inference/threads.h"],
+            extra_compile_args=["-O3", "-std=gnu++17", "-pthread", *options],
+            extra_link_args=["-pthread"],
             optional=True,
         )
         for kind, options in NATIVE.items()

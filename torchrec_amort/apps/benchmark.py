@@ -15,12 +15,14 @@ from torch import Tensor
 
 from torchrec_amort.apps.benchmark_report import plot, table
 from torchrec_amort.apps.benchmark_source import BenchmarkConfig, Source, sources
+from torchrec_amort.apps.busy import measure_busy
 from torchrec_amort.apps.command import parse, run_command
 from torchrec_amort.apps.cost import encoder_flops, fit
 from torchrec_amort.apps.load import measure_load
 from torchrec_amort.apps.methods import SLOW, Methods
 from torchrec_amort.apps.timing import Times, machine, peak_memory, threads
 from torchrec_amort.files import write_json
+from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.progress import progress
@@ -58,6 +60,8 @@ def _benchmark(config: BenchmarkConfig) -> None:
     }
     if config.load.seconds > 0:
         record["load"] = _load(config)
+    if config.busy > 0:
+        record["busy"] = _busy(config)
     write_json(out / "benchmark.json", record)
     plot(record, out / "benchmark.png")
     print(table(record))
@@ -188,9 +192,25 @@ def _cost(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _load(config: BenchmarkConfig) -> dict[str, Any]:
-    source = sources(replace(config, embedding_dims=[], layers=[]))[0]
+    source = _first_source(config)
     batches = source.usual(config.load.requests)
     return {"settings": asdict(config.load), **measure_load(source.model, batches, config.load, config.seed)}
+
+
+def _busy(config: BenchmarkConfig) -> dict[str, Any]:
+    source = _first_source(config)
+    scorer = AmortizedScorer(source.model)
+    cases = []
+    for events, candidates in itertools.product(config.history_lengths, config.candidates):
+        batch = source.batch(1, events, candidates, config.seed)
+        # Percentiles of a busy machine need more turns than a median does.
+        measured = measure_busy(scorer, batch, config.busy, 5 * config.turns, config.warmup)
+        cases.append({"history_length": events, "candidates": candidates, **measured})
+    return {"processes": config.busy, "cases": cases}
+
+
+def _first_source(config: BenchmarkConfig) -> Source:
+    return sources(replace(config, embedding_dims=[], layers=[]))[0]
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrec_amort.apps.busy import busy_lines
 from torchrec_amort.files import new_file
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Latencies of all cases, and the load if there was one, as text."""
+    """Latencies of all cases, and those beside busy processes and under load if there were any, as text."""
     lines = [f"{record['machine']}, torch {record['torch']}, {record['date']}"]
     for case in record["cases"]:
         lines += ["", _heading(case), f"  {'method':<18}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'faster':>9}" + _COLUMNS]
         lines += [_row(name, result, case) for name, result in case["methods"].items()]
     lines += _cost_lines(record)
+    if "busy" in record:
+        lines += busy_lines(record["busy"])
     if "load" in record:
         lines += _load_lines(record["load"])
     return "\n".join(lines)

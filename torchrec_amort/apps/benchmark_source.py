@@ -72,6 +72,8 @@ class BenchmarkConfig:
         warmup: turns that are not counted.
         memory: measure the peak memory of each method, too.
         threads: CPU threads; torch's choice unless given.
+        busy: other processes that compute meanwhile: the scorer is timed beside them and without, on one thread and on
+            two, five times as often as methods are; not at all if 0.
         seed: of random weights, requests and draws.
         load: many clients at once, on requests of real shapes; see its fields.
     """
@@ -94,6 +96,7 @@ class BenchmarkConfig:
     warmup: int = 5
     memory: bool = True
     threads: int | None = None
+    busy: int = 0
     seed: int = 0
     load: LoadConfig = field(default_factory=LoadConfig)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchrec_amort.apps.timing import threads
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
+from torchrec_amort.inference.cores import usable_cores
 from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.inference.service import Overloaded, ScoringService
 from torchrec_amort.models.dlrm import AmortizedDLRM
@@ -34,7 +35,8 @@ class LoadConfig:
         seconds: how long each load lasts; no load if 0.
         clients: threads that send requests.
         rates: loads, each a share of the capacity that is measured first; above 1 is overload.
-        workers: requests that are scored at the same time, on one thread each; one for each CPU thread unless given.
+        workers: requests that are scored at the same time, on one thread each; one for each CPU thread
+            unless given, and no more than there are cores for.
         waiting: requests that may wait for a worker; any more are refused.
         requests: different requests that are sent, with shapes as they are in the data.
     """
@@ -133,7 +135,7 @@ def measure_load(
     with torch.inference_mode():
         expected = [model(batch.to_impressions()) for batch in batches]
     alone = _alone(scorer, batches)
-    workers = config.workers or torch.get_num_threads()
+    workers = config.workers or min(torch.get_num_threads(), usable_cores())
     rates = []
     with progress(total=len(config.rates) + 1, desc="load", unit="rates") as bar:
         capacity = _capacity(scorer, batches, workers, min(5.0, config.seconds))

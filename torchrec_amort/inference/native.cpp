@@ -25,7 +25,8 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-#include <omp.h>
+
+#include "threads.h"
 
 namespace {
 
@@ -226,40 +227,15 @@ inline void multiply_block(const T* matrix, long stride, long row, const float* 
   for (int m = 0; m < M; m += 2) take(row + m, sums[m], sums[m + 1]);
 }
 
-// Some rows of a matrix.
-struct Range {
-  long first, last;
-};
-
-// The product of rows of a matrix [][depth] with a tile [depth], as pairs of rows: take(row, first, second).
-template <int ROWS, class T, class Take>
-inline void multiply(const T* matrix, long stride, Range rows, const float* tile, long depth, const Take& take) {
-  constexpr int BLOCK = SUMS / Row<ROWS>::VECTORS;
-  long row = rows.first;
-  for (; row + BLOCK <= rows.last; row += BLOCK) multiply_block<BLOCK, ROWS>(matrix, stride, row, tile, depth, take);
-  for (; row + 2 <= rows.last; row += 2) multiply_block<2, ROWS>(matrix, stride, row, tile, depth, take);
-  if (row < rows.last) multiply_block<1, ROWS>(matrix, stride, row, tile, depth, take);
-}
+// The product of a matrix [rows][depth] with a tile [depth], as pairs of rows: take(row, first, second).
 template <int ROWS, class T, class Take>
 inline void multiply(const T* matrix, long stride, long rows, const float* tile, long depth, const Take& take) {
-  multiply<ROWS>(matrix, stride, Range{0, rows}, tile, depth, take);
+  constexpr int BLOCK = SUMS / Row<ROWS>::VECTORS;
+  long row = 0;
+  for (; row + BLOCK <= rows; row += BLOCK) multiply_block<BLOCK, ROWS>(matrix, stride, row, tile, depth, take);
+  for (; row + 2 <= rows; row += 2) multiply_block<2, ROWS>(matrix, stride, row, tile, depth, take);
+  if (row < rows) multiply_block<1, ROWS>(matrix, stride, row, tile, depth, take);
 }
-
-// What a thread does of a tile: all of it, or, where there are more threads than tiles, its part of the rows of each
-// product. Heads are of one thread each, from their keys to what they read, so that it waits for the others only
-// where all of a row is needed.
-struct Part {
-  long index = 0, count = 1;
-
-  Range of(long rows, long step) const {
-    const long steps = rows / step;
-    return {steps * index / count * step, steps * (index + 1) / count * step};
-  }
-  void wait() const {
-    if (count == 1) return;
-#pragma omp barrier
-  }
-};
 
 }  // namespace
 
@@ -491,9 +467,8 @@ void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T
 // One layer of the encoder, on the tile of a workspace.
 template <int ROWS, class T>
 void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State& state,
-                 const Reach& reach, const Part& part = {}) {
+                 const Reach& reach) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
-  const Range of_heads = part.of(dim, head_dim), of_dim = part.of(dim, 2), of_width = part.of(encoder.width, 2);
   const auto as_factor = [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); };
   const auto add = [&](long d, auto first, auto second) {
     save(space.rows + d * ROWS, load<ROWS>(space.rows + d * ROWS) + first);
@@ -501,38 +476,34 @@ void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& la
   };
   const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
-  multiply<ROWS>(static_cast<const T*>(layer.query), dim, of_heads, space.factor, dim,
+  multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim,
                  [&](long d, auto first, auto second) {
                    Factor<T>::store(space.queries, d, first * scale, second * scale);
                  });
   const T* keys = static_cast<const T*>(state.keys);
   const T* values = static_cast<const T*>(state.values);
-  for (long d = of_heads.first; d < of_heads.last; d += head_dim) {
+  for (long d = 0; d < dim; d += head_dim) {
     const long cells = d / Factor<T>::DEPTH * ROWS;
     attend<ROWS, T>(space, space.queries + cells, keys + d / head_dim * state.head_stride,
                     values + d * state.value_stride, state, reach, head_dim, space.read + cells);
   }
-  part.wait();
-  multiply<ROWS>(static_cast<const T*>(layer.output), dim, of_dim, space.read, dim, add);
-  part.wait();
+  multiply<ROWS>(static_cast<const T*>(layer.output), dim, dim, space.read, dim, add);
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.feedforward_norm_weight, layer.feedforward_norm_bias, as_factor);
-  multiply<ROWS>(static_cast<const T*>(layer.widen), dim, of_width, space.factor, dim,
+  multiply<ROWS>(static_cast<const T*>(layer.widen), dim, encoder.width, space.factor, dim,
                  [&](long f, auto first, auto second) {
                    Factor<T>::store(space.hidden, f, maximum(same<ROWS>(0.0f), first + layer.widen_bias[f]),
                                     maximum(same<ROWS>(0.0f), second + layer.widen_bias[f + 1]));
                  });
-  part.wait();
-  multiply<ROWS>(static_cast<const T*>(layer.narrow), encoder.width, of_dim, space.hidden, encoder.width,
+  multiply<ROWS>(static_cast<const T*>(layer.narrow), encoder.width, dim, space.hidden, encoder.width,
                  [&](long d, auto first, auto second) {
                    add(d, first + layer.narrow_bias[d], second + layer.narrow_bias[d + 1]);
                  });
-  part.wait();
 }
 
 // Keys and values of the tile's `count` rows, which are rows `start` on of the state.
 template <int ROWS, class T>
 void write_keys_and_values(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State& state,
-                           long start, long count, const Part& part) {
+                           long start, long count) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias,
              [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); });
@@ -550,9 +521,7 @@ void write_keys_and_values(Workspace<ROWS>& space, const Encoder& encoder, const
         *to = Factor<T>::narrow(lanes[side][row]);
       }
   };
-  const Range of_keys = part.of(dim, head_dim), of_values = {dim + of_keys.first, dim + of_keys.last};
-  for (const Range& rows : {of_keys, of_values})
-    multiply<ROWS>(static_cast<const T*>(layer.key_value), dim, rows, space.factor, dim, write);
+  multiply<ROWS>(static_cast<const T*>(layer.key_value), dim, 2 * dim, space.factor, dim, write);
 }
 
 // Transposes as many vectors as they have lanes: of each four blocks, ever larger ones, the two off the diagonal change
@@ -635,54 +604,30 @@ void load_events(Workspace<ROWS>& space, const Rows* terms, long num_terms, long
   }
 }
 
-int threads_for(const std::vector<Place>& places, int num_threads) {
-  return std::max(1, std::min<int>(num_threads, places.size()));
-}
-
 template <int ROWS, class T>
 void encode(const Encoder& encoder, const Rows* terms, long num_terms, const std::vector<Place>& places,
             const History* histories, int num_threads) {
   const long dim = encoder.dim;
-  const int most_threads = std::max<int>(1, std::min<int64_t>(num_threads, encoder.heads));
-  const bool shares_tiles = static_cast<int>(places.size()) < most_threads;
-  std::vector<float> tiles((places.size() * dim + (shares_tiles ? dim + encoder.width : 0)) * ROWS);
-#pragma omp parallel num_threads(shares_tiles ? most_threads : threads_for(places, num_threads))
-  {
-    Workspace<ROWS> space(&encoder, nullptr);
-    Part part;
-    if (shares_tiles) part = {omp_get_thread_num(), omp_get_num_threads()};
-    if (part.count > 1) {
-      space.read = tiles.data() + places.size() * dim * ROWS;
-      space.hidden = space.read + dim * ROWS;
-    }
-    const auto each_place = [&](const auto& work) {
-      const auto work_on = [&](size_t i) {
-        space.rows = tiles.data() + i * dim * ROWS;
-        work(places[i], histories[places[i].request]);
-      };
-      if (part.count > 1) {
-        for (size_t i = 0; i < places.size(); ++i) work_on(i);
+  std::vector<float> tiles(places.size() * dim * ROWS);
+  const auto make = [&] {
+    return [&, space = Workspace<ROWS>(&encoder, nullptr)](long depth, size_t i) mutable {
+      const Place& place = places[i];
+      const History& history = histories[place.request];
+      const long start = history.past + place.first;
+      space.rows = tiles.data() + i * dim * ROWS;
+      // A tile goes through a layer, and to the keys and values of the next one, before it leaves the cache; after
+      // those of the last one nothing reads the events.
+      if (depth == 0) {
+        load_events(space, terms, num_terms, dim, place);
       } else {
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < places.size(); ++i) work_on(i);
+        const Reach reach = {history.past + history.added, encoder.is_causal != 0, start};
+        apply_layer<ROWS, T>(space, encoder, encoder.layers[depth - 1], state_of<T>(history, depth - 1), reach);
       }
+      write_keys_and_values<ROWS, T>(space, encoder, encoder.layers[depth], state_of<T>(history, depth), start,
+                                     place.count);
     };
-    for (long depth = 0; depth < encoder.num_layers; ++depth) {
-      const Layer& layer = encoder.layers[depth];
-      each_place([&](const Place& place, const History& history) {
-        if (depth == 0 && part.index == 0) load_events(space, terms, num_terms, dim, place);
-        if (depth == 0) part.wait();
-        write_keys_and_values<ROWS, T>(space, encoder, layer, state_of<T>(history, depth), history.past + place.first,
-                                       place.count, part);
-      });
-      // After the last layer's keys and values nothing reads the events.
-      if (depth + 1 == encoder.num_layers) break;
-      each_place([&](const Place& place, const History& history) {
-        const Reach reach = {history.past + history.added, encoder.is_causal != 0, history.past + place.first};
-        apply_layer<ROWS, T>(space, encoder, layer, state_of<T>(history, depth), reach, part);
-      });
-    }
-  }
+  };
+  threads::Pool::of_process().share(num_threads, places.size(), encoder.num_layers, make);
 }
 
 // Layers one after the other, ReLU between them; the first one's bias is given if it has none of its own.
@@ -766,11 +711,8 @@ void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const His
 template <int ROWS, class T>
 void score(const Encoder* encoder, const Head* head, const Candidates& candidates, const std::vector<Place>& places,
            const History* histories, const Request* requests, float* scores, float* interacted, int num_threads) {
-#pragma omp parallel num_threads(threads_for(places, num_threads))
-  {
-    Workspace<ROWS> space(encoder, head);
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < places.size(); ++i) {
+  const auto make = [&] {
+    return [&, space = Workspace<ROWS>(encoder, head)](long, size_t i) mutable {
       const auto& [request, first, start, count] = places[i];
       float* vectors = head != nullptr ? space.vectors : space.rows;
       if (head != nullptr && head->num_dense_layers > 0) {
@@ -790,7 +732,7 @@ void score(const Encoder* encoder, const Head* head, const Candidates& candidate
       }
       if (head == nullptr) {
         save_rows<ROWS>(space.rows, encoder->dim, count, scores + start * encoder->dim, encoder->dim);
-        continue;
+        return;
       }
       const long num_vectors = (vectors - space.vectors) / (head->dim * ROWS), num_tasks = head->num_tasks;
       apply_head<ROWS, T>(space, *head, requests[request], num_vectors, [&](long task, auto one, auto other) {
@@ -802,8 +744,9 @@ void score(const Encoder* encoder, const Head* head, const Candidates& candidate
       for (long one = 0; interacted != nullptr && one < num_vectors; ++one)
         save_rows<ROWS>(space.vectors + one * head->dim * ROWS, head->dim, count,
                         interacted + (start * num_vectors + one) * head->dim, num_vectors * head->dim);
-    }
-  }
+    };
+  };
+  threads::Pool::of_process().share(num_threads, places.size(), 1, make);
 }
 
 // Calls with tiles of the fewest rows that hold all of any request's, or of most rows.

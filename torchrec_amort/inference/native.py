@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from torchrec_amort.inference.cores import usable_cores
 from torchrec_amort.inference.lookup import EmbeddingRows
 
 Struct = TypeVar("Struct", bound=ctypes.Structure)
@@ -286,7 +287,7 @@ def encode(
         ctypes.c_int64(len(terms)),
         array(HistoryStruct, histories),
         ctypes.c_int64(len(histories)),
-        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_int(_num_threads()),
     )
 
 
@@ -352,9 +353,14 @@ def score(
         array(RequestStruct, requests),
         ctypes.c_void_p(out.data_ptr()),
         None if interacted is None else ctypes.c_void_p(address(interacted, "interacted")),
-        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_int(_num_threads()),
     )
     return out
+
+
+def _num_threads() -> int:
+    """PyTorch's choice, but no more than there are cores for."""
+    return min(torch.get_num_threads(), usable_cores())
 
 
 @cache

@@ -1,0 +1,133 @@
+"""Scoring beside other busy processes: one thread and two, on the idle machine and on the busy one, in turns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from torchrec_amort.apps.timing import Times, threads
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.inference.scorer import AmortizedScorer
+
+NUM_THREADS = (1, 2)
+# The machine becomes busy and idle again so often: what it does besides is then shared out.
+ROUNDS = 4
+# It ends with the process that started it, however that ends.
+_LOOP = """
+import os, sys
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(1_000_000):
+        pass
+"""
+
+
+class BusyProcesses:
+    """Processes that compute all the time, or rest.
+
+    Args:
+        processes: started already.
+    """
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        self._processes = processes
+
+    def rest(self) -> None:
+        """Stop until they are to work again."""
+        self._send(signal.SIGSTOP)
+
+    def work(self) -> None:
+        """Compute."""
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            process.send_signal(number)
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[BusyProcesses]:
+    """Have so many processes compute meanwhile.
+
+    Args:
+        count: how many.
+    """
+    command = [sys.executable, "-c", _LOOP, str(os.getpid())]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            processes.append(subprocess.Popen(command))
+        yield BusyProcesses(processes)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def measure_busy(
+    scorer: AmortizedScorer, batch: RequestBatch, count: int, turns: int, warmup: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Latencies of one batch, on one thread and on two, on the idle machine and beside busy processes.
+
+    Args:
+        scorer: any.
+        batch: to score.
+        count: busy processes.
+        turns: how often each is timed.
+        warmup: turns that are not counted.
+
+    Returns:
+        dict: mean and percentiles in ms by `idle` or `busy` and the number of threads.
+
+    Example::
+
+        measure_busy(scorer, batch, count=4, turns=200, warmup=5)["busy"]["2"]["mean_ms"]
+    """
+    calls = {str(number): partial(_score, scorer, batch, number) for number in NUM_THREADS}
+    times = {"idle": Times(warmup), "busy": Times(warmup)}
+    with busy_processes(count) as processes:
+        for turn in range(ROUNDS):
+            for machine, taken in times.items():
+                (processes.rest if machine == "idle" else processes.work)()
+                # The first round also has the turns that are not counted.
+                for _ in range(-(-turns // ROUNDS) + (warmup if turn == 0 else 0)):
+                    taken.take(calls)
+    return {machine: {name: _summary(taken, name) for name in calls} for machine, taken in times.items()}
+
+
+def busy_lines(record: Mapping[str, Any]) -> list[str]:
+    """What `measure_busy` measured, as text.
+
+    Args:
+        record: `processes` and `cases`.
+    """
+    lines = []
+    for case in record["cases"]:
+        heading = f"One request of {case['history_length']} events and {case['candidates']} candidates"
+        lines += ["", f"{heading}, beside {record['processes']} busy processes and without:"]
+        lines.append(f"  {'':<18}{'mean ms':>10}{'p50':>10}{'p95':>10}{'p99':>10}{'to one':>9}")
+        for machine in ("idle", "busy"):
+            one = case[machine]["1"]
+            for name, result in case[machine].items():
+                times = "".join(f"{result[field]:>10.2f}" for field in one)
+                label = f"{machine}, {name} thread{'' if name == '1' else 's'}"
+                lines.append(f"  {label:<18}{times}{result['mean_ms'] / one['mean_ms']:>8.2f}x")
+    return lines
+
+
+def _score(scorer: AmortizedScorer, batch: RequestBatch, num_threads: int) -> Tensor:
+    with threads(num_threads):
+        return scorer.score(batch)
+
+
+def _summary(times: Times, name: str) -> dict[str, float]:
+    percentiles = {f"p{percent}_ms": 1e3 * times.percentile(name, percent) for percent in (50, 95, 99)}
+    return {"mean_ms": 1e3 * float(times.seconds(name).mean()), **percentiles}
