@@ -27,7 +27,7 @@ def test_the_benchmark_compares_all_ways_to_score_with_the_same_weights(
 ) -> None:
     methods = [method for method in METHODS if method not in ("compiled", "exported")]
     args = ["--run_folder", str(trained), "--history_lengths=[5]", "--candidates=[6]", "--threads=1", "--turns=3"]
-    benchmark.main([*args, f"--methods={json.dumps(methods)}", "--warmup=1", "--load.seconds=0.5"])
+    benchmark.main([*args, f"--methods={json.dumps(methods)}", "--warmup=1", "--load.seconds=0.5", "--busy=1"])
     record = json.loads((trained / "benchmark.json").read_text())
     assert record["threads"] == 1
     (case,) = record["cases"]
@@ -40,9 +40,18 @@ def test_the_benchmark_compares_all_ways_to_score_with_the_same_weights(
     for rate in record["load"]["rates"]:
         assert rate["sent"] == rate["answered"] + rate["refused"]
         assert rate["wrong"] == rate["failed"] == rate["lost"] == 0
+    assert record["busy"]["processes"] == 1
+    (beside,) = record["busy"]["cases"]
+    for machine in ("idle", "busy"):
+        assert set(beside[machine]) == {"1", "2"}
+        for name, result in beside[machine].items():
+            assert 0 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"], name
+            assert result["mean_ms"] > 0
     assert (trained / "benchmark.png").exists()
     shown = capsys.readouterr().out
     assert "one request of 5 events and 6 candidates" in shown
+    assert "with 1 other busy processes and without" in shown
+    assert "busy, 2 threads" in shown
     assert "Load: 8 clients" in shown
 
 

@@ -3,6 +3,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
 )
 @torch.inference_mode()
 def test_any_number_of_threads_computes_what_one_does(
-    sizes: list[tuple[int, int]], attention: str, num_threads: int, seed: int
+    sizes: list[tuple[int, int]], attention: Literal["full", "causal"], num_threads: int, seed: int
 ) -> None:
     encoder = NativeEncoder(AmortizedHistoryArch(16, 3, 2, history_attention=attention))
     with threads(1):

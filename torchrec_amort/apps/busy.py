@@ -20,9 +20,10 @@ from torchrec_amort.inference.scorer import AmortizedScorer
 NUM_THREADS = (1, 2)
 # The machine becomes busy and idle again so often: what it does besides is then shared out.
 ROUNDS = 4
-# It ends with the process that started it, however that ends.
+# Linux ends it (PR_SET_PDEATHSIG, SIGKILL) with the process that started it, however that ends and even while it rests.
 _LOOP = """
-import os, sys
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
 while os.getppid() == int(sys.argv[1]):
     for _ in range(1_000_000):
         pass
@@ -40,8 +41,16 @@ class BusyProcesses:
         self._processes = processes
 
     def rest(self) -> None:
-        """Stop until they are to work again."""
+        """Stop until they are to work again; when this returns they have.
+
+        Raises:
+            RuntimeError: one has ended.
+        """
         self._send(signal.SIGSTOP)
+        for process in self._processes:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                raise RuntimeError(f"a busy process ended with status {status}: nothing was measured beside it")
 
     def work(self) -> None:
         """Compute."""
@@ -63,7 +72,7 @@ def busy_processes(count: int) -> Iterator[BusyProcesses]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
-            processes.append(subprocess.Popen(command))
+            processes.append(subprocess.Popen(command, start_new_session=True))
         yield BusyProcesses(processes)
     finally:
         for process in processes:
@@ -112,7 +121,7 @@ def busy_lines(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for case in record["cases"]:
         heading = f"One request of {case['history_length']} events and {case['candidates']} candidates"
-        lines += ["", f"{heading}, beside {record['processes']} busy processes and without:"]
+        lines += ["", f"{heading}, with {record['processes']} other busy processes and without:"]
         lines.append(f"  {'':<18}{'mean ms':>10}{'p50':>10}{'p95':>10}{'p99':>10}{'to one':>9}")
         for machine in ("idle", "busy"):
             one = case[machine]["1"]

@@ -328,21 +328,23 @@ def score(
     ):
         if len(of) != wanted:
             raise ValueError(f"{name} are {len(of)}, but native code reads {wanted}")
-    given = CandidatesStruct()
+    given, width = CandidatesStruct(), 0
     if encoder is not None:
         if candidates.items is None:
             raise ValueError("items are None, but the encoder reads them")
         given.items = _rows([candidates.items], "items", count, encoder.dim)[0]
+        width = encoder.dim
     if head is not None:
         slots = _rows(candidates.slots, "slots", count, head.dim)
         given.slots = ctypes.addressof(slots)
+        width = head.num_tasks
     if head is not None and head.num_dense_layers > 0:
         dense = candidates.dense
         if dense is None or dense.shape != (count, head.num_dense_inputs):
             have = None if dense is None else list(dense.shape)
             raise ValueError(f"dense inputs are {have}, but native code reads {[count, head.num_dense_inputs]}")
         given.dense = address(dense, "dense inputs")
-    out = torch.empty(count, encoder.dim if head is None else head.num_tasks)
+    out = torch.empty(count, width)
     _function("score", dtype)(
         None if encoder is None else ctypes.byref(encoder),
         None if head is None else ctypes.byref(head),

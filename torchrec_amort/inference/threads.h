@@ -26,9 +26,9 @@ namespace threads {
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
-// How long a caller looks for the last pieces of helpers, and a helper for the next call, before they sleep: about as
-// long as it takes to be woken.
-constexpr Seconds CALLER_SPINS{50e-6}, HELPER_SPINS{50e-6};
+// How long a caller looks for the last pieces of helpers before it sleeps, about as long as it takes to be woken; and a
+// helper for the next call, so that it is still there for the next phase of a request: Python needs a while in between.
+constexpr Seconds CALLER_SPINS{50e-6}, HELPER_SPINS{1e-3};
 
 // Waits a little for something to become true; whether it has.
 template <class Condition>
@@ -74,8 +74,8 @@ class Governor {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (was_alone != is_alone_) return;
     Mean& mean = was_alone ? alone_ : together_;
-    mean.seconds += std::min(seconds, MOST * work), mean.work += work;
-    seconds_ += seconds;
+    seconds = std::min(seconds, MOST * work);
+    mean.seconds += seconds, mean.work += work, seconds_ += seconds;
     if (++num_calls_ < CALLS || seconds_ < (is_alone_ ? pause_ : TRIAL)) return;
     num_calls_ = 0, seconds_ = 0;
     if (is_alone_) {
