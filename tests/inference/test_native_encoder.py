@@ -101,7 +101,7 @@ def test_an_extended_state_is_that_of_the_whole_history(
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.integers(1, 40), st.integers(1, 8), st.sampled_from(["full", "causal"]), seeds)
 @torch.inference_mode()
-def test_threads_that_share_a_tile_write_what_one_does(
+def test_threads_write_what_one_does(
     dtype: torch.dtype, num_events: int, num_threads: int, attention: str, seed: int
 ) -> None:
     native = NativeEncoder(make_arch(24, 3, seed, history_attention=attention), dtype)

@@ -610,24 +610,24 @@ void encode(const Encoder& encoder, const Rows* terms, long num_terms, const std
   const long dim = encoder.dim;
   std::vector<float> tiles(places.size() * dim * ROWS);
   const auto make = [&] {
-    return [&, space = Workspace<ROWS>(&encoder, nullptr)](long depth, size_t i) mutable {
+    return [&, space = Workspace<ROWS>(&encoder, nullptr)](long phase, size_t i) mutable {
       const Place& place = places[i];
       const History& history = histories[place.request];
-      const long start = history.past + place.first;
+      const long depth = phase / 2, start = history.past + place.first;
+      const Layer& layer = encoder.layers[depth];
+      const State state = state_of<T>(history, depth);
       space.rows = tiles.data() + i * dim * ROWS;
-      // A tile goes through a layer, and to the keys and values of the next one, before it leaves the cache; after
-      // those of the last one nothing reads the events.
-      if (depth == 0) {
-        load_events(space, terms, num_terms, dim, place);
+      if (phase == 0) load_events(space, terms, num_terms, dim, place);
+      if (phase % 2 == 0) {
+        write_keys_and_values<ROWS, T>(space, encoder, layer, state, start, place.count);
       } else {
         const Reach reach = {history.past + history.added, encoder.is_causal != 0, start};
-        apply_layer<ROWS, T>(space, encoder, encoder.layers[depth - 1], state_of<T>(history, depth - 1), reach);
+        apply_layer<ROWS, T>(space, encoder, layer, state, reach);
       }
-      write_keys_and_values<ROWS, T>(space, encoder, encoder.layers[depth], state_of<T>(history, depth), start,
-                                     place.count);
     };
   };
-  threads::Pool::of_process().share(num_threads, places.size(), encoder.num_layers, make);
+  // After the last layer's keys and values nothing reads the events.
+  threads::Pool::of_process().share(num_threads, places.size(), 2 * encoder.num_layers - 1, make);
 }
 
 // Layers one after the other, ReLU between them; the first one's bias is given if it has none of its own.
