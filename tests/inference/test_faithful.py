@@ -240,6 +240,14 @@ def test_a_class_that_was_patched_runs_itself(monkeypatch: pytest.MonkeyPatch) -
     assert_same(AmortizedScorer(model).score(batch), by_impressions(model, batch))
 
 
+def test_a_model_whose_class_was_patched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    dlrm = make_dlrm()
+    for kind, use in ((AmortizedDLRM, lambda: AmortizedScorer(make_model())), (DLRM, lambda: attach(dlrm))):
+        monkeypatch.setattr(kind, "forward", lambda self, *args: torch.zeros(1))
+        with pytest.raises(ValueError, match=rf"^{kind.__name__}\.forward was replaced"):
+            use()
+
+
 class WithAnotherConstructor(AmortizedDLRM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

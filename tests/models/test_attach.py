@@ -21,6 +21,7 @@ from torchrec_amort import (
     AmortizedDLRM,
     AmortizedDLRMTrain,
     AmortizedHistoryArch,
+    AmortizedScorer,
     EventEncoder,
     RequestBatch,
     attach_history,
@@ -422,6 +423,10 @@ def train_on_this_rank(kind: str, device: torch.device) -> list[dict[str, Tensor
     module = sharded.module
     with pytest.raises(ValueError, match="is a DistributedModelParallel, .* before sharding"):
         attach_history(module, make_collection(), AmortizedHistoryArch(8))
+    with pytest.raises(ValueError, match="is a DistributedModelParallel, not an AmortizedDLRM, neither wrapped nor"):
+        AmortizedScorer(module)
+    with pytest.raises(ValueError, match=r"embedding_bag_collection is a ShardedEmbeddingBagCollection, sharded or"):
+        AmortizedScorer(attached)
     refuse_other_inputs_of_collections(attached)
     unwired = DistributedModelParallel(AmortizedDLRMTrain(attach(make_dlrm(kind))), device=device)
     with pytest.raises(ValueError, match=r"of history_embedding_collection were sharded without an optimizer"):

@@ -165,7 +165,7 @@ def why_not_served(model: nn.Module) -> str | None:
         return f"the model is a {type(model).__name__}, not an AmortizedDLRM{hint}"
     base = AttachedDLRM if isinstance(model, AttachedDLRM) else AmortizedDLRM
     reasons = (
-        why_other_methods(type(model), base),
+        why_other_methods(type(model), base) or _PLAIN.why_replaced(base),
         why_patched(model, "the model"),
         *(_why_other_bags(name, arch) for name, arch in _sparse_archs(model)),
         _why_other_sequences(model.history_embedding_collection),
@@ -194,9 +194,10 @@ def _why_other_bags(name: str, arch: nn.Module) -> str | None:
 def _why_other_sequences(collection: nn.Module | None) -> str | None:
     # Events and candidates' items are looked up one after the other: a hook would see half of each batch.
     name = "history_embedding_collection"
-    if collection is None or type(collection) is QuantEmbeddingCollection:
+    if collection is None:
         return None
-    return _PLAIN.why_not(collection, name)
+    is_quantized = type(collection) is QuantEmbeddingCollection
+    return why_patched(collection, name) if is_quantized else _PLAIN.why_not(collection, name)
 
 
 def _why_other_encoder(encoder: nn.Module | None) -> str | None:

@@ -25,6 +25,7 @@ from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.plain import ALL_HOOKS, Plain, why_other_methods, why_patched, why_unlike
 
 _PLAIN = Plain(
+    DLRM,
     SparseArch,
     InteractionDCNArch,
     LowRankCrossNet,
@@ -115,7 +116,7 @@ def _refuse_other_models(dlrm: nn.Module) -> None:
         raise ValueError(
             f"dlrm is a {type(dlrm).__name__}, not a DLRM or DLRM_DCN: attach once, and before sharding or wrapping"
         )
-    _refuse(why_other_methods(type(dlrm), DLRM) or why_patched(dlrm, "dlrm", ALL_HOOKS))
+    _refuse(why_other_methods(type(dlrm), DLRM) or _PLAIN.why_replaced(DLRM) or why_patched(dlrm, "dlrm", ALL_HOOKS))
     _refuse_other(dlrm.sparse_arch, SparseArch)
     _refuse_other(dlrm.sparse_arch.embedding_bag_collection, EmbeddingBagCollection)
     _refuse_other(dlrm.dense_arch, DenseArch)

@@ -52,10 +52,14 @@ class Plain:
         kind = type(module)
         if kind not in self._methods:
             return f"{path} is a {kind.__name__} of {kind.__module__}"
+        return self.why_replaced(kind) or why_patched(module, path, self._hooks)
+
+    def why_replaced(self, kind: type[nn.Module]) -> str | None:
+        """Why all modules of one of the classes may compute something else, or None: a method was replaced."""
         for name, method in self._methods[kind].items():
             if inspect.getattr_static(kind, name, None) is not method:
-                return f"{path} is a {kind.__name__}, and {kind.__name__}.{name} was replaced"
-        return why_patched(module, path, self._hooks)
+                return f"{kind.__name__}.{name} was replaced"
+        return None
 
     def why_not_any(self, module: nn.Module, path: str) -> str | None:
         """Why a module or one of its submodules may compute something else; or None."""
