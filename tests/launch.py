@@ -37,19 +37,21 @@ def launch(*command: str, cwd: Path = ROOT, check: bool = True) -> subprocess.Co
     return _checked(done, check)
 
 
-def torchrun(ranks: int, module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    ranks: int, module: str, *args: str, max_restarts: int = 0, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Run a command of the package, or a module that has a dot in its name, on some local ranks.
 
     As `launch` with `torchrun_command`, whose launcher starts them here too, but forks them.
     """
-    return _fork(_run_ranks, str(ranks), module if "." in module else f"{APPS}.{module}", *args, check=check)
+    module = module if "." in module else f"{APPS}.{module}"
+    return _fork(_run_ranks, str(ranks), str(max_restarts), module, *args, check=check)
 
 
-def torchrun_command(ranks: int, module: str, *args: str, max_restarts: int = 0) -> tuple[str, ...]:
+def torchrun_command(ranks: int, module: str, *args: str) -> tuple[str, ...]:
     """The command line of `torchrun`."""
     module = module if "." in module else f"{APPS}.{module}"
-    options = ("--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts))
-    return ("torchrun", *options, "-m", module, *args)
+    return ("torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", module, *args)
 
 
 def start(*command: str, **options: Any) -> subprocess.Popen[str]:
@@ -106,7 +108,7 @@ def _run_program(*command: str) -> None:
     program.load()()
 
 
-def _run_ranks(ranks: str, *command: str) -> None:
+def _run_ranks(ranks: str, max_restarts: str, *command: str) -> None:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -114,7 +116,7 @@ def _run_ranks(ranks: str, *command: str) -> None:
         run_id=uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=int(max_restarts),
         start_method="fork",
     )
     elastic_launch(config, _run_module)(*command)

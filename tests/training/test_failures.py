@@ -49,7 +49,7 @@ def test_a_killed_rank_starts_the_job_again_from_the_last_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     command = ("is_killed", *arguments(data_folder, run, *SAVED_OFTEN))
-    launch(*torchrun_command(2, "tests.training.failing_rank", *command, max_restarts=1))
+    torchrun(2, "tests.training.failing_rank", *command, max_restarts=1)
     environment = json.loads((run / "environment.json").read_text())
     assert (environment["restarts"], environment["world_size"]) == (1, 2)
     # Trained on since the restart: all but the 10 steps before the checkpoint.
@@ -64,10 +64,13 @@ def test_a_killed_rank_starts_the_job_again_from_the_last_checkpoint(
 def test_a_restart_does_not_take_up_the_run_of_another_job(data_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train.main(arguments(data_folder, run))
-    launcher = start(*torchrun_command(2, "train", *arguments(data_folder, run), max_restarts=1))
-    output, _ = launcher.communicate(timeout=300)
-    assert launcher.returncode != 0
-    refusals = [line for line in output.splitlines() if line.startswith("error") and "has a checkpoint already" in line]
+    refused_twice = torchrun(2, "train", *arguments(data_folder, run), max_restarts=1, check=False)
+    assert refused_twice.returncode != 0
+    refusals = [
+        line
+        for line in refused_twice.stderr.splitlines()
+        if line.startswith("error") and "has a checkpoint already" in line
+    ]
     # Once by each rank of the first start and of the second.
     assert sorted(line.split(":")[0] for line in refusals) == ["error"] * 2 + ["error (rank 1)"] * 2
     assert losses(run).keys() == set(range(1, 26))
@@ -112,9 +115,8 @@ def test_sigterm_saves_and_ends_the_job(
 
 
 def test_a_rank_that_raises_shows_its_own_traceback_first(data_folder: Path, tmp_path: Path) -> None:
-    failed = torchrun(
-        2, "tests.training.failing_rank", "raises", *arguments(data_folder, tmp_path / "run"), check=False
-    )
+    command = ("raises", *arguments(data_folder, tmp_path / "run"))
+    failed = launch(*torchrun_command(2, "tests.training.failing_rank", *command), check=False)
     assert failed.returncode != 0
     assert failed.stderr.count("Traceback") > 1
     first = failed.stderr.split("Traceback")[1]
