@@ -90,8 +90,11 @@ def _take(calls: Sequence[Mapping[str, Callable[[], Any]]], config: BenchmarkCon
     """Time all methods in turns, the slow ones in the first turns only, beside a plain matrix product."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.randn(GEMM, GEMM, device=device)
-    half = matrix.bfloat16()
-    gemm = {"gemm": partial(torch.mm, matrix, matrix), "gemm_bf16": partial(torch.mm, half, half)}
+    gemm = {"gemm": partial(torch.mm, matrix, matrix)}
+    # Seconds where a processor has no instructions for it, so only beside what is compared with it.
+    if any("bf16" in method for method in config.methods):
+        half = matrix.bfloat16()
+        gemm["gemm_bf16"] = partial(torch.mm, half, half)
     times = Times(config.warmup)
     for turn in range(config.warmup + config.turns):
         ready = calls[turn % len(calls)]
@@ -109,7 +112,7 @@ def _case(
     calls: Mapping[str, Callable[[], Any]],
     config: BenchmarkConfig,
 ) -> dict[str, Any]:
-    rates = {name: 2 * GEMM**3 / times.median(name) / 1e9 for name in ("gemm", "gemm_bf16")}
+    rates = {name: 2 * GEMM**3 / times.median(name) / 1e9 for name in times.methods() if name.startswith("gemm")}
     reference = calls.get("impressions", calls.get("model"))
     expected = None if reference is None else torch.sigmoid(reference())
     methods = {}
@@ -135,8 +138,7 @@ def _case(
         **shape,
         "embedding_dim": source.model.sparse_arch.D,
         "layers": layers,
-        "gemm_gflops": rates["gemm"],
-        "gemm_bf16_gflops": rates["gemm_bf16"],
+        **{f"{name}_gflops": rate for name, rate in rates.items()},
         "methods": methods,
     }
 

@@ -30,7 +30,9 @@ _COLUMNS = f"{'cores':>7}{'MB':>8}{'GEMM':>7}{'differs':>10}"
 def _heading(case: Mapping[str, Any]) -> str:
     requests = "one request" if case["batch"] == 1 else f"{case['batch']} requests"
     size = f"D {case['embedding_dim']}, {case['layers']} layers"
-    roof = f"GEMM {case['gemm_gflops']:.0f} GFLOP/s, bf16 {case['gemm_bf16_gflops']:.0f}"
+    roof = f"GEMM {case['gemm_gflops']:.0f} GFLOP/s"
+    if "gemm_bf16_gflops" in case:
+        roof += f", bf16 {case['gemm_bf16_gflops']:.0f}"
     return f"{requests} of {case['history_length']} events and {case['candidates']} candidates, {size} ({roof})"
 
 

@@ -55,6 +55,10 @@ class Times:
         self._turns_to_skip = max(0, self._turns_to_skip - 1)
         return results
 
+    def methods(self) -> list[str]:
+        """The methods that were timed."""
+        return list(self._seconds)
+
     def seconds(self, method: str) -> np.ndarray:
         """Seconds of each of a method's turns."""
         return np.array(self._seconds[method])
