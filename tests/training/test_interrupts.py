@@ -60,13 +60,13 @@ def test_a_migration_that_is_stopped_leaves_nothing(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     to_impressions(data_folder, tmp_path / "log")
-    write_table = pq.write_table
+    write_table = pq.ParquetWriter.write_table
 
     def stop_after(*args: object, **options: object) -> None:
         write_table(*args, **options)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(pq, "write_table", stop_after)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", stop_after)
     log = [f"--log.{split}={tmp_path / 'log' / split}" for split in ("train", "validation", "test")]
     command = ["requests", *log, f"--schema={data_folder / 'schema.json'}", f"--out={tmp_path / 'films'}"]
     assert ends_with(lambda: migrate.main(command)) == 143

@@ -39,8 +39,10 @@ def markdown(record: dict[str, Any]) -> str:
         f"second, the median over steps, request by request, and the same updates with all requests padded to the "
         f"longest, and impression by impression. Scoring: median ms of one request with {scoring['candidates']} "
         f"candidates and {scoring['history_length']} events, and impression by impression. {speed['threads']} threads, "
-        f"torch {speed['torch']}. Unknown ids of the test split: {unknown_in_words(record['unknown_ids'])}.",
+        f"torch {speed['torch']}.",
     ]
+    if "unknown_ids" in record:  # Earlier versions did not count them.
+        lines.append(f"Unknown ids of the test split: {unknown_in_words(record['unknown_ids'])}.")
     for task, differences in _by_task(record).items():
         lines += [
             "",

@@ -67,7 +67,7 @@ def summary(record: Mapping[str, Any]) -> str:
     for question, rows in _answers(record).items():
         lines += ["", f"{question:<36}{'control':>12}{'treatment':>12}   change [95%]"]
         lines += [f"  {row[0]:<34}{row[1]:>12}{row[2]:>12}   {'  '.join(row[3:])}" for row in rows]
-    return "\n".join([*lines, "", agreement(record), what_is_unknown(record)])
+    return "\n".join([*lines, "", f"{agreement(record)} {what_is_unknown(record)}".rstrip()])
 
 
 def what_was_replayed(record: Mapping[str, Any]) -> str:
@@ -79,7 +79,9 @@ def what_was_replayed(record: Mapping[str, Any]) -> str:
 
 
 def what_is_unknown(record: Mapping[str, Any]) -> str:
-    """The shares of ids that training did not have, in words."""
+    """The shares of ids that training did not have, in words; none in records of versions that did not count them."""
+    if "unknown_ids" not in record:
+        return ""
     return f"Ids of the split that training did not have: {unknown_in_words(record['unknown_ids'])}."
 
 
