@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/python examples/demo.py $(if $(SOURCE),--source $(SOURCE))
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-docs: setup
 	$(BIN)/python -m pytest -m docs tests/docs

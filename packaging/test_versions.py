@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import re
 import subprocess
 import sys
@@ -43,17 +42,17 @@ def main() -> None:
         if options.python and python not in options.python:
             continue
         venv = options.venvs.resolve() / f"torch-{torch.rpartition('.')[0]}-python-{python}"
-        setup = ["make", "setup", f"VENV={venv}", f"PYTHON=python{python}", f"TORCH_INDEX={options.torch_index}"]
-        setup += [f"TORCH={torch}", f"TORCHREC={torchrec}", f"FBGEMM={fbgemm}"]
-        subprocess.run(setup, cwd=ROOT, check=True)
-        records.append(run_tests(venv, options.tests))
+        variables = [f"VENV={venv}", f"PYTHON=python{python}", f"TORCH_INDEX={options.torch_index}"]
+        variables += [f"TORCH={torch}", f"TORCHREC={torchrec}", f"FBGEMM={fbgemm}"]
+        subprocess.run(["make", "setup", *variables], cwd=ROOT, check=True)
+        records.append(run_tests(venv, variables, options.tests))
         if not options.tests:
             write_record(records[-1])
     print(table(records))
     sys.exit(any(record["failed"] for record in records))
 
 
-def run_tests(venv: Path, tests: list[str]) -> dict[str, Any]:
+def run_tests(venv: Path, variables: list[str], tests: list[str]) -> dict[str, Any]:
     """Run the tests in an environment.
 
     Returns:
@@ -61,9 +60,8 @@ def run_tests(venv: Path, tests: list[str]) -> dict[str, Any]:
     """
     results = venv / "tests.xml"
     results.unlink(missing_ok=True)
-    environment = {**os.environ, "PATH": f"{venv}/bin{os.pathsep}{os.environ['PATH']}"}
-    command = [str(venv / "bin" / "python"), "-m", "pytest", f"--junit-xml={results}", *tests]
-    subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    command = ["make", "test", *variables, f"ARGS={' '.join([f'--junit-xml={results}', *tests])}"]
+    subprocess.run(command, cwd=ROOT, check=False)
     counts = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
     for suite in ElementTree.parse(results).getroot().iter("testsuite"):
         counts = {name: count + int(suite.attrib[name]) for name, count in counts.items()}
