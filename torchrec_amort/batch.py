@@ -25,8 +25,8 @@ from torchrec_amort.schema import ANY_ID, Content, InputError, RequestSchema, re
 class RequestBatch(Pipelineable):
     """B requests with all their candidates and histories.
 
-    Ids may have weights, which go where their ids go. No method changes the batch, or what its `KeyedJaggedTensor`s
-    keep of what they once worked out.
+    Ids may have weights, which go where their ids go. No method changes the batch, or what its jagged tensors keep of
+    what they once worked out.
 
     Args:
         request_dense: float [B, I_r]; I_r may be 0.
@@ -131,7 +131,7 @@ class RequestBatch(Pipelineable):
         return self.num_candidates.numel()
 
     def shallow_copy(self) -> RequestBatch:
-        """The same tensors in `KeyedJaggedTensor`s of its own.
+        """The same tensors, in jagged tensors of its own.
 
         A `KeyedJaggedTensor` keeps offsets once it has worked them out. Those of inference mode cannot be trained with,
         so whoever scores somebody else's batch scores a shallow copy.

@@ -36,7 +36,7 @@ def refuse_out_of_bounds(config: object, bounds: Mapping[Bounds, tuple[str, ...]
 
     Example::
 
-        refuse_out_of_bounds(LoopConfig(epochs=2), {AT_LEAST_ONE: ("epochs",)}, "loop.")
+        refuse_out_of_bounds(ModelConfig(history_layers=2), {AT_LEAST_ONE: ("history_layers",)}, "model.")
     """
     for bound, names in bounds.items():
         for name in names:

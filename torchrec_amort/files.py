@@ -91,7 +91,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     Example::
 
         with new_file("data/films.npz") as temporary:
-            np.savez(temporary, ids=ids)
+            np.savez(temporary, ids=ids_N)
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,8 +101,8 @@ def test_events_of_the_requests_own_second_are_counted_told_and_may_be_refused(
     with caplog.at_level(logging.WARNING):
         write_requests(tmp_path / "films", SCHEMA, {"train": [table_of(requests)]})
     assert read_counts(tmp_path / "films")["train"]["same_second_requests"] == 2
-    assert "train: 2 of 3 requests have events of their own second (request_id 1" in caplog.text
-    with pytest.raises(InputError, match="train: request 1: request_id 1 has one in history_time at 1000000"):
+    assert "train: 2 of 3 requests have events of their own second (request 1 has one in history_time)" in caplog.text
+    with pytest.raises(InputError, match="train: request 1: history_time has an event at 1000000"):
         write_requests(tmp_path / "no", SCHEMA, {"train": [table_of(requests)]}, refuse_same_second=True)
     to_impressions(tmp_path / "films", tmp_path / "log")
     caplog.clear()

@@ -85,7 +85,8 @@ def _not_run() -> dict[str, str]:
         "data.log.ImpressionLog": LOG,
         "inference.export.export_package": COMPILES,
         "inference.export.load_package": COMPILES,
-        "training.processes.TerminationRequests": "ends when the process is told to stop",
+        "training.lock.run_lock": TRAINING,
+        "training.processes.StopRequests": "ends when the process is told to stop",
     }
     reasons = {f"torchrec_amort.{name}": reason for name, reason in names.items()}
     for example in EXAMPLES:

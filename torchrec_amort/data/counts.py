@@ -108,7 +108,7 @@ class SplitCounts:
     Example::
 
         train = SplitCounts("train", schema)
-        train.add(table)
+        train.add(train_table)
         train.record(train.ids)["requests"]
     """
 
@@ -141,13 +141,12 @@ class SplitCounts:
         if not len(rows):
             return
         row = int(rows[0])
-        example = f"request_id {table['request_id'][row]} has one in {column} at {times[row]}"
         if self._refuse_same_second:
             raise InputError(
-                f"{self.split}: request {self.requests + row}: {example}, the request's own second: keep events "
-                "strictly before their request"
+                f"{self.split}: request {self.requests + row}: {column} has an event at {times[row]}, the request's "
+                "own second: keep events strictly before their request"
             )
-        self._example = self._example or example
+        self._example = self._example or f"request {self.requests + row} has one in {column}"
         self._same_second += len(rows)
 
     def record(self, train: IdCounts | None) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def unknown_ids(folder: str | Path, split: str, schema: RequestSchema) -> dict[s
 
     Example::
 
-        unknown_ids("data/mind", "test", schema)["candidate_item"]
+        unknown_ids("data/movielens-1m", "test", schema)["candidate_item"]
     """
     counts, prepared = read_counts(folder), RequestSchema.load(folder)
     if split not in counts:

@@ -20,7 +20,7 @@ def visible_files(found: Iterable[Path], top: Path, hidden: str = HIDDEN) -> lis
 
     Example::
 
-        visible_files(folder.rglob("*.parquet"), folder)
+        visible_files(Path("log").rglob("*.parquet"), Path("log"))
     """
     return sorted(
         path for path in found if path.is_file() and not any(p[0] in hidden for p in path.relative_to(top).parts)

@@ -144,7 +144,7 @@ class FolderLock:
     Example::
 
         with FolderLock("runs/first") as lock:
-            train()
+            write_requests("runs/first/data", schema, {"train": [train_table]})
             lock.refuse_lost()
     """
 

@@ -151,7 +151,7 @@ def stop_signals(take: Callable[[signal.Signals], None]) -> Iterator[None]:
     Example::
 
         with stop_signals(lambda number: print(number.name)):
-            work()
+            model(batch)
     """
     taken_at: float | None = None
 
