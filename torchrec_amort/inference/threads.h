@@ -95,7 +95,7 @@ class Governor {
   // Both stretches are of so many calls at least, and of so many seconds of calls: the scheduler makes a process that
   // has used more than its share wait in the next ones.
   static constexpr int CALLS = 16;
-  static constexpr double TRIAL = 0.05, SHORTEST = 0.1, LONGEST = 6.4, PAYS = 0.95;
+  static constexpr double TRIAL = 0.05, SHORTEST = 0.1, LONGEST = 0.2, PAYS = 0.95;
   static constexpr double MOST = 20;  // a single call that was stopped for long tells little of the next ones
   // Seconds for a second's work, of the last calls more than of those before.
   struct Mean {
