@@ -165,6 +165,8 @@ def _typed(array: pa.Array, expected: pa.DataType, content: Content, rounded: bo
     array = decoded(array)
     if array.null_count:
         raise MisfitError(int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), "is null")
+    if _is_typed(array, expected, content, finite):
+        return array
     if not pa.types.is_list(expected):
         if content == "time":
             return _times(array, rounded)
@@ -183,6 +185,17 @@ def _typed(array: pa.Array, expected: pa.DataType, content: Content, rounded: bo
         return array
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), converted)
+
+
+def _is_typed(array: pa.Array, expected: pa.DataType, content: Content, finite: bool) -> bool:
+    """Whether an array is what it should be already, told by its type and its counts of nulls alone."""
+    if not array.type.equals(expected) or content == "time" or (content == "number" and finite):
+        return False
+    while pa.types.is_list(array.type):
+        array = array.values
+        if array.null_count:
+            return False
+    return True
 
 
 def _of_list(what: str) -> str:
