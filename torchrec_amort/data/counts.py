@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
+from torchrec_amort.columns import typed_table
+from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.schema import KINDS_OF_IDS, Feature, InputError, RequestSchema, one_line
 
 COUNTS_FILE = "counts.json"
@@ -245,8 +247,11 @@ def unknown_ids(folder: str | Path, split: str, schema: RequestSchema) -> dict[s
 def _counted(folder: str | Path, split: str, schema: RequestSchema) -> IdCounts:
     counts = IdCounts(schema)
     columns = list(dict.fromkeys(feature.source for feature in counts.features))
-    for batch in ds.dataset(Path(folder) / split, format="parquet").to_batches(columns=columns):
-        counts.add(pa.Table.from_batches([batch]))
+    files = Path(folder) / split
+    for path in visible_files(files.glob("*.parquet"), files):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=columns):
+                counts.add(typed_table(pa.Table.from_batches([batch]), schema, str(path)))
     return counts
 
 
