@@ -10,15 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torchrec.distributed.train_pipeline import TrainPipelineBase
 
 from tests.launch import start
 from tests.training.test_failures import wait_for
 from tests.training.test_training import arguments, checkpoints, refused
 from torchrec_amort.apps import train
 from torchrec_amort.schema import InputError
+from torchrec_amort.training.checkpoint import CheckpointWriter
 from torchrec_amort.training.lock import LOCK_FILE, SECONDS_TO_DEATH, FolderLock, Owner
 
 ELSEWHERE = Owner(host="node7", pid=12, space="another host's", job="job-5", since="2026-01-01T00:00:00Z")
@@ -184,14 +185,14 @@ def test_of_many_that_want_a_folder_at_once_one_gets_it(is_stale: bool, tmp_path
 def test_a_run_whose_lock_was_taken_writes_no_checkpoint(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, original, steps = tmp_path / "run", TrainPipelineBase.progress, iter(range(12))
+    run, original = tmp_path / "run", CheckpointWriter.save
 
-    def progress(pipeline: TrainPipelineBase, batches: object) -> object:
-        if next(steps, None) is None:
-            leave_lock(run, ELSEWHERE)
-        return original(pipeline, batches)
+    def save(writer: CheckpointWriter, *state: Any) -> None:
+        original(writer, *state)
+        writer.wait()
+        leave_lock(run, ELSEWHERE)
 
-    monkeypatch.setattr(TrainPipelineBase, "progress", progress)
+    monkeypatch.setattr(CheckpointWriter, "save", save)
     line = refused(capsys, train.main, arguments(data_folder, run, "--loop.checkpoint_every=10"))
     assert "is of process 12 on node7, job job-5" in line
     assert checkpoints(run) == ["step-000000010"]
