@@ -206,7 +206,7 @@ def _busy(config: BenchmarkConfig) -> dict[str, Any]:
     for events, candidates in itertools.product(config.history_lengths, config.candidates):
         batch = source.batch(1, events, candidates, config.seed)
         # Percentiles of a busy machine need more turns than a median does.
-        measured = measure_busy(scorer, batch, config.busy, 5 * config.turns, config.warmup)
+        measured = measure_busy(scorer, batch, config.busy, 5 * config.turns)
         cases.append({"history_length": events, "candidates": candidates, **measured})
     return {"processes": config.busy, "cases": cases}
 

@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from torchrec_amort.inference.scorer import AmortizedScorer
 NUM_THREADS = (1, 2)
 # The machine becomes busy and idle again so often: what it does besides is then shared out.
 ROUNDS = 4
+# Of each stretch, not counted: native threads need some tenths of a second to see that cores were taken or given back.
+SECONDS_TO_SETTLE = 1.0
 # Linux ends it (PR_SET_PDEATHSIG, SIGKILL) with the process that started it, however that ends and even while it rests.
 _LOOP = """
 import ctypes, os, sys
@@ -82,7 +85,7 @@ def busy_processes(count: int) -> Iterator[BusyProcesses]:
 
 
 def measure_busy(
-    scorer: AmortizedScorer, batch: RequestBatch, count: int, turns: int, warmup: int
+    scorer: AmortizedScorer, batch: RequestBatch, count: int, turns: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Latencies of one batch, on one thread and on two, on the idle machine and beside busy processes.
 
@@ -91,23 +94,22 @@ def measure_busy(
         batch: to score.
         count: busy processes.
         turns: how often each is timed.
-        warmup: turns that are not counted.
 
     Returns:
         dict: mean and percentiles in ms by `idle` or `busy` and the number of threads.
 
     Example::
 
-        measure_busy(scorer, batch, count=4, turns=200, warmup=5)["busy"]["2"]["mean_ms"]
+        measure_busy(scorer, batch, count=4, turns=200)["busy"]["2"]["mean_ms"]
     """
     calls = {str(number): partial(_score, scorer, batch, number) for number in NUM_THREADS}
-    times = {"idle": Times(warmup), "busy": Times(warmup)}
+    times = {"idle": Times(warmup=0), "busy": Times(warmup=0)}
     with busy_processes(count) as processes:
-        for turn in range(ROUNDS):
+        for _ in range(ROUNDS):
             for machine, taken in times.items():
                 (processes.rest if machine == "idle" else processes.work)()
-                # The first round also has the turns that are not counted.
-                for _ in range(-(-turns // ROUNDS) + (warmup if turn == 0 else 0)):
+                _settle(calls)
+                for _ in range(-(-turns // ROUNDS)):
                     taken.take(calls)
     return {machine: {name: _summary(taken, name) for name in calls} for machine, taken in times.items()}
 
@@ -130,6 +132,13 @@ def busy_lines(record: Mapping[str, Any]) -> list[str]:
                 label = f"{machine}, {name} thread{'' if name == '1' else 's'}"
                 lines.append(f"  {label:<18}{times}{result['mean_ms'] / one['mean_ms']:>8.2f}x")
     return lines
+
+
+def _settle(calls: Mapping[str, Callable[[], Tensor]]) -> None:
+    end = time.monotonic() + SECONDS_TO_SETTLE
+    while time.monotonic() < end:
+        for call in calls.values():
+            call()
 
 
 def _score(scorer: AmortizedScorer, batch: RequestBatch, num_threads: int) -> Tensor:

@@ -3,7 +3,7 @@
 // The thread that calls works itself; helpers join if they come. A piece is taken when somebody is free for it, so that
 // a helper that the scheduler leaves waiting has taken none, and nobody waits for it: when no piece is left, the call
 // closes. What has to be waited for is a helper that lost its core amid a piece. Where that costs more than helpers
-// save, the governor makes calls alone for a while. All waiting spins for microseconds and then sleeps.
+// save, the governor makes calls alone for a while. All waiting spins for a while and then sleeps.
 
 #pragma once
 
@@ -26,9 +26,10 @@ namespace threads {
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
-// How long a caller looks for the last pieces of helpers before it sleeps, about as long as it takes to be woken; and a
-// helper for the next call, so that it is still there for the next phase of a request: Python needs a while in between.
-constexpr Seconds CALLER_SPINS{50e-6}, HELPER_SPINS{1e-3};
+// How long a caller looks for the last pieces of helpers before it sleeps: most are done by then, and being woken takes
+// longer than what is left. And a helper for the next call, so that it is still there for the next phase of a request:
+// Python needs a while in between.
+constexpr Seconds CALLER_SPINS{500e-6}, HELPER_SPINS{3e-3};
 
 // Waits a little for something to become true; whether it has.
 template <class Condition>
