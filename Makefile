@@ -15,8 +15,8 @@ VENVS := .venvs
 setup: $(VENV)/.installed
 
 # torch first, by version and from its own index: whatever asks for torch later is content with it.
-$(VENV)/.installed: setup.cfg setup.py pyproject.toml torchrec_amort/inference/native.cpp \
-		torchrec_amort/inference/threads.h packaging/fbgemm-gpu-cpu/setup.py
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml torchrec_amort/ops/native.cpp \
+		torchrec_amort/ops/threads.h packaging/fbgemm-gpu-cpu/setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	FBGEMM=$(FBGEMM) $(BIN)/pip install --quiet ./packaging/fbgemm-gpu-cpu torchrec==$(TORCHREC)

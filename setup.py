@@ -15,9 +15,9 @@ NATIVE = {
 setup(
     ext_modules=[
         Extension(
-            f"torchrec_amort.inference._native_{kind}",
-            ["torchrec_amort/inference/native.cpp"],
-            depends=["torchrec_amort/inference/threads.h"],
+            f"torchrec_amort.ops._native_{kind}",
+            ["torchrec_amort/ops/native.cpp"],
+            depends=["torchrec_amort/ops/threads.h"],
             extra_compile_args=["-O3", "-std=gnu++17", "-pthread", *options],
             extra_link_args=["-pthread"],
             optional=True,

@@ -20,13 +20,14 @@ FLOORS = {
     "rows": 2,
     "batch": 3,
     "data": 4,
-    "modules": 4,
-    "models": 5,
-    "training": 6,
-    "inference": 6,
-    "apps": 7,
+    "ops": 4,
+    "modules": 5,
+    "models": 6,
+    "training": 7,
+    "serving": 7,
+    "apps": 8,
 }
-STRANGERS = [{"data", "models"}, {"data", "modules"}, {"data", "training"}, {"training", "inference"}]
+STRANGERS = [{"data", "ops"}, {"data", "models"}, {"data", "modules"}, {"data", "training"}, {"training", "serving"}]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -6,11 +6,6 @@ refuse_versions_apart()
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.hashing import hash_ids
-from torchrec_amort.inference.cache import HistoryCache
-from torchrec_amort.inference.export import export_package, load_package
-from torchrec_amort.inference.rollout import Rollout, score_impressions, user_places
-from torchrec_amort.inference.scorer import AmortizedScorer
-from torchrec_amort.inference.service import Overloaded, ScoringService
 from torchrec_amort.models.attach import attach_history
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
@@ -18,6 +13,11 @@ from torchrec_amort.modules.encoder import HistoryEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.schema import Feature, InputError, RequestSchema, TableConfig
+from torchrec_amort.serving.cache import HistoryCache
+from torchrec_amort.serving.export import export_package, load_package
+from torchrec_amort.serving.rollout import Rollout, score_impressions, user_places
+from torchrec_amort.serving.scorer import AmortizedScorer
+from torchrec_amort.serving.service import Overloaded, ScoringService
 
 __all__ = [
     "RequestBatch",

@@ -5,8 +5,8 @@ import pytest
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from torchrec_amort import ModelConfig, RequestBatch, build_model
 from torchrec_amort.apps.methods import Methods
-from torchrec_amort.inference.export import export_package
 from torchrec_amort.schema import InputError
+from torchrec_amort.serving.export import export_package
 
 
 def test_a_model_that_is_on_no_cpu_is_not_exported_and_not_timed_as_a_package(tmp_path: Path) -> None:

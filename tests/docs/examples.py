@@ -45,7 +45,7 @@ PUBLISHED = "needs the data set's published files; its tests read them"
 COMMAND = "a command, which takes minutes; tests/test_readme.py and tests/apps run it on small data"
 TRAINING = "needs a training run; the tests of its module make one"
 LOG = "needs a log of impressions; the tests of its module write one"
-COMPILES = "compiles for half a minute; tests/inference/test_export.py does the same"
+COMPILES = "compiles for half a minute; tests/serving/test_export.py does the same"
 NATIVE = "needs native code, which is built where there is a compiler; the tests of its module run it there"
 
 

@@ -22,10 +22,10 @@ from torchrec_amort.apps.load import measure_load
 from torchrec_amort.apps.methods import SLOW, Methods
 from torchrec_amort.apps.timing import Times, machine, peak_memory, threads
 from torchrec_amort.files import write_json
-from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.progress import progress
+from torchrec_amort.serving.scorer import AmortizedScorer
 
 GEMM = 1024
 

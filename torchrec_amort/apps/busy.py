@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchrec_amort.apps.timing import Times, threads
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.inference.scorer import AmortizedScorer
+from torchrec_amort.serving.scorer import AmortizedScorer
 
 NUM_THREADS = (1, 2)
 # The machine becomes busy and idle again so often: what it does besides is then shared out.

@@ -12,7 +12,7 @@ import torch
 
 from torchrec_amort.apps.command import parse, run_command
 from torchrec_amort.apps.train import load_model
-from torchrec_amort.inference.export import CHECKED_REQUESTS, Tables, export_package
+from torchrec_amort.serving.export import CHECKED_REQUESTS, Tables, export_package
 
 
 @dataclass(kw_only=True)

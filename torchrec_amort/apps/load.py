@@ -18,11 +18,11 @@ from torch import Tensor
 from torchrec_amort.apps.timing import threads
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
-from torchrec_amort.inference.cores import usable_cores
-from torchrec_amort.inference.scorer import AmortizedScorer
-from torchrec_amort.inference.service import Overloaded, ScoringService
 from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.ops.cores import usable_cores
 from torchrec_amort.progress import progress
+from torchrec_amort.serving.scorer import AmortizedScorer
+from torchrec_amort.serving.service import Overloaded, ScoringService
 
 TOLERANCE = 1e-4
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.inference.cache import HistoryCache
-from torchrec_amort.inference.export import export_package, load_package
-from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
-from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import AmortizableEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import Concatenation
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.serving.cache import HistoryCache
+from torchrec_amort.serving.export import export_package, load_package
+from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
+from torchrec_amort.serving.scorer import AmortizedScorer
 
 Method = Literal[
     "impressions",

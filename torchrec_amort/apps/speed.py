@@ -21,7 +21,7 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.models.build import build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM
-from torchrec_amort.modules.attention import Backend
+from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.processes import is_first

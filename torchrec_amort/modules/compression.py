@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.modules.attention import Backend, JaggedAttention
-from torchrec_amort.modules.jagged import expand, positions
+from torchrec_amort.ops.attention import Backend, JaggedAttention
+from torchrec_amort.ops.jagged import expand, positions
 
 
 class HistoryCompression(nn.Module):

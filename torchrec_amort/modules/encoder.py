@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.modules.jagged import offsets
+from torchrec_amort.ops.jagged import offsets
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.modules.jagged import expand, positions
+from torchrec_amort.ops.jagged import expand, positions
 
 
 class EventEncoder(nn.Module):

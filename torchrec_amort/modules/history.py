@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.modules.attention import Backend, JaggedAttention
 from torchrec_amort.modules.compression import HistoryCompression
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
-from torchrec_amort.modules.jagged import append, expand, mean_by_request, positions
+from torchrec_amort.ops.attention import Backend, JaggedAttention
+from torchrec_amort.ops.jagged import append, expand, mean_by_request, positions
 
 HistoryAttention = Literal["full", "causal"]
 

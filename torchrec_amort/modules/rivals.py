@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.modules.attention import Backend, JaggedAttention
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, refuse_other_requests
 from torchrec_amort.modules.history import history_layers
-from torchrec_amort.modules.jagged import expand, mean_by_request, pairs, positions
+from torchrec_amort.ops.attention import Backend, JaggedAttention
+from torchrec_amort.ops.jagged import expand, mean_by_request, pairs, positions
 
 
 class MeanPooling(AmortizableEncoder):

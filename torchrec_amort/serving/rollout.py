@@ -22,9 +22,9 @@ from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.hashing import mix
-from torchrec_amort.inference.workers import Workers
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.schema import InputError
+from torchrec_amort.serving.workers import Workers
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchrec_amort.inference import native
-from torchrec_amort.inference.heads import DotHead, Head, ModuleHead, Terms
-from torchrec_amort.inference.lookup import EmbeddingRows, Slots
-from torchrec_amort.inference.native_encoder import NativeEncoder
 from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.ops import native
+from torchrec_amort.ops.native import EmbeddingRows
+from torchrec_amort.serving.heads import DotHead, Head, ModuleHead, Terms
+from torchrec_amort.serving.lookup import Slots
+from torchrec_amort.serving.native_encoder import NativeEncoder
 
 
 def why_not_native_head(head: Head, dtype: torch.dtype) -> str | None:

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.inference.workers import Workers
+from torchrec_amort.serving.workers import Workers
 
 
 class Scorer(Protocol):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-from torchrec_amort.modules.jagged import expand, offsets
+from torchrec_amort.ops.jagged import expand, offsets
 
 Backend = Literal["packed", "padded"]
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
 from tests.conftest import SCHEMA, make_requests
-from tests.inference.test_scorer import assert_same, by_impressions, make_batch, make_model, make_weighted_model
 from tests.launch import ROOT
+from tests.serving.test_scorer import assert_same, by_impressions, make_batch, make_model, make_weighted_model
 from torchrec_amort import (
     AmortizedScorer,
     Feature,
@@ -22,8 +22,8 @@ from torchrec_amort import (
     export_package,
     load_package,
 )
-from torchrec_amort.inference.export import MANIFEST_FILE, TABLES_FILE
-from torchrec_amort.inference.lookup import BagLookup, SequenceLookup, stack
+from torchrec_amort.serving.export import MANIFEST_FILE, TABLES_FILE
+from torchrec_amort.serving.lookup import BagLookup, SequenceLookup, stack
 
 SIZES = [[(5, 4)], [(0, 1)], [(1, 1)], [(0, 3), (8, 2), (1, 1), (4, 7)]]
 

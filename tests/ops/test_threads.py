@@ -14,9 +14,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch
 from torchrec_amort.apps.timing import threads
-from torchrec_amort.inference import native
-from torchrec_amort.inference.cores import usable_cores
-from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
+from torchrec_amort.ops import native
+from torchrec_amort.ops.cores import usable_cores
+from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 needs_build = pytest.mark.skipif(
     why_not_native(AmortizedHistoryArch(8), torch.float32) is not None, reason="no native build for this processor"

@@ -10,9 +10,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from tests.modules.rows import ENCODERS, make_both, make_encoder
 from torchrec_amort import AmortizedHistoryArch
-from torchrec_amort.modules import attention
-from torchrec_amort.modules.attention import Backend, JaggedAttention
 from torchrec_amort.modules.history import HistoryAttention
+from torchrec_amort.ops import attention
+from torchrec_amort.ops.attention import Backend, JaggedAttention
 
 HEADS, HEAD_DIM = 2, 4
 sizes = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=12)

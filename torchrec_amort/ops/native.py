@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from torchrec_amort.inference.cores import usable_cores
-from torchrec_amort.inference.lookup import EmbeddingRows
+from torchrec_amort.ops.cores import usable_cores
 
 Struct = TypeVar("Struct", bound=ctypes.Structure)
 
@@ -128,6 +127,27 @@ History = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
+class EmbeddingRows:
+    """Rows of embeddings, which may be left where they are until they are read.
+
+    Args:
+        table: float32 [T, D].
+        ids: int64 [R], its rows in turn; None if they are the table itself.
+    """
+
+    table: Tensor
+    ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of rows, R."""
+        return self.table.shape[0] if self.ids is None else self.ids.shape[0]
+
+    def tensor(self) -> Tensor:
+        """[R, D]."""
+        return self.table if self.ids is None else self.table.index_select(0, self.ids)
+
+
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """What C candidates are scored from.
 
@@ -191,7 +211,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported():
         kinds.insert(0, "avx512_bf16")
     for kind in kinds:
-        spec = find_spec(f"torchrec_amort.inference._native_{kind}")
+        spec = find_spec(f"torchrec_amort.ops._native_{kind}")
         if spec is not None and spec.origin is not None:
             library = ctypes.CDLL(spec.origin)
             refuse_other_build(library, spec.origin)

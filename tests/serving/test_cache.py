@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrec_amort import HistoryCache, HistoryState
-from torchrec_amort.inference.cache import CachedHistory
+from torchrec_amort.serving.cache import CachedHistory
 
 
 def make_history(num_events: int, version: bytes = b"v") -> CachedHistory:

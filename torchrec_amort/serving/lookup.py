@@ -9,7 +9,6 @@ Shape suffixes: B requests; R rows of a batch; V values of a feature; F features
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +20,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.plain import Plain
+from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import ANY_ID
 
 PLAIN_TABLES = Plain(EmbeddingBagCollection, EmbeddingCollection, nn.ModuleDict, nn.EmbeddingBag, nn.Embedding)
 
 Rows = tuple[Tensor, Tensor]  # values [V], and lengths: how many of each row
-
-
-@dataclass(frozen=True, eq=False)
-class EmbeddingRows:
-    """Rows of embeddings, which may be left where they are until they are read.
-
-    Args:
-        table: float32 [T, D].
-        ids: int64 [R], its rows in turn; None if they are the table itself.
-    """
-
-    table: Tensor
-    ids: Tensor | None = None
-
-    def __len__(self) -> int:
-        """The number of rows, R."""
-        return self.table.shape[0] if self.ids is None else self.ids.shape[0]
-
-    def tensor(self) -> Tensor:
-        """[R, D]."""
-        return self.table if self.ids is None else self.table.index_select(0, self.ids)
 
 
 Slots = Sequence[EmbeddingRows]

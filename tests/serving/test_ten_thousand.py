@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import SCHEMA, make_requests
-from tests.inference.test_scorer import by_impressions, grown, make_model
+from tests.serving.test_scorer import by_impressions, grown, make_model
 from torchrec_amort import AmortizedScorer, HistoryCache, RequestBatch, export_package, load_package
 
 REQUESTS, PART, MOST_EVENTS, MOST_CANDIDATES = 10_000, 50, 40, 20

@@ -15,9 +15,9 @@ from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddi
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from tests.conftest import SCHEMA
-from tests.inference.test_scorer import assert_same, by_impressions, make_batch, make_model
 from tests.models import test_attach
 from tests.models.test_attach import attach, disturb, history_parameters, make_dlrm, old_scores
+from tests.serving.test_scorer import assert_same, by_impressions, make_batch, make_model
 from torchrec_amort import (
     AmortizedDLRM,
     AmortizedHistoryArch,
@@ -28,9 +28,9 @@ from torchrec_amort import (
     export_package,
     load_package,
 )
-from torchrec_amort.inference.heads import CrossHead, DotHead, build_head
-from torchrec_amort.inference.native_encoder import why_not_native
-from torchrec_amort.inference.phases import Backend
+from torchrec_amort.serving.heads import CrossHead, DotHead, build_head
+from torchrec_amort.serving.native_encoder import why_not_native
+from torchrec_amort.serving.phases import Backend
 
 SIZES = [(5, 3), (0, 2), (8, 4)]
 

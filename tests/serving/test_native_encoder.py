@@ -9,9 +9,9 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch, HistoryState
 from torchrec_amort.apps.timing import threads
-from torchrec_amort.inference import native as native_module
-from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
 from torchrec_amort.modules.rivals import MeanPooling
+from torchrec_amort.ops import native as native_module
+from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 # Weights of size 1 make vectors of size 1: bfloat16 has 8 bits, and errors of several layers add up.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.inference.test_scorer import assert_same, by_impressions, make_batch, make_model
+from tests.serving.test_scorer import assert_same, by_impressions, make_batch, make_model
 from torchrec_amort import AmortizedScorer, InputError
-from torchrec_amort.inference.service import Overloaded, ScoringService
+from torchrec_amort.serving.service import Overloaded, ScoringService
 
 
 class Held:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests, with_weights
-from tests.inference.test_scorer import WITHOUT_AGE, assert_same, by_impressions, grown, make_batch, make_model
-from tests.inference.test_service import assert_end, run
 from tests.launch import ROOT
+from tests.serving.test_scorer import WITHOUT_AGE, assert_same, by_impressions, grown, make_batch, make_model
+from tests.serving.test_service import assert_end, run
 from torchrec_amort import (
     AmortizedDLRM,
     AmortizedHistoryArch,
@@ -32,10 +32,10 @@ from torchrec_amort import (
     score_impressions,
     user_places,
 )
-from torchrec_amort.inference.cache import CachedHistory
-from torchrec_amort.modules.attention import JaggedAttention
 from torchrec_amort.modules.history import AmortizedHistoryLayer
-from torchrec_amort.modules.jagged import append, positions, requests
+from torchrec_amort.ops.attention import JaggedAttention
+from torchrec_amort.ops.jagged import append, positions, requests
+from torchrec_amort.serving.cache import CachedHistory
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 SHARES = st.floats(0, 1)
@@ -431,7 +431,7 @@ def test_the_reason_is_told_and_logged_without_ids(
         assert torch.equal(rollout.score(batch), off_by(7.0)(batch))
     assert rollout.switched_back is not None
     assert re.search(reason, rollout.switched_back)
-    (record,) = [record for record in caplog.records if record.name == "torchrec_amort.inference.rollout"]
+    (record,) = [record for record in caplog.records if record.name == "torchrec_amort.serving.rollout"]
     assert record.levelno == logging.ERROR
     assert record.getMessage() == (
         f"experiment films-1, share {share}: switched back to the control: {rollout.switched_back}"

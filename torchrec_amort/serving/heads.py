@@ -31,8 +31,8 @@ from torchrec_amort.models.attach import (
     ZeroLinear,
 )
 from torchrec_amort.models.dlrm import AmortizedDLRM
-from torchrec_amort.modules.jagged import expand
 from torchrec_amort.modules.plain import Plain, why_unlike
+from torchrec_amort.ops.jagged import expand
 from torchrec_amort.schema import InputError
 
 Terms = tuple[Tensor, ...]

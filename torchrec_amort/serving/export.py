@@ -30,17 +30,18 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.data.sample import random_requests
 from torchrec_amort.files import new_folder, write_json
-from torchrec_amort.inference.heads import Head, Terms, build_head
-from torchrec_amort.inference.lookup import PLAIN_TABLES, BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
-from torchrec_amort.inference.phases import Phases, Served, serve, snapshot, why_not_served
-from torchrec_amort.inference.scorer import AmortizedScorer
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import MeanPooling
+from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.serving.heads import Head, Terms, build_head
+from torchrec_amort.serving.lookup import PLAIN_TABLES, BagLookup, SequenceLookup, Slots, stack
+from torchrec_amort.serving.phases import Phases, Served, serve, snapshot, why_not_served
+from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.versions import installed_versions
 
 PACKAGE_VERSION = 1

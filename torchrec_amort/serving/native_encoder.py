@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.inference import native
-from torchrec_amort.inference.lookup import EmbeddingRows
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
 from torchrec_amort.modules.history import AmortizedHistoryArch, AmortizedHistoryLayer
 from torchrec_amort.modules.plain import Plain, why_unlike
+from torchrec_amort.ops import native
+from torchrec_amort.ops.native import EmbeddingRows
 
 # Events that a state has room for when it is extended, at least.
 SPARE_EVENTS = 128

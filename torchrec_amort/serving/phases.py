@@ -20,10 +20,6 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbe
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.inference.heads import Terms, build_head
-from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, SequenceLookup, Slots, stack
-from torchrec_amort.inference.native_encoder import NativeEncoder, why_not_native
-from torchrec_amort.inference.native_head import NativeHead, why_not_native_head
 from torchrec_amort.models.attach import AttachedDLRM
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
@@ -31,7 +27,12 @@ from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder, recency
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.plain import Plain, why_other_methods, why_own_methods, why_patched
+from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.serving.heads import Terms, build_head
+from torchrec_amort.serving.lookup import BagLookup, SequenceLookup, Slots, stack
+from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
+from torchrec_amort.serving.native_head import NativeHead, why_not_native_head
 
 Backend = Literal["auto", "native", "eager", "compiled"]
 

@@ -10,9 +10,9 @@ import torch
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch
-from torchrec_amort.inference import native
-from torchrec_amort.inference.lookup import EmbeddingRows
-from torchrec_amort.inference.native_encoder import NativeEncoder, _NativeState, why_not_native
+from torchrec_amort.ops import native
+from torchrec_amort.ops.native import EmbeddingRows
+from torchrec_amort.serving.native_encoder import NativeEncoder, _NativeState, why_not_native
 
 needs_build = pytest.mark.skipif(
     why_not_native(AmortizedHistoryArch(8), torch.float32) is not None, reason="no native build for this processor"

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch, refuse_weights
-from torchrec_amort.inference.cache import CachedHistory, HistoryCache
-from torchrec_amort.inference.lookup import BagLookup, EmbeddingRows, Rows, Slots, rows_of
-from torchrec_amort.inference.phases import Backend, Phases, Served, serve
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.serving.cache import CachedHistory, HistoryCache
+from torchrec_amort.serving.lookup import BagLookup, Rows, Slots, rows_of
+from torchrec_amort.serving.phases import Backend, Phases, Served, serve
 
 logger = logging.getLogger(__name__)
 

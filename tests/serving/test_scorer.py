@@ -31,10 +31,10 @@ from torchrec_amort import (
     attach_history,
     build_model,
 )
-from torchrec_amort.inference.lookup import BagLookup
-from torchrec_amort.inference.rollout import Rollout, score_impressions
-from torchrec_amort.inference.service import ScoringService
 from torchrec_amort.models.build import ENCODERS
+from torchrec_amort.serving.lookup import BagLookup
+from torchrec_amort.serving.rollout import Rollout, score_impressions
+from torchrec_amort.serving.service import ScoringService
 from torchrec_amort.training.sharding import OptimizerConfig, shard
 
 shapes = st.lists(st.tuples(st.integers(0, MAX_HISTORY), st.integers(1, 5)), min_size=1, max_size=4)
