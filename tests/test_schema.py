@@ -12,10 +12,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "torchrec_amort"
 FLOORS = {
     "schema": 0,
     "hashing": 0,
+    "jagged_ids": 0,
     "progress": 0,
     "versions": 0,
     "bounds": 1,
     "files": 1,
+    "grouping": 1,
     "columns": 1,
     "rows": 2,
     "batch": 3,

@@ -18,15 +18,13 @@ from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_amort.jagged_ids import JaggedIds, have_one_each, keyed, rows_of, rows_of_all, span_of
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.plain import Plain
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import ANY_ID
 
 PLAIN_TABLES = Plain(EmbeddingBagCollection, EmbeddingCollection, nn.ModuleDict, nn.EmbeddingBag, nn.Embedding)
-
-Rows = tuple[Tensor, Tensor]  # values [V], and lengths: how many of each row
-
 
 Slots = Sequence[EmbeddingRows]
 
@@ -104,7 +102,7 @@ class BagLookup:
         for name, table, mode in self._poolings:
             ids, lengths_R = rows_of(features, name, start, stop)
             starts_R = torch.cumsum(lengths_R, 0) - lengths_R
-            weights = features.weights()[_span(features, name, start, stop)] if self.is_weighted else None
+            weights = features.weights()[span_of(features, name, start, stop)] if self.is_weighted else None
             rows_RD = F.embedding_bag(ids.long(), table, starts_R, mode=mode, per_sample_weights=weights)
             slots.append(EmbeddingRows(rows_RD))
         return slots
@@ -148,7 +146,7 @@ class SequenceLookup:
             }
 
     @torch.no_grad()
-    def __call__(self, sequences: Mapping[str, Rows]) -> dict[str, EmbeddingRows]:
+    def __call__(self, sequences: Mapping[str, JaggedIds]) -> dict[str, EmbeddingRows]:
         """Embeddings of the ids of some features, which have one row of B per request each."""
         if self._weights is not None:
             return {name: EmbeddingRows(self._weights[name], ids.long()) for name, (ids, _) in sequences.items()}
@@ -157,52 +155,6 @@ class SequenceLookup:
         every = {name: sequences.get(name, none) for name in self._features}
         embeddings: dict[str, JaggedTensor] = self._collection(keyed(every, len(lengths_B)))
         return {name: EmbeddingRows(embeddings[name].values()) for name in sequences}
-
-
-def rows_of(kjt: KeyedJaggedTensor, key: str, start: int, stop: int) -> Rows:
-    """Values and lengths of the rows of a key from `start` to `stop`."""
-    first = kjt.keys().index(key) * kjt.stride()
-    return kjt.values()[_span(kjt, key, start, stop)], kjt.lengths()[first + start : first + stop]
-
-
-def _span(kjt: KeyedJaggedTensor, key: str, start: int, stop: int) -> slice:
-    """Where the values of the rows of a key from `start` to `stop` are."""
-    first, offsets = kjt.keys().index(key) * kjt.stride(), kjt.offsets()
-    return slice(int(offsets[first + start]), int(offsets[first + stop]))
-
-
-def rows_of_all(kjt: KeyedJaggedTensor, start: int, stop: int) -> KeyedJaggedTensor:
-    """The rows of all keys from `start` to `stop`, with their weights if they have some."""
-    keys, weights = list(kjt.keys()), kjt.weights_or_none()
-    # Offsets would take as much memory as ids that are one of each row.
-    spans = None if have_one_each(kjt) else [_span(kjt, key, start, stop) for key in keys]
-
-    def rows(one_each: Tensor) -> Tensor:
-        # Of one row of each key a flat view can be had; quantized tables would read it as if it had no gaps.
-        return one_each.reshape(len(keys), kjt.stride())[:, start:stop].contiguous().flatten()
-
-    def entries(flat: Tensor) -> Tensor:
-        return rows(flat) if spans is None else torch.cat([flat[span] for span in spans])
-
-    return KeyedJaggedTensor(
-        keys,
-        entries(kjt.values()),
-        weights=None if weights is None else entries(weights),
-        lengths=rows(kjt.lengths()),
-        stride=stop - start,
-    )
-
-
-def have_one_each(kjt: KeyedJaggedTensor) -> bool:
-    """Whether each row of each key has exactly one id."""
-    lengths = kjt.lengths()
-    return kjt.values().numel() == lengths.numel() and (lengths.numel() == 0 or int(lengths.min()) == 1)
-
-
-def keyed(rows: Mapping[str, Rows], stride: int) -> KeyedJaggedTensor:
-    """Put the rows of several keys together."""
-    values, lengths = zip(*rows.values(), strict=True)
-    return KeyedJaggedTensor(list(rows), torch.cat(values), lengths=torch.cat(lengths), stride=stride)
 
 
 def _is_plain(collection: nn.Module) -> bool:

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch, refuse_weights
+from torchrec_amort.jagged_ids import JaggedIds, rows_of
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.serving.cache import CachedHistory, HistoryCache
-from torchrec_amort.serving.lookup import BagLookup, Rows, Slots, rows_of
+from torchrec_amort.serving.lookup import BagLookup, Slots
 from torchrec_amort.serving.phases import Backend, Phases, Served, serve
 
 logger = logging.getLogger(__name__)
@@ -252,11 +253,11 @@ class AmortizedScorer:
         (items,) = self._served.sequences({"candidate_item": (candidates.items, candidates.num_candidates)}).values()
         return items
 
-    def _ids(self, batch: RequestBatch, start: int, stop: int) -> dict[str, Rows]:
+    def _ids(self, batch: RequestBatch, start: int, stop: int) -> dict[str, JaggedIds]:
         """Ids of the events of some requests, feature by feature."""
         return {name: rows_of(batch.sequences, name, start, stop) for name in self._served.event_features}
 
-    def _events(self, ids: Mapping[str, Rows]) -> tuple[dict[str, EmbeddingRows], Tensor]:
+    def _events(self, ids: Mapping[str, JaggedIds]) -> tuple[dict[str, EmbeddingRows], Tensor]:
         """Embeddings of the features of events, and how many events each request has."""
         assert self._served.sequences is not None
         return self._served.sequences(ids), ids[self._served.event_features[0]][1]
@@ -327,7 +328,7 @@ class _Candidates:
             ends_B = torch.cumsum(num_candidates_B, 0)
             starts_B = ends_B - num_candidates_B
             num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
-        if batch.sequences.keys():
+        if "candidate_item" in batch.sequences.keys():
             ids, _ = rows_of(batch.sequences, "candidate_item", 0, len(batch))
             items = ids[start:stop]
         slots = bags(batch.candidate_sparse, start, stop)
@@ -337,7 +338,7 @@ class _Candidates:
 class _History:
     """The history of one request: ids of each feature of its events."""
 
-    def __init__(self, ids: Mapping[str, Rows], hash_key: bytes) -> None:
+    def __init__(self, ids: Mapping[str, JaggedIds], hash_key: bytes) -> None:
         self._ids = {name: values.long() for name, (values, _) in ids.items()}
         self._hash_key = hash_key
         self.num_events = len(next(iter(self._ids.values())))
@@ -348,6 +349,6 @@ class _History:
         size = num_events * len(self._ids) * 8
         return hashlib.blake2b(self._bytes[:size], digest_size=16, key=self._hash_key).digest()
 
-    def events(self, first: int) -> dict[str, Rows]:
+    def events(self, first: int) -> dict[str, JaggedIds]:
         """Ids of the events from the given one on."""
         return {key: (ids[first:], ids.new_tensor([self.num_events - first])) for key, ids in self._ids.items()}
