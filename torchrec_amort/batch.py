@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from torchrec_amort.columns import MisfitError, array_of, wanted
+from torchrec_amort.grouping import Impressions, first_rows, whole_numbers
+from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, span_of
 from torchrec_amort.rows import Rows
 from torchrec_amort.schema import ANY_ID, Content, InputError, RequestSchema, refuse_missing
 
@@ -34,7 +36,8 @@ class RequestBatch(Pipelineable):
         request_sparse: ids of the request, stride B.
         candidate_sparse: ids of each candidate, stride C.
         sequences: stride B: a list of ids per request for each feature of its history events
-            (`history_item`, ...; oldest first) and for its candidates' items (`candidate_item`).
+            (`history_item`, ...; oldest first) and for its candidates' items (`candidate_item`). If `history_item` is
+            there, all other features of events have as many.
         num_candidates: int64 [B], each at least 1; their sum is C.
         labels: float [C, T], or None when scoring.
         users: int64 [B], or None: whose request it is. Never an input of the model: metrics group by it.
@@ -126,9 +129,115 @@ class RequestBatch(Pipelineable):
         batch.validate(schema.table_sizes, source=source, first_row=first_row)
         return batch if history_length is None else batch.keep_latest(history_length)
 
+    @classmethod
+    def from_impressions(
+        cls,
+        dense_features: Tensor,
+        sparse_features: KeyedJaggedTensor,
+        request_ids: Tensor | Sequence[int],
+        *,
+        labels: Tensor | None = None,
+        request_features: Sequence[str] = (),
+        event_features: Sequence[str] = (),
+        item: str | None = None,
+        users: Tensor | Sequence[int] | None = None,
+    ) -> RequestBatch:
+        """Build a batch from impressions, as `torchrec.datasets.utils.Batch` holds them.
+
+        Rows with one request id are one request, and each of them is a candidate of it. What the rows of a request
+        have alike is kept once. Requests are in the order of their first rows and candidates in the order of their
+        rows, so that nothing moves if the rows of each request stand together; `impression_order` tells what moves.
+        Values are taken as they are: `validate` refuses ids and numbers that no model can read.
+
+        Args:
+            dense_features: float [C, I]: dense inputs of the candidates.
+            sparse_features: ids, stride C, with weights or without. Those that no other argument names are ids of the
+                candidates.
+            request_ids: int64 [C].
+            labels: [C] or [C, T], of any type of number, or None when scoring.
+            request_features: keys of ids of the request.
+            event_features: keys of ids of its history's events, the oldest first.
+            item: key of the candidate's item, one id in each row: it is read as `candidate_item` of the sequences, and
+                as an id of the candidate. None if no history is read by an item.
+            users: int64 [C], or None.
+
+        Raises:
+            InputError: there is no row, or not the same number of rows everywhere, a key is missing or there twice, a
+                row does not have one item, or rows of one request differ in what is the request's. The message names
+                the request, the key, the two rows and what they have.
+
+        Example::
+
+            batch = RequestBatch.from_impressions(
+                impressions.dense_features,
+                impressions.sparse_features,
+                request_ids,
+                labels=impressions.labels,
+                request_features=["user", "country"],
+                event_features=["history_item"],
+                item="item",
+            )
+        """
+        impressions = Impressions(dense_features, sparse_features, request_ids)
+        impressions.refuse_keys(request_features, event_features, item)
+        sequences = impressions.of_requests(event_features, "give rows with another history another request id")
+        if item is not None:
+            sequences = KeyedJaggedTensor.concat([sequences, impressions.items(item)])
+        return cls(
+            request_dense=dense_features.new_empty(len(impressions.num_candidates), 0),
+            candidate_dense=impressions.dense(),
+            request_sparse=impressions.of_requests(
+                request_features, "take it out of request_features, or give these rows request ids of their own"
+            ),
+            candidate_sparse=impressions.of_candidates(but={*request_features, *event_features}),
+            sequences=sequences,
+            num_candidates=impressions.num_candidates,
+            labels=None if labels is None else impressions.labels(labels),
+            users=None if users is None else impressions.users(users),
+        )
+
+    @staticmethod
+    def impression_order(request_ids: Tensor | Sequence[int]) -> Tensor:
+        """The rows of impressions in the order in which `from_impressions` makes candidates of them.
+
+        Args:
+            request_ids: int64 [C].
+
+        Returns:
+            Tensor: int64 [C]; 0, 1, 2, ... if the rows of each request stand together.
+
+        Raises:
+            InputError: the ids are not whole numbers.
+
+        Example::
+
+            order_C = RequestBatch.impression_order([7, 9, 7])  # 0, 2, 1
+            logits_of_impressions_CT = logits_CT[torch.argsort(order_C)]
+        """
+        return torch.argsort(first_rows(whole_numbers("request_ids", request_ids)), stable=True)
+
     def __len__(self) -> int:
         """The number of requests, B."""
         return self.num_candidates.numel()
+
+    def stride(self) -> int:
+        """The number of candidates, C: the rows that a model makes of the batch.
+
+        A batch may stand where a model had a `KeyedJaggedTensor` of C rows, and is asked for as many.
+
+        Example::
+
+            assert model(batch).shape[0] == batch.stride()
+        """
+        return self.candidate_dense.shape[0]
+
+    @property
+    def dense(self) -> Tensor:
+        """Dense inputs of each candidate: its request's, then its own; float [C, I_r + I_c]."""
+        of_requests = torch.repeat_interleave(
+            self.request_dense, self.num_candidates, dim=0, output_size=self.candidate_dense.shape[0]
+        )
+        return torch.cat([of_requests, self.candidate_dense], dim=1)
 
     def shallow_copy(self) -> RequestBatch:
         """The same tensors, in jagged tensors of its own.
@@ -143,9 +252,9 @@ class RequestBatch(Pipelineable):
         """
         return replace(
             self,
-            request_sparse=_shallow_copy(self.request_sparse),
-            candidate_sparse=_shallow_copy(self.candidate_sparse),
-            sequences=_shallow_copy(self.sequences),
+            request_sparse=shallow_copy(self.request_sparse),
+            candidate_sparse=shallow_copy(self.candidate_sparse),
+            sequences=shallow_copy(self.sequences),
         )
 
     def _map(self, function: Callable[[Any], Any]) -> RequestBatch:
@@ -220,12 +329,46 @@ class RequestBatch(Pipelineable):
         return RequestBatch(
             request_dense=self.request_dense[requests],
             candidate_dense=self.candidate_dense[candidates_C],
-            request_sparse=_select(self.request_sparse, requests, self.request_sparse.keys()),
-            candidate_sparse=_select(self.candidate_sparse, candidates_C, self.candidate_sparse.keys()),
-            sequences=_select(self.sequences, requests, self.sequences.keys()),
+            request_sparse=select_rows(self.request_sparse, requests, self.request_sparse.keys()),
+            candidate_sparse=select_rows(self.candidate_sparse, candidates_C, self.candidate_sparse.keys()),
+            sequences=select_rows(self.sequences, requests, self.sequences.keys()),
             num_candidates=counts_S,
             labels=None if self.labels is None else self.labels[candidates_C],
             users=None if self.users is None else self.users[requests],
+        )
+
+    def part(self, start: int, stop: int) -> RequestBatch:
+        """All requests, with some of their candidates only; a request may have none of them.
+
+        Args:
+            start: the first candidate of the batch that is taken.
+            stop: where they end.
+
+        Returns:
+            RequestBatch: of B requests and `stop - start` candidates. It shares its dense inputs and labels, and all
+            that is the requests' own but their sequences, with this batch.
+
+        Raises:
+            InputError: there are no such candidates.
+
+        Example::
+
+            logits_CT = torch.cat([model(batch.part(0, 10)), model(batch.part(10, batch.stride()))])
+        """
+        if not 0 <= start < stop <= self.stride():
+            raise InputError(f"batch: candidates {start} to {stop} of {self.stride()}: there are no such candidates")
+        batch = self.shallow_copy()
+        ends_B = torch.cumsum(self.num_candidates, 0)
+        starts_B = ends_B - self.num_candidates
+        num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
+        events = rows_of_all(batch.sequences, 0, len(self), _event_features(batch.sequences))
+        return replace(
+            batch,
+            candidate_dense=self.candidate_dense[start:stop],
+            candidate_sparse=rows_of_all(batch.candidate_sparse, start, stop),
+            sequences=_with_items(events, batch.sequences, start, stop, num_candidates_B),
+            num_candidates=num_candidates_B,
+            labels=None if self.labels is None else self.labels[start:stop],
         )
 
     def to_impressions(self) -> RequestBatch:
@@ -239,24 +382,18 @@ class RequestBatch(Pipelineable):
 
             torch.testing.assert_close(model(batch.to_impressions()), model(batch))
         """
-        num_impressions = self.candidate_sparse.stride()
+        num_impressions = self.candidate_dense.shape[0]
         requests_C = torch.repeat_interleave(self.num_candidates, output_size=num_impressions)
-        items = _shallow_copy(self.sequences)["candidate_item"]
-        history_keys = [key for key in self.sequences.keys() if key != "candidate_item"]
-        sequences = _select(self.sequences, requests_C, history_keys)
+        ones_C = torch.ones_like(requests_C)
+        sequences = shallow_copy(self.sequences)
+        events = select_rows(sequences, requests_C, _event_features(sequences))
         return RequestBatch(
             request_dense=self.request_dense[requests_C],
             candidate_dense=self.candidate_dense,
-            request_sparse=_select(self.request_sparse, requests_C, self.request_sparse.keys()),
-            candidate_sparse=_shallow_copy(self.candidate_sparse),
-            sequences=KeyedJaggedTensor(
-                keys=[*history_keys, "candidate_item"],
-                values=torch.cat([sequences.values(), items.values()]),
-                weights=_cat_weights(sequences, items),
-                lengths=torch.cat([sequences.lengths(), torch.ones_like(items.values())]),
-                stride=num_impressions,
-            ),
-            num_candidates=torch.ones_like(requests_C),
+            request_sparse=select_rows(self.request_sparse, requests_C, self.request_sparse.keys()),
+            candidate_sparse=shallow_copy(self.candidate_sparse),
+            sequences=_with_items(events, sequences, 0, num_impressions, ones_C),
+            num_candidates=ones_C,
             labels=self.labels,
             users=None if self.users is None else self.users[requests_C],
         )
@@ -350,38 +487,25 @@ def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) ->
         )
 
 
-def _shallow_copy(kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    # Its constructor, and `copy.copy`, take ten times as long as a small request can spare.
-    copied = KeyedJaggedTensor.__new__(type(kjt))
-    vars(copied).update(vars(kjt))
-    # The tensors of each key keep their offsets, too.
-    copied._jt_dict = None
-    return copied
+def _event_features(sequences: KeyedJaggedTensor) -> list[str]:
+    return [key for key in sequences.keys() if key != "candidate_item"]
 
 
-def _cat_weights(*parts: KeyedJaggedTensor | JaggedTensor) -> Tensor | None:
-    if any(part.weights_or_none() is None for part in parts):
-        return None
-    return torch.cat([part.weights() for part in parts])
-
-
-def _select(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> KeyedJaggedTensor:
-    """The given rows of the given keys, in that order; a row may be taken many times."""
-    kjt = _shallow_copy(kjt)
-    first_of_key = torch.tensor([kjt.keys().index(key) * kjt.stride() for key in keys], device=rows.device)
-    lists = (first_of_key[:, None] + rows).flatten().long()
-    lengths = kjt.lengths()[lists]
-    ends = torch.cumsum(lengths, 0)
-    # Where an entry goes, less where its list goes, plus where its list comes from.
-    shift = torch.repeat_interleave(kjt.offsets()[lists] - (ends - lengths), lengths)
-    taken, weights = torch.arange(shift.numel(), device=rows.device) + shift, kjt.weights_or_none()
-    return KeyedJaggedTensor(
-        keys=list(keys),
-        values=kjt.values()[taken],
-        weights=None if weights is None else weights[taken],
-        lengths=lengths,
-        stride=rows.numel(),
+def _with_items(
+    events: KeyedJaggedTensor, sequences: KeyedJaggedTensor, start: int, stop: int, num_candidates: Tensor
+) -> KeyedJaggedTensor:
+    """Histories together with the items of the candidates from `start` to `stop`, if the sequences have items."""
+    if "candidate_item" not in sequences.keys():
+        return events
+    span, weights = span_of(sequences, "candidate_item", 0, sequences.stride()), sequences.weights_or_none()
+    items = KeyedJaggedTensor(
+        ["candidate_item"],
+        sequences.values()[span][start:stop],
+        weights=None if weights is None else weights[span][start:stop],
+        lengths=num_candidates.to(sequences.lengths().dtype),
+        stride=num_candidates.numel(),
     )
+    return KeyedJaggedTensor.concat([events, items])
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -450,7 +574,7 @@ class _Check:
             rows["users"] = (batch.users.shape[0], requests)
         if batch.labels is not None:
             rows["labels"] = (batch.labels.shape[0], candidates)
-        for name in ("request_sparse", "candidate_sparse"):
+        for name in ("request_sparse", "candidate_sparse", "sequences"):
             # Without keys there is nothing of which a row could be missing.
             if not getattr(batch, name).keys():
                 del rows[name]
@@ -528,9 +652,13 @@ class _Check:
 
     def _sequence_lengths(self, keys: list[str], lengths: np.ndarray) -> None:
         for key, have in zip(keys, lengths, strict=True):
-            expected, other = self.num_candidates, "num_candidates"
-            if key != "candidate_item":
+            if key == "candidate_item":
+                expected, other = self.num_candidates, "num_candidates"
+            elif "history_item" in keys:
                 expected, other = lengths[keys.index("history_item")], "sequences['history_item']"
+            else:
+                # No name tells which of the other keys are of one history.
+                continue
             if len(wrong := np.flatnonzero(have != expected)):
                 row = int(wrong[0])
                 raise InputError(

@@ -165,7 +165,7 @@ class AmortizedDLRM(nn.Module):
         """Dense inputs of each candidate and its request: [C, I], or [C, 1] of ones."""
         if self.dense_in_features == 0:
             return batch.candidate_dense.new_ones(batch.candidate_dense.shape[0], 1)
-        return torch.cat([self._expand(batch.request_dense, batch), batch.candidate_dense], dim=1)
+        return batch.dense
 
     def _expand(self, per_request: Tensor, batch: RequestBatch) -> Tensor:
         """Rows of requests, repeated for each of their candidates."""
