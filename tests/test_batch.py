@@ -329,6 +329,16 @@ NAN = torch.tensor([1.0, 1.0, torch.nan])
             r"request 0: sequences\['candidate_item'\] has 2 entries, but num_candidates tells of 3",
         ),
         (
+            "sequences",
+            kjt([1, 1, 1, 1], [1, 0, 1, 2], ["clicks", "history_item"], 2),
+            r"request 1: sequences\['clicks'\] has 0 entries, but sequences\['history_item'\] tells of 2",
+        ),
+        (
+            "sequences",
+            kjt([1, 1, 1, -1], [1, 0, 1, 2], ["clicks", "likes"], 2),
+            r"request 1: sequences\['likes'\] has id -1",
+        ),
+        (
             "request_sparse",
             kjt([1, 2, 3], [1, 0, 0, 2], ["user_id", "interests"], 2, weights=NAN),
             r"request 1: request_sparse\['interests'\] has weight nan, not a finite number",
@@ -355,6 +365,12 @@ NAN = torch.tensor([1.0, 1.0, torch.nan])
 def test_malformed_batches_are_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         broken(field, value).validate(SCHEMA.table_sizes)
+
+
+def test_histories_of_other_names_may_have_any_lengths() -> None:
+    sequences = kjt([1, 1, 1, 1], [1, 0, 1, 2], ["clicks", "likes"], 2)
+    kept = broken("sequences", sequences).validate().keep_latest(1)
+    assert lists(kept.sequences) == {"clicks": [[1], []], "likes": [[1], [1]]}
 
 
 def test_an_error_names_the_source_and_counts_rows_from_its_first() -> None:

@@ -144,10 +144,10 @@ class RequestBatch(Pipelineable):
     ) -> RequestBatch:
         """Build a batch from impressions, as `torchrec.datasets.utils.Batch` holds them.
 
-        Rows with one request id are one request, and each of them is a candidate of it. What the rows of a request
-        have alike is kept once. Requests are in the order of their first rows and candidates in the order of their
-        rows, so that nothing moves if the rows of each request stand together; `impression_order` tells what moves.
-        Values are taken as they are: `validate` refuses ids and numbers that no model can read.
+        Rows with the same request id are one request, and each row is one of its candidates. The request's own ids
+        and its history are kept once. Requests are in the order of their first rows and candidates in the order of
+        their rows, so that nothing moves if the rows of each request stand together; logits come in that order, which
+        `impression_order` tells. Ids and numbers are taken as they are: `validate` checks them.
 
         Args:
             dense_features: float [C, I]: dense inputs of the candidates.
@@ -157,14 +157,14 @@ class RequestBatch(Pipelineable):
             labels: [C] or [C, T], of any type of number, or None when scoring.
             request_features: keys of ids of the request.
             event_features: keys of ids of its history's events, the oldest first.
-            item: key of the candidate's item, one id in each row: it is read as `candidate_item` of the sequences, and
-                as an id of the candidate. None if no history is read by an item.
-            users: int64 [C], or None.
+            item: key of the candidate's item, one id in each row. It becomes `candidate_item` of the sequences, and
+                stays an id of the candidate. If None, the sequences have no `candidate_item`.
+            users: int64 [C], or None: whose impressions they are.
 
         Raises:
-            InputError: there is no row, or not the same number of rows everywhere, a key is missing or there twice, a
-                row does not have one item, or rows of one request differ in what is the request's. The message names
-                the request, the key, the two rows and what they have.
+            InputError: there are no rows, the arguments do not have the same number of rows, a key is missing or named
+                twice, a row has not exactly one item, or rows of one request do not agree on its ids, history or user.
+                The message then names the request, the key, the two rows and what each of them has.
 
         Example::
 
@@ -211,8 +211,9 @@ class RequestBatch(Pipelineable):
 
         Example::
 
-            order_C = RequestBatch.impression_order([7, 9, 7])  # 0, 2, 1
-            logits_of_impressions_CT = logits_CT[torch.argsort(order_C)]
+            order_C = RequestBatch.impression_order(request_ids)
+            weights_C = weights_of_impressions_C[order_C]  # in the order of the batch
+            logits_of_impressions_CT = model(batch)[torch.argsort(order_C)]  # in the order of the impressions
         """
         return torch.argsort(first_rows(whole_numbers("request_ids", request_ids)), stable=True)
 
@@ -294,7 +295,7 @@ class RequestBatch(Pipelineable):
             raise InputError(f"history_length is {history_length}, not 0 or more")
         batch = self.shallow_copy()
         keys, lengths, weights = batch.sequences.keys(), batch.sequences.lengths(), batch.sequences.weights_or_none()
-        is_event = torch.tensor([key != "candidate_item" for key in keys], device=lengths.device)
+        is_event = torch.tensor([key != "candidate_item" for key in keys], dtype=torch.bool, device=lengths.device)
         limited = lengths.clamp(max=history_length)
         kept = torch.where(is_event.repeat_interleave(len(self)), limited, lengths)
         ends = torch.cumsum(lengths, 0).repeat_interleave(lengths)

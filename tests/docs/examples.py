@@ -23,6 +23,7 @@ from torchrec import (
     JaggedTensor,
     KeyedJaggedTensor,
 )
+from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM
 
 import torchrec_amort
@@ -214,6 +215,19 @@ def _of_a_dlrm() -> dict[str, Any]:
     return {"dlrm": dlrm, "batch": batch}
 
 
+def _of_impressions() -> dict[str, Any]:
+    """Impressions of the requests 0 to 7, one after the other."""
+    request_ids = torch.arange(24) % 8
+    ids = {"user": request_ids, "country": request_ids % 3, "item": torch.arange(24), "history_item": request_ids + 1}
+    lengths = torch.ones(4 * 24, dtype=torch.int64)
+    features = KeyedJaggedTensor(list(ids), torch.cat(list(ids.values())), lengths=lengths)
+    return {
+        "impressions": Batch(torch.rand(24, 2), features, torch.arange(24) % 2),
+        "request_ids": request_ids,
+        "weights_of_impressions_C": torch.rand(24),
+    }
+
+
 def _of_actions() -> dict[str, Any]:
     """Events with an action each."""
     keys = ["history_item", "history_action"]
@@ -239,6 +253,8 @@ def _of_models() -> dict[str, Any]:
 
 
 SPECIAL = {
+    "torchrec_amort.batch.RequestBatch.from_impressions": _of_impressions,
+    "torchrec_amort.batch.RequestBatch.impression_order": _of_impressions,
     "torchrec_amort.models.attach.attach_history": _of_a_dlrm,
     "torchrec_amort.modules.events.EventEncoder": _of_actions,
     "torchrec_amort.training.bootstrap.UserWeightedCosts": _of_seconds,
