@@ -234,7 +234,7 @@ class RequestBatch(Pipelineable):
 
     @property
     def dense(self) -> Tensor:
-        """Dense inputs of each candidate: its request's, then its own; float [C, I_r + I_c]."""
+        """Dense inputs of each candidate, those of its request first, float [C, I_r + I_c]."""
         of_requests = torch.repeat_interleave(
             self.request_dense, self.num_candidates, dim=0, output_size=self.candidate_dense.shape[0]
         )
