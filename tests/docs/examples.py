@@ -76,16 +76,16 @@ def _not_run() -> dict[str, str]:
         "data.movielens": PUBLISHED,
         "training.average": TRAINING,
         "training.checkpoint": TRAINING,
-        "inference.native_encoder": NATIVE,
-        "inference.native_head": NATIVE,
+        "serving.native_encoder": NATIVE,
+        "serving.native_head": NATIVE,
     }
     names = {
         "apps.arms.load_arm": TRAINING,
         "apps.load.measure_load": COMMAND,
         "data.impressions.to_requests": LOG,
         "data.log.ImpressionLog": LOG,
-        "inference.export.export_package": COMPILES,
-        "inference.export.load_package": COMPILES,
+        "serving.export.export_package": COMPILES,
+        "serving.export.load_package": COMPILES,
         "training.lock.run_lock": TRAINING,
         "training.processes.StopRequests": "ends when the process is told to stop",
     }
