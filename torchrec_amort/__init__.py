@@ -8,10 +8,12 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.hashing import hash_ids
 from torchrec_amort.models.attach import attach_history
 from torchrec_amort.models.build import ModelConfig, build_model
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, RequestState
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
 from torchrec_amort.modules.encoder import HistoryEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
+from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.schema import Feature, InputError, RequestSchema, TableConfig
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.export import export_package, load_package
@@ -26,6 +28,9 @@ __all__ = [
     "AmortizedDLRM",
     "AmortizedDLRMTrain",
     "attach_history",
+    "AmortizedEmbeddingBagCollection",
+    "HistoryTower",
+    "RequestState",
     "AmortizedScorer",
     "HistoryCache",
     "Overloaded",

@@ -240,6 +240,13 @@ class RequestBatch(Pipelineable):
         )
         return torch.cat([of_requests, self.candidate_dense], dim=1)
 
+    @property
+    def sparse(self) -> KeyedJaggedTensor:
+        """Ids of each candidate and its request, C rows: what a model without histories reads."""
+        requests_C = torch.repeat_interleave(self.num_candidates, output_size=self.candidate_dense.shape[0])
+        of_requests = select_rows(self.request_sparse, requests_C, self.request_sparse.keys())
+        return KeyedJaggedTensor.concat([ids for ids in (of_requests, self.candidate_sparse) if ids.keys()])
+
     def shallow_copy(self) -> RequestBatch:
         """The same tensors, in jagged tensors of its own.
 

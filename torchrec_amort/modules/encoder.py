@@ -221,6 +221,19 @@ class AmortizableEncoder(HistoryEncoder):
         return self.score_candidates(self.encode_history(history), candidates)
 
 
+def amortizable(encoder: HistoryEncoder) -> AmortizableEncoder:
+    """An encoder that has two phases.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not isinstance(encoder, AmortizableEncoder):
+        raise ValueError(
+            f"a {type(encoder).__name__} encodes a history for every candidate anew: score with the model itself"
+        )
+    return encoder
+
+
 def refuse_other_requests(have: int, given: int) -> None:
     """Refuse candidates or events of another number of requests than the state's.
 

@@ -78,7 +78,7 @@ def why_patched(module: nn.Module, path: str, hooks: Mapping[str, str] = FORWARD
     for attribute, hook in hooks.items():
         if getattr(module, attribute):
             return f"{path} has {hook}"
-    return _why_own_method(module, path)
+    return why_own_method(module, path)
 
 
 def why_own_methods(module: nn.Module, path: str) -> str | None:
@@ -90,7 +90,7 @@ def why_own_methods(module: nn.Module, path: str) -> str | None:
         module: of the model.
         path: its name there.
     """
-    reasons = (_why_own_method(part, _join(path, name)) for name, part in module.named_modules())
+    reasons = (why_own_method(part, _join(path, name)) for name, part in module.named_modules())
     return next(filter(None, reasons), None)
 
 
@@ -108,7 +108,13 @@ def why_other_methods(kind: type[nn.Module], base: type[nn.Module]) -> str | Non
     return None
 
 
-def _why_own_method(module: nn.Module, path: str) -> str | None:
+def why_own_method(module: nn.Module, path: str) -> str | None:
+    """Why a module may compute something else than its class, its submodules aside: a method is set on it; or None.
+
+    Args:
+        module: of the model.
+        path: its name there.
+    """
     for name in vars(module):
         if callable(getattr(type(module), name, None)):
             return f"{path} has a {name} of its own, set on the module"

@@ -1,0 +1,517 @@
+"""AmortizedEmbeddingBagCollection: stands where a model's EmbeddingBagCollection stood; a history is one more bag.
+
+Shape suffixes: B requests; N events of a history and C candidates, all requests together; W width of a bag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from torchrec_amort.batch import RequestBatch, refuse_weights
+from torchrec_amort.models.sharded import refuse_tables_without_optimizer
+from torchrec_amort.models.tables import refuse_tied_tables
+from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.modules.plain import Plain
+from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
+from torchrec_amort.ops.jagged import expand
+from torchrec_amort.schema import InputError
+
+# Pipelines trace the model, and a traced batch has no weights to look at.
+torch.fx.wrap("refuse_weights")
+
+_PLAIN = Plain(EmbeddingBagCollection, nn.ModuleDict, nn.EmbeddingBag)
+
+# What collections of sequences look up: embeddings of each feature.
+Embeddings = Mapping[str, JaggedTensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RequestState:
+    """All that candidates need of B requests.
+
+    Args:
+        histories: of each tower, by its name.
+        bags: of each feature of the requests, by its name: [B, W].
+        num_requests: B.
+
+    Example::
+
+        state = model.encode_request(batch)
+        logits_CT = model.score_candidates(state, batch)
+    """
+
+    histories: Mapping[str, HistoryState]
+    bags: Mapping[str, Tensor]
+    num_requests: int
+
+    def __len__(self) -> int:
+        """The number of requests, B."""
+        return self.num_requests
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateRows:
+    """What a model gets in phase two, where its batch stood: C candidates, looked up, and their requests' state.
+
+    Args:
+        state: of B requests.
+        num_candidates: int64 [B].
+        bags: of each feature of the candidates, by its name: [C, W].
+        items: of each tower, by its name: embeddings of the candidates' items, [C, width of their table].
+        num_rows: C.
+    """
+
+    state: RequestState
+    num_candidates: Tensor
+    bags: Mapping[str, Tensor]
+    items: Mapping[str, Tensor]
+    num_rows: int
+
+    def stride(self) -> int:
+        """The number of rows that the model has, C."""
+        return self.num_rows
+
+
+class AmortizedEmbeddingBagCollection(nn.Module):
+    """An EmbeddingBagCollection with histories: what a model is built on to read them.
+
+    It stands in a model where `embedding_bag_collection` stood, and reports one bag more for each vector of a tower.
+    The model is called with a `RequestBatch` of C candidates where it was called with a KeyedJaggedTensor of C rows.
+    Requests' features are looked up once per request and repeated for its candidates after lookup; events once per
+    request; each collection once.
+
+    The tables of `embedding_bag_collection` are not copied: it keeps working, and shares its weights with this one
+    until one of the two is sharded. Its state dict loads into this one.
+
+    Args:
+        embedding_bag_collection: of the model, not sharded and not quantized; None for towers alone.
+        towers: the histories.
+        request_features: features that are of the request: `RequestBatch.request_sparse` has them. All others are of
+            the candidate, in `RequestBatch.candidate_sparse`, but for a tower's `item`.
+
+    Raises:
+        ValueError: a name is unknown or there twice, a table is read by features of requests and of candidates, or two
+            collections share a table.
+
+    Example::
+
+        sparse = AmortizedEmbeddingBagCollection(ebc, [tower], request_features=["user", "country"])
+        model = SimpleDeepFMNN(
+            num_dense_features=2, embedding_bag_collection=sparse, hidden_layer_size=8, deep_fm_dimension=4
+        )
+        logits_CT = model(batch.dense, sparse.rows(batch))
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection | None,
+        towers: Sequence[HistoryTower],
+        request_features: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        tables: list[EmbeddingBagConfig] = []
+        request_bags = candidate_bags = None
+        shared = _Shared()
+        if (bags := embedding_bag_collection) is not None:
+            _refuse_other_bags(bags)
+            tables = bags.embedding_bag_configs()
+            shared = _share(bags, towers)
+            of_request = _of_request([table for table in tables if table.name not in shared.items], request_features)
+            rest = [table for table in tables if table not in of_request and table.name not in shared.items]
+            request_bags, candidate_bags = _bags_of(bags, of_request), _bags_of(bags, rest)
+        elif request_features:
+            raise ValueError(f"request_features are {list(request_features)}, but there are no bags")
+        self._set(request_bags, candidate_bags, towers, tables, shared)
+
+    @classmethod
+    def of_sides(
+        cls,
+        request_bags: EmbeddingBagCollection | None,
+        candidate_bags: EmbeddingBagCollection,
+        towers: Sequence[HistoryTower],
+    ) -> AmortizedEmbeddingBagCollection:
+        """The same of a collection for each side.
+
+        Args:
+            request_bags: of the requests' features.
+            candidate_bags: of the candidates'.
+            towers: the histories, each with an item of its own `events`.
+        """
+        collection = cls.__new__(cls)
+        nn.Module.__init__(collection)
+        sides = [bags for bags in (request_bags, candidate_bags) if bags is not None]
+        tables = [table for bags in sides for table in bags.embedding_bag_configs()]
+        collection._set(request_bags, candidate_bags, towers, tables, _Shared())
+        return collection
+
+    def _set(
+        self,
+        request_bags: EmbeddingBagCollection | None,
+        candidate_bags: EmbeddingBagCollection | None,
+        towers: Sequence[HistoryTower],
+        tables: Sequence[EmbeddingBagConfig],
+        shared: _Shared,
+    ) -> None:
+        self.request_bags, self.candidate_bags = request_bags, candidate_bags
+        given = dict.fromkeys(tower.events for tower in towers if tower.events is not None)
+        self.sequences = nn.ModuleList([*shared.collections, *given])
+        of_towers = [
+            EmbeddingBagConfig(name=bag, feature_names=[bag], num_embeddings=1, embedding_dim=tower.width)
+            for tower in towers
+            for bag in tower.bags
+        ]
+        self._configs = [*tables, *of_towers]
+        _refuse_twice([table.name for table in self._configs], "tables or histories")
+        _refuse_twice([*_features(of_towers), *set(_features(tables))], "features or histories")
+        bags = [name for names in get_embedding_names_by_table(self._configs) for name in names]
+        widths = [table.embedding_dim for table in self._configs for _ in table.feature_names]
+        reads = {tower.name: _Reads.of(tower, self.sequences, shared) for tower in towers}
+        self.bags = Bags(towers, dict(zip(bags, widths, strict=True)), reads, shared.places)
+        self._register_load_state_dict_pre_hook(self._rename)
+        refuse_tied_tables(self)
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """Of all bags that the model gets: those of `embedding_bag_collection`, and then the towers'."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether ids have weights."""
+        return any(bags is not None and bags.is_weighted() for bags in (self.request_bags, self.candidate_bags))
+
+    @property
+    def towers(self) -> list[HistoryTower]:
+        """The histories."""
+        return list(self.bags.towers.values())  # type: ignore[arg-type]
+
+    @property
+    def features(self) -> dict[str, list[str]]:
+        """Features that are read, of each field of a batch."""
+        sides = {"request_sparse": self.request_bags, "candidate_sparse": self.candidate_bags}
+        features = {name: _features(bags.embedding_bag_configs()) if bags else [] for name, bags in sides.items()}
+        return features | {"sequences": [name for collection in self.sequences for name in features_of(collection)]}
+
+    def rows(self, batch: RequestBatch) -> RequestBatch:
+        """What a model is given in place of the KeyedJaggedTensor that it was called with: the batch, if it fits.
+
+        Args:
+            batch: B requests with C candidates.
+
+        Raises:
+            InputError: the batch lacks a feature.
+        """
+        for name, features in self.features.items():
+            have = getattr(batch, name).keys()
+            for feature in features:
+                if feature not in have:
+                    raise InputError(f"batch: {name} has {list(have)}, but the model reads {feature!r}, too: add it")
+        return batch
+
+    def forward(self, rows: RequestBatch | CandidateRows) -> KeyedTensor:
+        """Bags of candidates.
+
+        Args:
+            rows: B requests with C candidates; or, in phase two, candidates that are looked up already.
+
+        Returns:
+            KeyedTensor: of C rows, in the order of `embedding_bag_configs`.
+
+        Raises:
+            ValueError: this is a step of training, and some tables were sharded without an optimizer.
+            InputError: ids have weights where the bags have none, or none where they have some.
+        """
+        if isinstance(rows, CandidateRows):
+            return self.bags.of_candidates(rows)
+        if self.training and torch.is_grad_enabled():
+            refuse_tables_without_optimizer(self)
+        request, candidate = self._of_requests(rows), self._of_candidates(rows)
+        sequences = [collection(rows.sequences) for collection in self.sequences]
+        bags: KeyedTensor = self.bags(request, candidate, sequences, rows.num_candidates, rows.stride())
+        return bags
+
+    def encode_request(self, batch: RequestBatch) -> RequestState:
+        """Phase one.
+
+        Args:
+            batch: B requests; their candidates are not read.
+
+        Raises:
+            ValueError: the encoder of a tower encodes a history for every candidate anew.
+            InputError: as `forward`.
+        """
+        request = self._of_requests(batch)
+        of_events = [collection(events_of(batch.sequences, collection)) for collection in self.sequences]
+        histories = {tower.name: tower.encode_history(self.bags.events(tower, of_events)) for tower in self.towers}
+        return RequestState(histories, {} if request is None else request.to_dict(), len(batch))
+
+    def candidates(self, state: RequestState, batch: RequestBatch) -> CandidateRows:
+        """What the model is given in phase two.
+
+        Args:
+            state: of the batch's requests.
+            batch: B requests with C candidates; what `state` is made of is not read.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        candidate = self._of_candidates(batch)
+        of_items = [collection(items_of(batch.sequences, collection)) for collection in self.sequences]
+        bags = {} if candidate is None else candidate.to_dict()
+        bags |= {bag: of_items[place][CANDIDATE_ITEM].values() for bag, place in self.bags.shared.items()}
+        items = {tower.name: self.bags.items(tower, of_items).values() for tower in self.towers}
+        return CandidateRows(state, batch.num_candidates, bags, items, batch.stride())
+
+    def _of_requests(self, batch: RequestBatch) -> KeyedTensor | None:
+        if self.request_bags is None:
+            return None
+        refuse_weights("request_sparse", batch.request_sparse, self.request_bags.is_weighted())
+        bags: KeyedTensor = self.request_bags(batch.request_sparse)
+        return bags
+
+    def _of_candidates(self, batch: RequestBatch) -> KeyedTensor | None:
+        if self.candidate_bags is None:
+            return None
+        refuse_weights("candidate_sparse", batch.candidate_sparse, self.candidate_bags.is_weighted())
+        bags: KeyedTensor = self.candidate_bags(batch.candidate_sparse)
+        return bags
+
+    def renamed(self) -> dict[str, str]:
+        """Names of tables in the state dict of `embedding_bag_collection`, and their names in this one's."""
+        names = {}
+        for side in ("request_bags", "candidate_bags"):
+            bags = getattr(self, side)
+            for table in bags.embedding_bag_configs() if bags is not None else ():
+                names[f"embedding_bags.{table.name}.weight"] = f"{side}.embedding_bags.{table.name}.weight"
+        for place in sorted(set(self.bags.shared.values())):
+            for table in self.sequences[place].embedding_configs():  # type: ignore[operator]
+                names[f"embedding_bags.{table.name}.weight"] = f"sequences.{place}.embeddings.{table.name}.weight"
+        return names
+
+    def _rename(self, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+        for old, new in self.renamed().items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Where a tower's embeddings are: in which collection of sequences.
+
+    Args:
+        events: of each feature of its events.
+        items: of its candidates' items.
+    """
+
+    events: dict[str, int]
+    items: int
+
+    @classmethod
+    def of(cls, tower: HistoryTower, collections: Iterable[nn.Module], shared: _Shared) -> _Reads:
+        own = next((place for place, collection in enumerate(collections) if collection is tower.events), -1)
+        if tower.item is None:
+            return cls(dict.fromkeys(tower.event_encoder.features, own), own)
+        if tower.item not in shared.places:
+            raise ValueError(f"tower {tower.name!r} shares the table of {tower.item!r}, but there are no bags")
+        place = shared.places[tower.item]
+        features = tower.event_encoder.features
+        return cls({name: place if name == tower.history_item else own for name in features}, place)
+
+
+class Bags(nn.Module):
+    """All that a collection does after its lookups: towers, and bags of candidates put together.
+
+    Nothing in it is ever sharded, so that TrainPipelineSparseDist, which traces what holds sharded modules, calls it.
+
+    Args:
+        towers: the histories.
+        widths: of each bag, in order.
+        reads: of each tower, by its name: where its embeddings are.
+        shared: collection of sequences of each bag whose table the events of a tower share.
+    """
+
+    def __init__(
+        self,
+        towers: Sequence[HistoryTower],
+        widths: Mapping[str, int],
+        reads: Mapping[str, _Reads],
+        shared: Mapping[str, int],
+    ) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({tower.name: tower for tower in towers})
+        self.widths, self.reads, self.shared = dict(widths), dict(reads), dict(shared)
+
+    def events(self, tower: HistoryTower, sequences: Sequence[Embeddings]) -> Embeddings:
+        """Embeddings of a tower's events, of what the collections looked up."""
+        return {name: sequences[place][name] for name, place in self.reads[tower.name].events.items()}
+
+    def items(self, tower: HistoryTower, sequences: Sequence[Embeddings]) -> JaggedTensor:
+        """Embeddings of a tower's candidates' items."""
+        return sequences[self.reads[tower.name].items][CANDIDATE_ITEM]
+
+    def forward(
+        self,
+        request: KeyedTensor | None,
+        candidate: KeyedTensor | None,
+        sequences: Sequence[Embeddings],
+        num_candidates_B: Tensor,
+        num_rows: int,
+    ) -> KeyedTensor:
+        """Bags of C candidates, of what is looked up."""
+        bags = {} if request is None else request.to_dict()
+        bags = {name: expand(bag_BW, num_candidates_B, num_rows) for name, bag_BW in bags.items()}
+        bags |= {} if candidate is None else candidate.to_dict()
+        bags |= {bag: sequences[place][CANDIDATE_ITEM].values() for bag, place in self.shared.items()}
+        for tower in self.towers.values():
+            vectors = tower(self.events(tower, sequences), self.items(tower, sequences))  # type: ignore[arg-type]
+            bags |= zip(tower.bags, vectors, strict=True)  # type: ignore[arg-type]
+        return self._join(bags)
+
+    def of_candidates(self, rows: CandidateRows) -> KeyedTensor:
+        """Bags of candidates, in phase two."""
+        state, num_candidates_B = rows.state, rows.num_candidates
+        bags = {name: expand(bag_BW, num_candidates_B, rows.num_rows) for name, bag_BW in state.bags.items()}
+        bags |= rows.bags
+        for name, tower in self.towers.items():
+            items = JaggedTensor(rows.items[name], lengths=num_candidates_B)
+            bags |= zip(tower.bags, tower.score_candidates(state.histories[name], items), strict=True)  # type: ignore[arg-type,operator]
+        return self._join(bags)
+
+    def _join(self, bags: Mapping[str, Tensor]) -> KeyedTensor:
+        names, widths = list(self.widths), list(self.widths.values())
+        return KeyedTensor(names, widths, torch.cat([bags[name] for name in names], dim=1))
+
+
+def features_of(collection: nn.Module) -> list[str]:
+    """Features of a collection of sequences."""
+    configs: Any = collection.embedding_configs
+    return _features(configs())
+
+
+def _features(tables: Iterable[BaseEmbeddingConfig]) -> list[str]:
+    return [name for table in tables for name in table.feature_names]
+
+
+def events_of(sequences: KeyedJaggedTensor, collection: nn.Module) -> KeyedJaggedTensor:
+    """What a collection reads of B requests' sequences, candidates' items left out."""
+    return _without(sequences, collection, lambda feature: feature == CANDIDATE_ITEM)
+
+
+def items_of(sequences: KeyedJaggedTensor, collection: nn.Module) -> KeyedJaggedTensor:
+    """What a collection reads of B requests' sequences, events left out."""
+    return _without(sequences, collection, lambda feature: feature != CANDIDATE_ITEM)
+
+
+def _without(
+    sequences: KeyedJaggedTensor, collection: nn.Module, is_left_out: Callable[[str], bool]
+) -> KeyedJaggedTensor:
+    jagged, none = sequences.to_dict(), (sequences.values()[:0], sequences.lengths().new_zeros(sequences.stride()))
+    names = features_of(collection)
+    rows = [none if is_left_out(name) else (jagged[name].values(), jagged[name].lengths()) for name in names]
+    values, lengths = zip(*rows, strict=True)
+    return KeyedJaggedTensor(names, torch.cat(values), lengths=torch.cat(lengths), stride=sequences.stride())
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Tables that bags share with events, moved to collections of sequences of their own.
+
+    Args:
+        items: of each such table, by its name, the candidate's feature.
+        collections: one for each width.
+        places: which of them has the table, of each such feature.
+    """
+
+    items: Mapping[str, str] = field(default_factory=dict)
+    collections: Sequence[EmbeddingCollection] = ()
+    places: Mapping[str, int] = field(default_factory=dict)
+
+
+def _share(bags: EmbeddingBagCollection, towers: Sequence[HistoryTower]) -> _Shared:
+    """Collections of the tables that towers share with the bags, with the bags' weights."""
+    features_of_item: dict[str, list[str]] = {}
+    for tower in towers:
+        if tower.item is not None:
+            features_of_item.setdefault(tower.item, []).append(tower.history_item)
+    tables = {item: _table_of(bags, item) for item in features_of_item}
+    if len(tables) > 1:
+        raise ValueError(f"towers share the tables of {list(tables)} with the bags: candidates have one item")
+    collections = []
+    for item, table in tables.items():
+        features = [CANDIDATE_ITEM, *dict.fromkeys(features_of_item[item])]
+        config = EmbeddingConfig(
+            name=table.name,
+            embedding_dim=table.embedding_dim,
+            num_embeddings=table.num_embeddings,
+            feature_names=features,
+            init_fn=table.init_fn,
+        )
+        collection = EmbeddingCollection(tables=[config], device=torch.device("meta"))
+        collection.embeddings[table.name].weight = bags.embedding_bags[table.name].weight
+        collections.append(collection)
+        for tower in towers:
+            if tower.item == item:
+                tower.share(table.embedding_dim)
+    places = {item: place for place, item in enumerate(tables)}
+    return _Shared({table.name: item for item, table in tables.items()}, collections, places)
+
+
+def _table_of(bags: EmbeddingBagCollection, item: str) -> EmbeddingBagConfig:
+    tables = [table for table in bags.embedding_bag_configs() if item in table.feature_names]
+    if len(tables) != 1:
+        have = _features(bags.embedding_bag_configs())
+        raise ValueError(f"a tower's item {item!r} is read by {len(tables)} tables of the bags, which have {have}")
+    (table,) = tables
+    if table.feature_names != [item] or bags.is_weighted():
+        why = "its ids have weights" if bags.is_weighted() else f"it is read by {table.feature_names}"
+        raise ValueError(f"table {table.name!r} cannot serve events as well: {why}: give the tower `events` of its own")
+    return table
+
+
+def _refuse_other_bags(bags: nn.Module) -> None:
+    if reason := _PLAIN.why_not_any(bags, "embedding_bag_collection"):
+        raise ValueError(f"{reason}: give it as TorchRec makes it, before sharding, compiling and quantizing")
+
+
+def _of_request(tables: Sequence[EmbeddingBagConfig], features: Sequence[str]) -> list[EmbeddingBagConfig]:
+    """Tables that are read by features of the request."""
+    have = _features(tables)
+    for name in features:
+        if name not in have:
+            raise ValueError(f"request_features has {name!r}, but the bags have {have}")
+    of_request = []
+    for table in tables:
+        mine = [name for name in table.feature_names if name in features]
+        if mine and len(mine) < len(table.feature_names):
+            others = [name for name in table.feature_names if name not in mine]
+            raise ValueError(
+                f"table {table.name!r} is read by {mine} of the request and {others} of the candidate: leave {mine} "
+                "out of request_features, so that candidates have them"
+            )
+        if mine:
+            of_request.append(table)
+    return of_request
+
+
+def _bags_of(bags: EmbeddingBagCollection, tables: Sequence[EmbeddingBagConfig]) -> EmbeddingBagCollection | None:
+    """A collection of some tables of another one, with its weights."""
+    if not tables:
+        return None
+    some = EmbeddingBagCollection([replace(table) for table in tables], bags.is_weighted(), torch.device("meta"))
+    for table in tables:
+        some.embedding_bags[table.name] = bags.embedding_bags[table.name]
+    some._device = bags.device
+    return some.train(bags.training)
+
+
+def _refuse_twice(names: Sequence[str], what: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what} of one name: {name!r} is there {names.count(name)} times: rename one")

@@ -1,0 +1,166 @@
+"""Rankers: models in two phases, one once per request, the other for its candidates.
+
+Shape suffixes: B requests; C candidates, all requests together; T tasks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows, RequestState
+
+# How a model is called: with a batch, and what stands where its KeyedJaggedTensor stood; what it returns is [C, T].
+Call = Callable[[nn.Module, RequestBatch, RequestBatch | CandidateRows], Tensor]
+
+
+class Ranker(nn.Module, ABC):
+    """A model that scores candidates in two phases; its forward is one and then the other."""
+
+    @property
+    @abstractmethod
+    def history_length(self) -> int | None:
+        """Events that a history may have; None if any number."""
+
+    @abstractmethod
+    def encode_request(self, batch: RequestBatch) -> RequestState:
+        """Phase one: all that is done once per request.
+
+        Args:
+            batch: B requests; their candidates are not read.
+
+        Returns:
+            RequestState: of B requests.
+        """
+
+    @abstractmethod
+    def score_candidates(self, state: RequestState, batch: RequestBatch) -> Tensor:
+        """Phase two: score candidates.
+
+        Args:
+            state: of the batch's requests.
+            batch: B requests with C candidates, all or some of each; their ids and histories are not read.
+
+        Returns:
+            Tensor: logits [C, T].
+        """
+
+    @abstractmethod
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Score every candidate of every request.
+
+        Args:
+            batch: B requests with C candidates.
+
+        Returns:
+            Tensor: logits [C, T].
+        """
+
+
+class CollectionRanker(Ranker):
+    """Base class of rankers that read ids and histories with an `AmortizedEmbeddingBagCollection`."""
+
+    @property
+    @abstractmethod
+    def collection(self) -> AmortizedEmbeddingBagCollection:
+        """What reads ids and histories."""
+
+    @abstractmethod
+    def score_rows(self, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+        """Score every candidate of a batch.
+
+        Args:
+            batch: B requests with C candidates.
+            rows: what the collection is given: the batch, or, in phase two, its candidates, looked up already.
+
+        Returns:
+            Tensor: logits [C, T].
+        """
+
+    @property
+    def history_length(self) -> int | None:
+        """Events that a history may have; None if any number."""
+        limits = [tower.event_encoder.max_length for tower in self.collection.towers]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def encode_request(self, batch: RequestBatch) -> RequestState:
+        """Phase one; see `Ranker.encode_request`."""
+        return self.collection.encode_request(batch)
+
+    def score_candidates(self, state: RequestState, batch: RequestBatch) -> Tensor:
+        """Phase two; see `Ranker.score_candidates`."""
+        return self.score_rows(batch, self.collection.candidates(state, batch))
+
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Score every candidate of every request; see `Ranker.forward`."""
+        return self.score_rows(batch, batch)
+
+
+class ModelRanker(CollectionRanker):
+    """A model of any class that is built on an `AmortizedEmbeddingBagCollection`.
+
+    Args:
+        model: holds one such collection.
+        call: how it is called, `model(batch.dense, rows)` if None: `rows` is what stands where its KeyedJaggedTensor
+            stood.
+
+    Raises:
+        ValueError: the model holds no such collection, or several.
+
+    Example::
+
+        ranker = ModelRanker(model, lambda model, batch, rows: model(rows, batch.dense)[0])
+        logits_CT = ranker.score_candidates(ranker.encode_request(batch), batch)
+    """
+
+    def __init__(self, model: nn.Module, call: Call | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call or call_model
+        # Refuses what is none.
+        _ = self.collection
+
+    @property
+    def collection(self) -> AmortizedEmbeddingBagCollection:
+        """What the model reads ids and histories with."""
+        found = [module for module in self.model.modules() if isinstance(module, AmortizedEmbeddingBagCollection)]
+        if len(found) != 1:
+            raise ValueError(
+                f"the {type(self.model).__name__} has {len(found)} AmortizedEmbeddingBagCollections, not one: build it "
+                "on one, or add a history to its logits by ResidualHistory"
+            )
+        return found[0]
+
+    def score_rows(self, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+        """Call the model; see `CollectionRanker.score_rows`."""
+        return self.call(self.model, batch, rows)
+
+
+def ranker_of(model: nn.Module, call: Call | None = None) -> Ranker:
+    """A model as a ranker: itself, if it is one.
+
+    Args:
+        model: a ranker, or built on an `AmortizedEmbeddingBagCollection`.
+        call: see `ModelRanker`.
+
+    Raises:
+        ValueError: it is neither, or a ranker is given a `call`.
+
+    Example::
+
+        logits_CT = ranker_of(model)(batch)
+    """
+    if not isinstance(model, Ranker):
+        return ModelRanker(model, call)
+    if call is not None:
+        raise ValueError(f"a {type(model).__name__} is called with a batch: leave call out")
+    return model
+
+
+def call_model(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+    """Call a model as TorchRec's own are called: with dense inputs and then ids."""
+    logits_CT: Tensor = model(batch.dense, rows)
+    return logits_CT
