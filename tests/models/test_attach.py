@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def make_collection(
 
 def attach(dlrm: DLRM, **options: Any) -> AttachedDLRM:
     dim = dlrm.sparse_arch.D
-    return attach_history(dlrm, make_collection(dim), AmortizedHistoryArch(dim, num_heads=1, **options))
+    attached = attach_history(dlrm, make_collection(dim), AmortizedHistoryArch(dim, num_heads=1, **options))
+    assert isinstance(attached, AttachedDLRM)
+    return attached
 
 
 def keyed(lists: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
@@ -123,7 +126,7 @@ def disturb(parameters: Any) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
-def history_parameters(model: AttachedDLRM) -> dict[str, nn.Parameter]:
+def history_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "history" in name}
 
 
@@ -323,6 +326,7 @@ def test_events_are_the_sum_of_all_features_unless_an_encoder_is_given() -> None
     parts = make_dlrm().eval(), make_collection(), AmortizedHistoryArch(8, num_heads=1)
     both, items = attach_history(*parts), attach_history(*parts, event_encoder=EventEncoder(["history_item"], 8))
     for model in (both, items):
+        assert isinstance(model, AttachedDLRM)
         nn.init.ones_(model.over_arch.history_columns.weight)
     batch = make_batch([(5, 3)])
     other_actions = make_batch([(5, 3)])
@@ -332,8 +336,20 @@ def test_events_are_the_sum_of_all_features_unless_an_encoder_is_given() -> None
 
 
 class Other(DLRM):
+    """A forward that is scaled, and a copy of how DLRM's calls its parts."""
+
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
-        return -super().forward(dense_features, sparse_features)
+        dense = self.dense_arch(dense_features)
+        logits: Tensor = self.over_arch(self.inter_arch(dense, self.sparse_arch(sparse_features)))
+        return dense.sum(1, keepdim=True) - 2 * logits
+
+
+class OfPart(DLRM):
+    """A forward that reads the slots beside the interaction."""
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        logits: Tensor = super().forward(dense_features, sparse_features)
+        return logits + self.sparse_arch(sparse_features).square().sum((1, 2)).unsqueeze(1)
 
 
 def projection() -> DLRM:
@@ -360,10 +376,69 @@ def compiled() -> DLRM:
     return dlrm
 
 
-def other() -> DLRM:
-    dlrm = make_dlrm()
-    dlrm.__class__ = Other
+def other(kind: str = "dot", cls: type[DLRM] = Other) -> DLRM:
+    dlrm = make_dlrm(kind)
+    dlrm.__class__ = cls
     return dlrm
+
+
+def hooked() -> DLRM:
+    dlrm = make_dlrm()
+    dlrm.register_forward_hook(lambda module, args, output: 3 * output)
+    return dlrm
+
+
+ANY_KINDS = {
+    "projection": projection,
+    "own forward": other,
+    "own forward, dcn": lambda: other("dcn"),
+    "a hook": hooked,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_vectors": 2, "has_summary": True}], ids=["one vector", "three"])
+@pytest.mark.parametrize("request_features", [(), ("f1",)], ids=["", "request side"])
+@pytest.mark.parametrize("what", [*ANY_KINDS, "dot", "dcn"])
+def test_any_dlrm_scores_to_the_last_bit_until_the_history_moves_it(
+    what: str, request_features: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    dlrm = (ANY_KINDS[what]() if what in ANY_KINDS else make_dlrm(what)).eval()
+    arch = AmortizedHistoryArch(8, num_heads=1, **options)
+    attached = attach_history(dlrm, make_collection(), arch, request_features=request_features)
+    batch = make_batch(SIZES)
+    of_requests = batch.request_sparse
+    batch.request_dense = batch.request_dense[:, :0]
+    if request_features:
+        of_requests = keyed({"f1": [[1, 2], [], [4], [5, 6, 7]]})
+        batch = replace(batch, request_sparse=of_requests, candidate_sparse=batch.candidate_sparse.split([1, 1])[0])
+    else:
+        batch = replace(batch, request_sparse=batch.request_sparse.split([0, 1])[0])
+    expected = dlrm(batch.dense, batch.sparse if request_features else batch.candidate_sparse)
+    assert torch.equal(attached(batch), expected)
+    columns = [parameter for name, parameter in attached.named_parameters() if "history_columns" in name]
+    disturb(columns)
+    disturb([p for name, p in attached.named_parameters() if "crossnet.history" in name])
+    moved = attached(batch)
+    assert not torch.allclose(moved, expected)
+    torch.testing.assert_close(AmortizedScorer(attached, 3).score(batch), moved, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attached(batch.to_impressions()), moved, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ANY_KINDS)
+def test_a_checkpoint_of_any_dlrm_loads_and_leaves_the_history(what: str) -> None:
+    torch.manual_seed(0)
+    trained, fresh = ANY_KINDS[what]().eval(), ANY_KINDS[what]().eval()
+    attached = attach_history(fresh, make_collection(), AmortizedHistoryArch(8, num_heads=1), request_features=["f1"])
+    disturb([p for name, p in attached.named_parameters() if "history" in name])
+    before = {name: p.clone() for name, p in attached.named_parameters() if "history" in name or "sequences" in name}
+    attached.load_state_dict(trained.state_dict())
+    for name, weight in trained.named_parameters():
+        assert torch.equal(fresh.get_parameter(name), weight), name
+    for name, weight in before.items():
+        assert torch.equal(attached.get_parameter(name), weight), name
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        attached.load_state_dict({**trained.state_dict(), "dense_arch.model._mlp.0._linear.bias": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
@@ -372,8 +447,10 @@ def other() -> DLRM:
         (lambda: nn.Linear(2, 2), "is a Linear, not a DLRM or DLRM_DCN"),
         (lambda: DLRMTrain(make_dlrm()), "is a DLRMTrain, not a DLRM or DLRM_DCN: attach once, and before"),
         (lambda: attach(make_dlrm()), "is a AttachedDLRM, not a DLRM or DLRM_DCN: attach once"),
-        (other, "^Other overrides DLRM.forward"),
-        (projection, "has a InteractionProjectionArch where InteractionArch or InteractionDCNArch is known"),
+        (
+            lambda: other(cls=OfPart),
+            "a OfPart scores otherwise, by .*: its forward reads its parts",
+        ),
         (with_other_crossnet, "has a CrossNet where LowRankCrossNet is known"),
         (compiled, "has a OptimizedModule where .* attach before sharding, compiling"),
     ],
@@ -423,7 +500,7 @@ def train_on_this_rank(kind: str, device: torch.device) -> list[dict[str, Tensor
     module = sharded.module
     with pytest.raises(ValueError, match="is a DistributedModelParallel, .* before sharding"):
         attach_history(module, make_collection(), AmortizedHistoryArch(8))
-    with pytest.raises(ValueError, match="is a DistributedModelParallel, not an AmortizedDLRM, neither wrapped nor"):
+    with pytest.raises(ValueError, match="is a DistributedModelParallel, which is no ranker: unwrap it"):
         AmortizedScorer(module)
     with pytest.raises(ValueError, match=r"embedding_bag_collection is a ShardedEmbeddingBagCollection, sharded or"):
         AmortizedScorer(attached)

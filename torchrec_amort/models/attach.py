@@ -7,29 +7,44 @@ V vectors, the dense one and the slots; T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, InteractionDCNArch, OverArch, SparseArch
+from torchrec.models.dlrm import (
+    DLRM,
+    DenseArch,
+    InteractionArch,
+    InteractionDCNArch,
+    InteractionProjectionArch,
+    OverArch,
+    SparseArch,
+)
 from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.mlp import MLP, Perceptron
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
+from torchrec_amort.models.dlrm import HISTORY, AmortizedDLRM
+from torchrec_amort.models.ranker import ModelRanker
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
-from torchrec_amort.modules.plain import ALL_HOOKS, Plain, why_other_methods, why_patched, why_unlike
+from torchrec_amort.modules.plain import ALL_HOOKS, Plain, why_other_methods, why_own_method, why_patched, why_unlike
+from torchrec_amort.modules.tower import HistoryTower
 
 _PLAIN = Plain(
     DLRM,
     SparseArch,
     InteractionDCNArch,
+    InteractionProjectionArch,
     LowRankCrossNet,
     nn.ParameterList,
+    DenseArch,
     OverArch,
     nn.Sequential,
     MLP,
@@ -44,7 +59,8 @@ def attach_history(
     history_arch: HistoryEncoder,
     *,
     event_encoder: EventEncoder | None = None,
-) -> AttachedDLRM:
+    request_features: Sequence[str] = (),
+) -> AttachedDLRM | AttachedModel:
     """Give an existing, trained DLRM the history: scores are the same to the last bit, then training moves them.
 
     The history's vectors enter the interaction as new slots. What they add to a layer of the DLRM starts at
@@ -52,27 +68,31 @@ def attach_history(
     So a state dict of the DLRM loads into the result, `strict` or not, and leaves the history as it is.
 
     The result reads a `RequestBatch` in which all that the DLRM read stands on the candidate side
-    (`candidate_dense`, `candidate_sparse`) and only `sequences` is new; it does not read the request side.
+    (`candidate_dense`, `candidate_sparse`), but for `request_features`, which are looked up once per request
+    (`request_sparse`); `sequences` is new.
 
     Nothing is copied: the DLRM keeps working, and shares its weights with the result until one of the two is
     sharded, which gives that one tables of its own.
 
     Args:
-        dlrm: a `torchrec.models.dlrm.DLRM` or `DLRM_DCN`, not sharded.
+        dlrm: a `torchrec.models.dlrm.DLRM`, `DLRM_DCN` or `DLRM_Projection`, or of a subclass with its own forward; not
+            sharded.
         history_embedding_collection: tables of history events and of `candidate_item` (`batch.sequences`),
             with the DLRM's embedding dimension.
         history_arch: makes of each candidate and its request's history one vector or several.
         event_encoder: makes one vector of each history event; if None, the sum of the embeddings of all
             features of `history_embedding_collection` but `candidate_item`.
+        request_features: features of the DLRM that are of the request.
 
     Returns:
-        AttachedDLRM: an `AmortizedDLRM`, in the mode (training or not) of `dlrm`.
+        AttachedDLRM | AttachedModel: in the mode (training or not) of `dlrm`. An `AmortizedDLRM` of a plain DLRM or
+        DLRM_DCN without `request_features`; of any other, a ranker that calls it.
 
     Raises:
-        ValueError: `dlrm` is not a DLRM of these two kinds, is sharded, or has history already; hooks, patched
-            methods or a subclass change what it or a part computes that the result replaces; embedding dimensions
-            differ; `history_embedding_collection` lacks `candidate_item` or event features, or shares a table with
-            the DLRM.
+        ValueError: `dlrm` is not a DLRM, is sharded, or has history already; hooks, patched methods or a subclass
+            change what a part computes that the result replaces; its scores would be others; embedding dimensions
+            differ; `history_embedding_collection` lacks `candidate_item` or event features, or shares a table with the
+            DLRM.
 
     Example::
 
@@ -108,6 +128,15 @@ def attach_history(
         )
     if event_encoder is None:
         event_encoder = EventEncoder(events, embedding_dim, device=_first_linear(dlrm.over_arch).weight.device)
+    if request_features or _why_not_plain(dlrm) or isinstance(dlrm.inter_arch, InteractionProjectionArch):
+        tower = HistoryTower(
+            HISTORY,
+            history_arch,
+            events=history_embedding_collection,
+            event_encoder=event_encoder,
+            starts_at_zero=False,
+        )
+        return AttachedModel(dlrm, tower, request_features)
     return AttachedDLRM(dlrm, history_embedding_collection, event_encoder, history_arch)
 
 
@@ -116,15 +145,19 @@ def _refuse_other_models(dlrm: nn.Module) -> None:
         raise ValueError(
             f"dlrm is a {type(dlrm).__name__}, not a DLRM or DLRM_DCN: attach once, and before sharding or wrapping"
         )
-    _refuse(why_other_methods(type(dlrm), DLRM) or _PLAIN.why_replaced(DLRM) or why_patched(dlrm, "dlrm", ALL_HOOKS))
     _refuse_other(dlrm.sparse_arch, SparseArch)
     _refuse_other(dlrm.sparse_arch.embedding_bag_collection, EmbeddingBagCollection)
     _refuse_other(dlrm.dense_arch, DenseArch)
-    _refuse_other(dlrm.inter_arch, InteractionArch, InteractionDCNArch)
+    _refuse_other(dlrm.inter_arch, InteractionArch, InteractionDCNArch, InteractionProjectionArch)
     if isinstance(dlrm.inter_arch, InteractionDCNArch):
         _refuse_other(dlrm.inter_arch.crossnet, LowRankCrossNet)
     _refuse_other(dlrm.over_arch, OverArch)
     _refuse_changed_parts(dlrm)
+
+
+def _why_not_plain(dlrm: DLRM) -> str | None:
+    """Why a DLRM's own forward, its parts aside, may compute something else than DLRM's; or None."""
+    return why_other_methods(type(dlrm), DLRM) or _PLAIN.why_replaced(DLRM) or why_patched(dlrm, "dlrm", ALL_HOOKS)
 
 
 def _refuse_other(part: nn.Module, *known: type[nn.Module]) -> None:
@@ -152,15 +185,35 @@ def _refuse_changed_parts(dlrm: DLRM) -> None:
         _refuse(
             _PLAIN.why_not_any(crossnet, "inter_arch.crossnet") or why_unlike(crossnet, like, "inter_arch.crossnet")
         )
-    path, shell = "over_arch", cast(nn.Module, dlrm.over_arch)
-    for child, kind in (("model", nn.Sequential), ("0", MLP), ("_mlp", nn.Sequential), ("0", Perceptron)):
-        _refuse(_PLAIN.why_not(shell, path))
-        path, shell = f"{path}.{child}", shell.get_submodule(child)
-        if type(shell) is not kind:
-            _refuse(f"{path} is a {type(shell).__name__}, not a {kind.__name__}")
-    _refuse(_PLAIN.why_not(shell, path))
-    if not isinstance(shell._linear, nn.Linear) or len(dlrm.over_arch.model) != 2:
+    if isinstance(dlrm.inter_arch, InteractionProjectionArch):
+        _refuse(_PLAIN.why_not(dlrm.inter_arch, "inter_arch"))
+        for branch in ("interaction_branch1", "interaction_branch2"):
+            shells = (("model", MLP), ("_mlp", nn.Sequential), ("0", Perceptron))
+            _refuse_other_shells(dlrm.inter_arch, branch, (branch, DenseArch), *shells)
+    _refuse_other_shells(
+        dlrm,
+        "over_arch",
+        ("over_arch", OverArch),
+        ("model", nn.Sequential),
+        ("0", MLP),
+        ("_mlp", nn.Sequential),
+        ("0", Perceptron),
+    )
+    if len(dlrm.over_arch.model) != 2:
         _refuse("over_arch is not an MLP of linear layers and one linear layer more")
+
+
+def _refuse_other_shells(module: nn.Module, name: str, *shells: tuple[str, type[nn.Module]]) -> None:
+    """Refuse other modules than those known around the first linear layer of a part."""
+    path, shell = [], module
+    for child, kind in shells:
+        path.append(child)
+        shell = shell.get_submodule(child)
+        if type(shell) is not kind:
+            _refuse(f"{'.'.join(path)} is a {type(shell).__name__}, not a {kind.__name__}")
+        _refuse(_PLAIN.why_not(shell, ".".join(path)))
+    if not isinstance(shell._linear, nn.Linear):
+        _refuse(f"{name} does not start with a linear layer")
 
 
 def _refuse(reason: str | None) -> None:
@@ -203,13 +256,13 @@ class AttachedDLRM(AmortizedDLRM):
         self.dense_arch = dlrm.dense_arch
         first = _first_linear(dlrm.over_arch)
         if isinstance(dlrm.inter_arch, InteractionDCNArch):
-            num_new_features = num_new_slots * embedding_dim
-            crossnet = AttachedCrossNet(dlrm.inter_arch.crossnet, num_new_features, first.weight)
+            num_features = num_new_slots * embedding_dim
+            crossnet = AttachedCrossNet(dlrm.inter_arch.crossnet, num_features, first.weight)
             self.inter_arch = AttachedInteractionDCNArch(num_slots, crossnet)
         else:
-            num_new_features = num_new_slots * (num_slots + 1) + num_new_slots * (num_new_slots - 1) // 2
+            num_features = num_new_features(num_slots, num_new_slots)
             self.inter_arch = AttachedInteractionArch(dlrm.inter_arch, num_new_slots)
-        self.over_arch = AttachedOverArch(dlrm.over_arch, num_new_features)
+        self.over_arch = AttachedOverArch(dlrm.over_arch, num_features)
         self.train(dlrm.training)
         self._history_keys = frozenset(self.state_dict()) - frozenset(dlrm.state_dict())
         self.register_load_state_dict_pre_hook(_keep_history)
@@ -224,6 +277,129 @@ def _keep_history(module: AttachedDLRM, state_dict: dict[str, Any], prefix: str,
     if not any(prefix + key in state_dict for key in module._history_keys):
         present: Mapping[str, Any] = module.state_dict()
         state_dict.update({prefix + key: present[key] for key in module._history_keys})
+
+
+class AttachedModel(ModelRanker):
+    """A DLRM of any class with history attached, which is called as it was: see `attach_history`.
+
+    Args:
+        dlrm: gives all its modules but those that grow.
+        tower: the history.
+        request_features: features that are of the request.
+
+    Raises:
+        ValueError: scores are not those of `dlrm`.
+    """
+
+    def __init__(self, dlrm: DLRM, tower: HistoryTower, request_features: Sequence[str]) -> None:
+        _refuse(why_own_method(dlrm, "dlrm"))
+        bags = dlrm.sparse_arch.embedding_bag_collection
+        sparse = AmortizedEmbeddingBagCollection(bags, [tower], request_features)
+        self._old_names = list(dlrm.state_dict())
+        super().__init__(_grown(dlrm, SparseArch(sparse), tower.encoder.num_slots))
+        self.train(dlrm.training)
+        self._register_load_state_dict_pre_hook(self._load_old)
+        self._refuse_other_scores(dlrm)
+
+    def _load_old(self, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+        """Read a state dict of the DLRM before: its names have no `model.`, and the history is left as it is."""
+        mine = [name for name in self._old_names if prefix + name in state_dict]
+        for name in mine:
+            state_dict[f"{prefix}model.{name}"] = state_dict.pop(prefix + name)
+        if mine:
+            path = f"{prefix}model.sparse_arch.embedding_bag_collection."
+            old = {f"{path}{new}" for new in self.collection.renamed().values()} | {f"{prefix}model.{n}" for n in mine}
+            present = {prefix + name: value for name, value in self.state_dict().items() if prefix + name not in old}
+            state_dict.update(present)
+
+    @torch.no_grad()
+    def _refuse_other_scores(self, dlrm: DLRM) -> None:
+        """Refuse a forward that reads more of the parts that have grown than TorchRec's does."""
+        batch = _some_batch(dlrm, self.collection)
+        if batch.num_candidates.is_meta:
+            return
+        modes = {module: module.training for module in (*self.modules(), *dlrm.modules())}
+        self.eval(), dlrm.eval()
+        difference = float((self(batch) - dlrm(batch.dense, batch.sparse)).abs().max())
+        for module, mode in modes.items():
+            module.training = mode
+        if difference != 0:
+            raise ValueError(
+                f"with history attached a {type(dlrm).__name__} scores otherwise, by {difference:.1e}: its forward "
+                "reads its parts in ways of its own; build it on an AmortizedEmbeddingBagCollection and graft, or use "
+                "ResidualHistory"
+            )
+
+
+def _grown(dlrm: DLRM, sparse_arch: SparseArch, num_new_slots: int) -> DLRM:
+    """The DLRM with other sparse arch and grown layers; nothing is copied, and the DLRM is left as it is."""
+    dim, num_slots, over = dlrm.sparse_arch.D, dlrm.sparse_arch.F, _first_linear(dlrm.over_arch)
+    grown = _replaced(dlrm, "sparse_arch", sparse_arch)
+    first = "model.0._mlp.0._linear"
+    if isinstance(dlrm.inter_arch, InteractionProjectionArch):
+        for branch in ("interaction_branch1", "interaction_branch2"):
+            path = f"inter_arch.{branch}.{_FIRST_OF_BRANCH}"
+            linear = AttachedLinear(cast(nn.Linear, dlrm.get_submodule(path)), num_new_slots * dim)
+            grown = _replaced(grown, path, linear)
+        return grown
+    inter: nn.Module
+    if isinstance(dlrm.inter_arch, InteractionDCNArch):
+        num_new = num_new_slots * dim
+        inter = JoinedInteractionDCNArch(num_slots, AttachedCrossNet(dlrm.inter_arch.crossnet, num_new, over.weight))
+    else:
+        num_new = num_new_features(num_slots, num_new_slots)
+        inter = JoinedInteractionArch(dlrm.inter_arch, num_new_slots)
+    grown = _replaced(grown, "inter_arch", inter)
+    return _replaced(grown, f"over_arch.{first}", AttachedLinear(over, num_new))
+
+
+def num_new_features(num_slots: int, num_new_slots: int) -> int:
+    """Dot products of new slots with all vectors before each."""
+    return num_new_slots * (num_slots + 1) + num_new_slots * (num_new_slots - 1) // 2
+
+
+def _replaced(module: Any, path: str, new: nn.Module) -> Any:
+    """The module with another one in place of a submodule; all on the way there are copied, their weights are not."""
+    name, _, rest = path.partition(".")
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, name: _replaced(module._modules[name], rest, new) if rest else new}
+    return copied
+
+
+def _some_batch(dlrm: DLRM, collection: AmortizedEmbeddingBagCollection) -> RequestBatch:
+    """Random requests for all features."""
+    device = _first_linear(dlrm.over_arch).weight.device
+    num_candidates = torch.tensor([3, 1], device=device)
+    sizes = {f: table.num_embeddings for table in collection.embedding_bag_configs() for f in table.feature_names}
+    for sequences in collection.sequences:
+        sizes |= {f: table.num_embeddings for table in sequences.embedding_configs() for f in table.feature_names}  # type: ignore[operator]
+
+    def ids(field: str, lengths: Sequence[int], is_weighted: bool) -> KeyedJaggedTensor:
+        names = collection.features[field]
+        values = [torch.randint(sizes[name], (sum(lengths),), device=device) for name in names]
+        total = sum(lengths) * len(names)
+        return KeyedJaggedTensor(
+            names,
+            torch.cat(values) if values else num_candidates[:0],
+            torch.rand(total, device=device) if is_weighted and names else None,
+            torch.tensor([*lengths] * len(names), device=device, dtype=torch.int64),
+            stride=len(lengths),
+        )
+
+    is_weighted = collection.is_weighted()
+    sequences = ids("sequences", [3, 1], False)
+    return RequestBatch(
+        request_dense=torch.zeros(2, 0, device=device),
+        candidate_dense=torch.randn(4, _first_linear(dlrm.dense_arch).in_features, device=device),
+        request_sparse=ids("request_sparse", [1, 2], is_weighted),
+        candidate_sparse=ids("candidate_sparse", [1, 2, 0, 1], is_weighted),
+        sequences=sequences,
+        num_candidates=num_candidates,
+    )
+
+
+# Of a branch that is a `DenseArch`.
+_FIRST_OF_BRANCH = "model._mlp.0._linear"
 
 
 class ZeroLinear(nn.Linear):
@@ -312,6 +488,44 @@ class AttachedCrossNet(nn.Module):
             old_CI = first_old_CI * (F.linear(low_rank, W) + bias) + old_CI
             new_CJ = first_new_CJ * history_W(low_rank) + new_CJ
         return old_CI, new_CJ
+
+
+class JoinedInteractionArch(AttachedInteractionArch):
+    """The same, its old and new features side by side."""
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:  # type: ignore[override]
+        """Interact the dense vector [C, D] and slots [C, F, D], the new ones last, to [C, I + J]."""
+        return torch.cat(super().forward(dense_features, sparse_features), dim=1)
+
+
+class JoinedInteractionDCNArch(AttachedInteractionDCNArch):
+    """The same, its old and new features side by side."""
+
+    def forward(self, dense_features: Tensor, sparse_features: Tensor) -> Tensor:  # type: ignore[override]
+        """Interact the dense vector [C, D] and slots [C, F, D], the new ones last, to [C, I + J]."""
+        return torch.cat(super().forward(dense_features, sparse_features), dim=1)
+
+
+class AttachedLinear(nn.Module):
+    """A linear layer whose input has new columns, the last ones, whose weights are zero at first.
+
+    Args:
+        linear: its parameters keep their names.
+        num_features: J, new columns.
+    """
+
+    def __init__(self, linear: nn.Linear, num_features: int) -> None:
+        super().__init__()
+        self.in_features, self.weight, self.bias = linear.in_features, linear.weight, linear.bias
+        self.history_columns = ZeroLinear(
+            num_features, linear.out_features, bias=False, device=linear.weight.device, dtype=linear.weight.dtype
+        )
+
+    def forward(self, features_CX: Tensor) -> Tensor:
+        """[C, outputs] of features [C, I + J]."""
+        old_CI, new_CJ = features_CX.tensor_split([self.in_features], dim=1)
+        # Products with a strided view would add up in another order than the layer's own.
+        return F.linear(old_CI.contiguous(), self.weight, self.bias) + self.history_columns(new_CJ)
 
 
 class AttachedOverArch(nn.Module):
