@@ -88,14 +88,15 @@ def test_who_does_not_come_again_is_not_kept_beyond_the_time_to_live() -> None:
     assert find(cache, 0)
     clock.now = 10.0
     assert find(cache, 1)
-    assert list(cache._entries) == list(cache._put_at) == [1]
+    assert cache.counters()["users"] == 1
+    assert cache.counters()["expirations"] == 1
     # Put anew, its time starts anew.
     cache.put(1, make_history(4))
     clock.now = 19.0
     assert find(cache, 1)
     clock.now = 20.0
     cache.put(2, make_history(4))
-    assert list(cache._entries) == list(cache._put_at) == [2]
+    assert cache.counters()["users"] == 1
     assert cache.counters()["expirations"] == 2
 
 
@@ -175,3 +176,18 @@ def test_senseless_limits_are_refused() -> None:
         HistoryCache(0)
     with pytest.raises(ValueError, match="seconds_to_live is 0"):
         HistoryCache(1, 0)
+
+
+def test_histories_of_a_user_are_kept_and_forgotten_together_and_never_taken_for_one_another() -> None:
+    cache = HistoryCache(1000)
+    clicks, buys = make_history(4), make_history(3)
+    cache.put(0, clicks, tower="clicks")
+    cache.put(0, buys, tower="buys")
+    assert len(cache) == 1
+    version = lambda history: lambda _: history.version  # noqa: E731
+    assert cache.find(0, clicks.num_events, version(clicks), tower="clicks") is clicks
+    assert cache.find(0, buys.num_events, version(buys), tower="buys") is buys
+    assert cache.find(0, buys.num_events, version(buys), tower="clicks") is None
+    assert cache.forget(0)
+    assert not cache.forget(0)
+    assert (len(cache), cache.nbytes) == (0, 0)

@@ -152,7 +152,7 @@ def test_a_package_for_other_features_is_refused(package: Path) -> None:
     without = SCHEMA.without(["genres"])
     with pytest.raises(InputError, match=r"candidate_sparse has \['movie_id'\], but the model reads 'genres'"):
         scorer.score(RequestBatch.from_requests(make_requests([(3, 2)]), without))
-    with pytest.raises(ValueError, match="give neither"):
+    with pytest.raises(ValueError, match="give none"):
         AmortizedScorer(served, dtype=torch.bfloat16)
     assert_same(scorer.score(make_batch([(3, 2)])), by_impressions(make_model(), make_batch([(3, 2)])))
 

@@ -30,7 +30,7 @@ from torchrec_amort import (
 )
 from torchrec_amort.serving.heads import CrossHead, DotHead, build_head
 from torchrec_amort.serving.native_encoder import why_not_native
-from torchrec_amort.serving.phases import Backend
+from torchrec_amort.serving.served import Backend
 
 SIZES = [(5, 3), (0, 2), (8, 4)]
 
@@ -285,15 +285,15 @@ def test_a_quantized_model_is_scored_as_it_is_and_not_exported(tmp_path: Any) ->
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(2, 2), "the model is a Linear, not an AmortizedDLRM, neither wrapped nor sharded$"),
-        (make_dlrm, "the model is a DLRM, not an AmortizedDLRM, which attach_history makes of a DLRM"),
-        (lambda: nn.parallel.DataParallel(make_model()), "the model is a DataParallel, not an AmortizedDLRM"),
+        (lambda: nn.Linear(2, 2), "Linear, which is no ranker: unwrap it, or build it on an AmortizedEmbedd"),
+        (make_dlrm, "DLRM, which is no ranker: attach_history makes one of a DLRM"),
+        (lambda: nn.parallel.DataParallel(nn.Linear(1, 1)), "DataParallel, which is no ranker: unwrap it"),
     ],
 )
 def test_another_model_is_one_clear_error(make: Callable[[], Any], message: str, tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^the model is a {message}"):
         AmortizedScorer(make())
-    with pytest.raises(InputError, match=f"^the model cannot be exported: {message}"):
+    with pytest.raises(InputError, match=f"^the model cannot be exported: .* a {type(make()).__name__}, not an Amort"):
         export_package(make(), tmp_path / "package", SCHEMA)
     assert not list(tmp_path.iterdir())
 

@@ -32,6 +32,7 @@ from torchrec_amort import (
     score_impressions,
     user_places,
 )
+from torchrec_amort.models.dlrm import HISTORY
 from torchrec_amort.modules.history import AmortizedHistoryLayer
 from torchrec_amort.ops.attention import JaggedAttention
 from torchrec_amort.ops.jagged import append, positions, requests
@@ -314,10 +315,16 @@ class StaleCache(HistoryCache):
     """Serves whatever was put first, whether the history has changed or not."""
 
     def find(
-        self, user: int, num_events: int, version_of: Callable[[int], bytes], *, extendable: bool = False
+        self,
+        user: int,
+        num_events: int,
+        version_of: Callable[[int], bytes],
+        *,
+        extendable: bool = False,
+        tower: str = HISTORY,
     ) -> CachedHistory | None:
         cached = super().find(user, 0, version_of)
-        entry = self._entries.get(user)
+        entry = self._entries.get((user, tower))
         return cached if entry is None else CachedHistory(entry.version, num_events, entry.state)
 
 

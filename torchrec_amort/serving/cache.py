@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from torchrec_amort.models.dlrm import HISTORY
 from torchrec_amort.modules.encoder import HistoryState
+
+# A user, and one of their histories by the name of its tower.
+Key = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class CacheCounters:
         hits: the history was there as it is.
         extensions: an older version of it was there, to be extended.
         misses: neither.
-        evictions: removed for want of bytes.
+        evictions: histories removed for want of bytes.
         expirations: removed for age.
         refusals: not kept: larger than the whole budget, or encoded before a user was forgotten or all were cleared.
         forgotten: users removed by `forget`.
@@ -59,7 +63,7 @@ class CacheCounters:
 
 
 class HistoryCache:
-    """The latest encoded history of each user, within a budget of bytes.
+    """The latest encoded histories of each user, within a budget of bytes.
 
     The least recently used histories go first. A history is found by its user and its version, so that one that has
     changed is never served from what it was. Nothing of it is written anywhere: neither to disk nor to a log. All
@@ -95,8 +99,10 @@ class HistoryCache:
         self._clock = clock
         self._lock = threading.Lock()
         # The least recently used first; and when each was put, the oldest first.
-        self._entries: OrderedDict[int, CachedHistory] = OrderedDict()
-        self._put_at: dict[int, float] = {}
+        self._entries: OrderedDict[Key, CachedHistory] = OrderedDict()
+        self._put_at: dict[Key, float] = {}
+        self._num_histories: Counter[int] = Counter()
+        self._towers: set[str] = set()
         self._num_bytes = 0
         self._counters = CacheCounters()
         self._scorer: object | None = None
@@ -104,7 +110,7 @@ class HistoryCache:
 
     def __len__(self) -> int:
         """The number of users."""
-        return len(self._entries)
+        return len(self._num_histories)
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +120,7 @@ class HistoryCache:
     def counters(self) -> dict[str, int]:
         """What the cache did so far, and what it holds: see `CacheCounters`, and `users` and `bytes`."""
         with self._lock:
-            return {**asdict(self._counters), "users": len(self._entries), "bytes": self._num_bytes}
+            return {**asdict(self._counters), "users": len(self), "bytes": self._num_bytes}
 
     @property
     def epoch(self) -> int:
@@ -122,7 +128,13 @@ class HistoryCache:
         return self._epoch
 
     def find(
-        self, user: int, num_events: int, version_of: Callable[[int], bytes], *, extendable: bool = False
+        self,
+        user: int,
+        num_events: int,
+        version_of: Callable[[int], bytes],
+        *,
+        extendable: bool = False,
+        tower: str = HISTORY,
     ) -> CachedHistory | None:
         """What there is of a user's history.
 
@@ -131,13 +143,14 @@ class HistoryCache:
             num_events: events that it has now.
             version_of: the version of the history's first so many events.
             extendable: whether a version of its first events is of use.
+            tower: which of the user's histories.
 
         Returns:
             CachedHistory: of all events; or, if `extendable`, of the first ones; or None.
         """
         with self._lock:
             self._expire()
-            cached = self._entries.get(user)
+            cached = self._entries.get((user, tower))
         is_new_enough = cached is not None and (
             cached.num_events == num_events or (extendable and cached.num_events < num_events)
         )
@@ -151,11 +164,11 @@ class HistoryCache:
                 self._counters.hits += 1
             else:
                 self._counters.extensions += 1
-            if cached is not None and user in self._entries:
-                self._entries.move_to_end(user)
+            if cached is not None and (user, tower) in self._entries:
+                self._entries.move_to_end((user, tower))
         return cached
 
-    def put(self, user: int, history: CachedHistory, *, epoch: int | None = None) -> None:
+    def put(self, user: int, history: CachedHistory, *, epoch: int | None = None, tower: str = HISTORY) -> None:
         """Keep a history in place of what there is of its user.
 
         Args:
@@ -163,15 +176,18 @@ class HistoryCache:
             history: its state is not changed afterwards.
             epoch: the cache's `epoch` from before the history was encoded. If someone was forgotten since, it may
                 have been this user, so nothing is kept.
+            tower: which of the user's histories.
         """
         with self._lock:
             self._expire()
             if (epoch is not None and epoch != self._epoch) or history.nbytes > self.max_bytes:
                 self._counters.refusals += 1
                 return
-            self._remove(user)
-            self._entries[user] = history
-            self._put_at[user] = self._clock()
+            self._remove((user, tower))
+            self._entries[user, tower] = history
+            self._put_at[user, tower] = self._clock()
+            self._num_histories[user] += 1
+            self._towers.add(tower)
             self._num_bytes += history.nbytes
             while self._num_bytes > self.max_bytes:
                 self._remove(next(iter(self._entries)))
@@ -189,7 +205,7 @@ class HistoryCache:
         with self._lock:
             self._counters.forgotten += 1
             self._epoch += 1
-            return self._remove(user)
+            return any([self._remove((user, tower)) for tower in self._towers])
 
     def bind(self, scorer: object) -> None:
         """Make the cache a scorer's own: its states are of no use to another one.
@@ -208,6 +224,7 @@ class HistoryCache:
             self._epoch += 1
             self._entries.clear()
             self._put_at.clear()
+            self._num_histories.clear()
             self._num_bytes = 0
 
     def _expire(self) -> None:
@@ -215,13 +232,17 @@ class HistoryCache:
         if self.seconds_to_live is None:
             return
         oldest = self._clock() - self.seconds_to_live
-        while self._put_at and self._put_at[user := next(iter(self._put_at))] <= oldest:
-            self._remove(user)
+        while self._put_at and self._put_at[key := next(iter(self._put_at))] <= oldest:
+            self._remove(key)
             self._counters.expirations += 1
 
-    def _remove(self, user: int) -> bool:
-        if user not in self._entries:
+    def _remove(self, key: Key) -> bool:
+        if key not in self._entries:
             return False
-        del self._put_at[user]
-        self._num_bytes -= self._entries.pop(user).nbytes
+        del self._put_at[key]
+        self._num_bytes -= self._entries.pop(key).nbytes
+        user, _ = key
+        self._num_histories[user] -= 1
+        if self._num_histories[user] == 0:
+            del self._num_histories[user]
         return True

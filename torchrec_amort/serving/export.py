@@ -40,7 +40,7 @@ from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
 from torchrec_amort.serving.heads import Head, Terms, build_head
 from torchrec_amort.serving.lookup import PLAIN_TABLES, BagLookup, SequenceLookup, Slots, stack
-from torchrec_amort.serving.phases import Phases, Served, serve, snapshot, why_not_served
+from torchrec_amort.serving.phases import Phases, ServedDLRM, serve_dlrm, snapshot, why_not_served
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.versions import installed_versions
 
@@ -158,7 +158,7 @@ def export_package(
         raise InputError(f"the model is on {device}, and packages are compiled for CPUs: export model.cpu()")
     if reason := _why_other_tables(model) or _why_not_exportable(model):
         raise InputError(f"the model cannot be exported: {reason}; serve it by AmortizedScorer itself")
-    own = serve(model, dtype, "eager")
+    own = serve_dlrm(model, dtype, "eager")
     _refuse_other_sides(own, schema)
     requests = _some_requests(schema, own.history_length or CHECKED_REQUESTS)
     in_float32 = AmortizedScorer(model, schema=schema, backend="eager").score(requests)
@@ -188,7 +188,7 @@ def export_package(
         return _difference(_checked(temporary, requests, own, dtype), in_float32)
 
 
-def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: Served, dtype: torch.dtype) -> Tensor:
+def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: ServedDLRM, dtype: torch.dtype) -> Tensor:
     """A package's scores of some requests, given as its users do; refused if they are not its model's."""
     package = load_package(folder)
     scores = AmortizedScorer(package).score(requests)
@@ -217,7 +217,7 @@ def _some_requests(schema: RequestSchema, history_length: int) -> list[dict[str,
     return requests
 
 
-def _refuse_other_sides(served: Served, schema: RequestSchema) -> None:
+def _refuse_other_sides(served: ServedDLRM, schema: RequestSchema) -> None:
     """Refuse a schema that has on another side what the model reads, or has not."""
     side_of = {feature.name: feature.side for feature in schema.features}
     for side, lookup in (("candidate", served.candidate_bags), ("request", served.request_bags)):
@@ -361,7 +361,7 @@ def _to_record(config: EmbeddingBagConfig | EmbeddingConfig) -> dict[str, Any]:
     return record | ({"pooling": config.pooling.value} if isinstance(config, EmbeddingBagConfig) else {})
 
 
-def load_package(folder: str | Path) -> Served:
+def load_package(folder: str | Path) -> ServedDLRM:
     """Open a package, to be given to `AmortizedScorer`.
 
     Its checksums tell a damaged package from a whole one, not a good one from an evil one: it is code, to be loaded
@@ -393,7 +393,7 @@ def load_package(folder: str | Path) -> Served:
         sequences = QuantEmbeddingCollection(tables=configs, device=device)
         sequences.load_state_dict(_under(weights, "sequences"))
     phases = _PackagedPhases(folder, manifest)
-    return Served(
+    return ServedDLRM(
         candidate_bags=BagLookup(bags["candidate"]),
         request_bags=BagLookup(bags["request"]) if "request" in bags else None,
         sequences=None if sequences is None else SequenceLookup(sequences),

@@ -7,10 +7,11 @@ S history vectors of a candidate; T tasks.
 from __future__ import annotations
 
 import copy
+import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +21,25 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbe
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.jagged_ids import JaggedIds, rows_of
 from torchrec_amort.models.attach import AttachedDLRM
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.dlrm import HISTORY, AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder, recency
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.plain import Plain, why_other_methods, why_own_methods, why_patched
+from torchrec_amort.modules.tower import CANDIDATE_ITEM
 from torchrec_amort.ops.native import EmbeddingRows
-from torchrec_amort.schema import RequestSchema
+from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.serving.heads import Terms, build_head
 from torchrec_amort.serving.lookup import BagLookup, SequenceLookup, Slots, stack
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 from torchrec_amort.serving.native_head import NativeHead, why_not_native_head
+from torchrec_amort.serving.served import Backend, Histories, Served
 
-Backend = Literal["auto", "native", "eager", "compiled"]
+logger = logging.getLogger(__name__)
 
 _PLAIN = Plain(
     AmortizedDLRM, AttachedDLRM, SparseArch, EventEncoder, EmbeddingCollection, SequenceTables, nn.Embedding, nn.Dropout
@@ -93,9 +98,9 @@ class Phases(ABC):
         """
 
 
-@dataclass(frozen=True, eq=False)
-class Served:
-    """Lookups and phases of a model.
+@dataclass(eq=False)
+class ServedDLRM(Served):
+    """Lookups and phases of an AmortizedDLRM.
 
     Args:
         candidate_bags: of the candidates' ids.
@@ -105,6 +110,7 @@ class Served:
         history_length: events that a history may have; None if any number.
         phases_of: the phases, given the number of dense inputs of a request.
         schema: of the requests, if it is known.
+        tells: whether the log tells what native code does not do.
     """
 
     candidate_bags: BagLookup
@@ -114,15 +120,84 @@ class Served:
     history_length: int | None
     phases_of: Callable[[int], Phases]
     schema: RequestSchema | None = None
+    tells: bool = False
+
+    def __post_init__(self) -> None:
+        lookups = {
+            "candidate_sparse": self.candidate_bags,
+            "request_sparse": self.request_bags,
+            "sequences": self.sequences,
+        }
+        sizes = {field: lookup.table_sizes for field, lookup in lookups.items() if lookup is not None}
+        self.features = {field: list(of_field) for field, of_field in sizes.items()}
+        self.table_sizes = {name: size for of_field in sizes.values() for name, size in of_field.items()}
+        bags = {"candidate_sparse": self.candidate_bags, "request_sparse": self.request_bags}
+        self.is_weighted = {field: lookup.is_weighted for field, lookup in bags.items() if lookup is not None}
+        self.events = {} if self.sequences is None else {HISTORY: self.event_features}
+        self.device = self.candidate_bags.device
+        self._phases: dict[int, Phases] = {}
+        self._lock = threading.Lock()
+
+    def request(self, batch: RequestBatch) -> tuple[Phases, Terms]:
+        """Phase one of all but histories; see `Served.request`."""
+        phases = self._phases_for(batch)
+        slots = [] if self.request_bags is None else self.request_bags(batch.request_sparse)
+        return phases, phases.terms(batch.request_dense, slots)
+
+    def _phases_for(self, batch: RequestBatch) -> Phases:
+        num_request_dense, num_candidate_dense = batch.request_dense.shape[1], batch.candidate_dense.shape[1]
+        with self._lock:
+            if num_request_dense not in self._phases:
+                self._phases[num_request_dense] = self.phases_of(num_request_dense)
+                for reason in self._phases[num_request_dense].not_native if self.tells else ():
+                    logger.info("PyTorch serves what native code cannot: %s", reason)
+            phases = self._phases[num_request_dense]
+        if num_candidate_dense != phases.num_candidate_dense:
+            raise InputError(
+                f"batch: request_dense has {num_request_dense} columns and candidate_dense {num_candidate_dense}, but "
+                f"the model reads {phases.num_request_dense} and {phases.num_candidate_dense}"
+            )
+        return phases
 
     @property
-    def table_sizes(self) -> dict[str, int]:
-        """Rows of the table of each feature."""
-        lookups = [lookup for lookup in (self.candidate_bags, self.request_bags, self.sequences) if lookup is not None]
-        return dict(size for lookup in lookups for size in lookup.table_sizes.items())
+    def _any_phases(self) -> Phases:
+        """Histories are encoded alike, whatever dense inputs there are."""
+        return next(iter(self._phases.values()))
+
+    def is_extendable(self, tower: str) -> bool:
+        """Whether a state can be extended by the events since."""
+        return self._any_phases.is_extendable
+
+    def encode(self, tower: str, events: Mapping[str, JaggedIds]) -> HistoryState:
+        """Phase one of B histories."""
+        return self._any_phases.encode(*self._looked_up(events))
+
+    def extend(self, tower: str, state: HistoryState, events: Mapping[str, JaggedIds]) -> HistoryState:
+        """Phase one of the events since."""
+        return self._any_phases.extend(state, *self._looked_up(events))
+
+    def _looked_up(self, events: Mapping[str, JaggedIds]) -> tuple[dict[str, EmbeddingRows], Tensor]:
+        assert self.sequences is not None
+        return self.sequences(events), events[self.event_features[0]][1]
+
+    def score(self, request: tuple[Phases, Terms], histories: Histories, batch: RequestBatch) -> Tensor:
+        """Phase two; see `Served.score`."""
+        phases, terms = request
+        items = None
+        if self.sequences is not None:
+            ids, _ = rows_of(batch.sequences, CANDIDATE_ITEM, 0, len(batch))
+            items = self.sequences({CANDIDATE_ITEM: (ids, batch.num_candidates)})[CANDIDATE_ITEM]
+        return phases.score(
+            histories.get(HISTORY, []),
+            terms,
+            items,
+            batch.num_candidates,
+            batch.candidate_dense,
+            self.candidate_bags(batch.candidate_sparse),
+        )
 
 
-def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
+def serve_dlrm(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> ServedDLRM:
     """Lookups in a model's tables, and its phases with the weights of this moment.
 
     Args:
@@ -135,19 +210,20 @@ def serve(model: AmortizedDLRM, dtype: torch.dtype, backend: Backend) -> Served:
 
     Example::
 
-        served = serve(model, torch.float32, "auto")
+        served = serve_dlrm(model, torch.float32, "auto")
     """
     if reason := why_not_served(model):
         raise ValueError(f"{reason}: score with the model itself" if isinstance(model, AmortizedDLRM) else reason)
     frozen = snapshot(model)
     request_arch, sequences, events = model.request_sparse_arch, model.history_embedding_collection, model.event_encoder
-    return Served(
+    return ServedDLRM(
         candidate_bags=BagLookup(model.sparse_arch.embedding_bag_collection),
         request_bags=None if request_arch is None else BagLookup(request_arch.embedding_bag_collection),
         sequences=None if sequences is None else SequenceLookup(sequences),
         event_features=() if events is None else tuple(events.features),
-        history_length=None if events is None else events.max_length,
+        history_length=model.history_length,
         phases_of=lambda num_request_dense: ModelPhases(frozen, num_request_dense, dtype, backend),
+        tells=backend == "auto",
     )
 
 

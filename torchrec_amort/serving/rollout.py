@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.hashing import mix
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.schema import InputError
 from torchrec_amort.serving.workers import Workers
 
@@ -59,7 +59,7 @@ def user_places(users: np.ndarray, experiment: str) -> np.ndarray:
 
 
 def score_impressions(
-    model: AmortizedDLRM, batch: RequestBatch, *, history_length: int | None = None, microbatch_size: int = 64
+    model: Ranker, batch: RequestBatch, *, history_length: int | None = None, microbatch_size: int = 64
 ) -> Tensor:
     """Score every candidate as a request of its own, nothing amortized: the reference of a rollout.
 
@@ -77,8 +77,8 @@ def score_impressions(
         reference = partial(score_impressions, model)  # to be given to a Rollout
         logits_CT = reference(batch)
     """
-    if history_length is None and model.event_encoder is not None:
-        history_length = model.event_encoder.max_length
+    if history_length is None:
+        history_length = model.history_length
     batch = batch.to(next(model.parameters()).device)
     if history_length is not None:
         batch = batch.keep_latest(history_length)

@@ -1,4 +1,4 @@
-"""AmortizedScorer: the serving path of an AmortizedDLRM.
+"""AmortizedScorer: the serving path of any ranker.
 
 Shape suffixes: B requests; C candidates, all requests together; N history events; E features of an event; F slots;
 D embedding dimension; T tasks.
@@ -11,23 +11,20 @@ import itertools
 import logging
 import math
 import secrets
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrec_amort.batch import RequestBatch, refuse_weights
 from torchrec_amort.jagged_ids import JaggedIds, rows_of
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
-from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.serving.cache import CachedHistory, HistoryCache
-from torchrec_amort.serving.lookup import BagLookup, Slots
-from torchrec_amort.serving.phases import Backend, Phases, Served, serve
+from torchrec_amort.serving.ranker import serve
+from torchrec_amort.serving.served import Backend, Served
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +40,13 @@ class AmortizedScorer:
     call it.
 
     Args:
-        model: an `AmortizedDLRM`, or what `attach_history` returned, not sharded, with an amortizable encoder or none;
-            or what `load_package` returned.
+        model: a ranker, or a model that is built on an `AmortizedEmbeddingBagCollection`, not sharded, with amortizable
+            encoders or none; or what `load_package` returned.
         microbatch_size: candidates that are scored at a time, so that memory does not grow with their number; all at
             once if None (M-FALCON's micro-batches: Zhai et al., arXiv 2402.17152, section 3.4).
         cache: keeps encoded histories from one request of a user to the next, for batches with `users`. It belongs to
             this scorer.
+        call: how a model that is no ranker is called; see `ModelRanker`.
         schema: of requests that are given as mappings; not needed for batches. A package has its own.
         dtype: of dense weights and states, `torch.float32` or `torch.bfloat16`; tables stay as they are.
         backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
@@ -69,10 +67,11 @@ class AmortizedScorer:
 
     def __init__(
         self,
-        model: AmortizedDLRM | Served,
+        model: nn.Module | Served,
         microbatch_size: int | None = None,
         cache: HistoryCache | None = None,
         *,
+        call: Call | None = None,
         schema: RequestSchema | None = None,
         dtype: torch.dtype = torch.float32,
         backend: Backend = "auto",
@@ -86,15 +85,11 @@ class AmortizedScorer:
         self.when_longer = when_longer
         self.validate = validate
         if isinstance(model, Served):
-            if dtype != torch.float32 or backend != "auto":
-                raise ValueError("a package is of the dtype and backend that it was exported with: give neither")
+            if dtype != torch.float32 or backend != "auto" or call is not None:
+                raise ValueError("a package is of the dtype, backend and call that it was exported with: give none")
             self._served = model
         else:
-            self._served = serve(model, dtype, backend)
-        self._backend = backend
-        self._phases: dict[int, Phases] = {}
-        self._lock = threading.Lock()
-        self._table_sizes = self._served.table_sizes
+            self._served = serve(model, dtype, backend, call)
         limit = self._served.history_length
         if history_length is not None and limit is not None and history_length > limit:
             raise ValueError(f"history_length is {history_length}, but the model knows places for {limit} events")
@@ -105,7 +100,7 @@ class AmortizedScorer:
         self.cache = cache
         self._hash_key = secrets.token_bytes(16)
         if cache is not None:
-            if self._served.sequences is None:
+            if not self._served.events:
                 raise ValueError("the model reads no history: it needs no cache")
             cache.bind(self)
 
@@ -159,18 +154,16 @@ class AmortizedScorer:
             batch = RequestBatch.from_requests(requests, self.schema)
         if self.validate:
             self._refuse_missing_features(batch)
-            batch.validate(self._table_sizes)
+            batch.validate(self._served.table_sizes)
         # Not only when batches are checked: weights that are left out crash nothing.
-        refuse_weights("candidate_sparse", batch.candidate_sparse, self._served.candidate_bags.is_weighted)
-        if self._served.request_bags is not None:
-            refuse_weights("request_sparse", batch.request_sparse, self._served.request_bags.is_weighted)
-        device = self._served.candidate_bags.device
-        if batch.num_candidates.device != device:
-            batch = batch.to(device)
+        for field, is_weighted in self._served.is_weighted.items():
+            refuse_weights(field, getattr(batch, field), is_weighted)
+        if batch.num_candidates.device != self._served.device:
+            batch = batch.to(self._served.device)
         return self._limit(batch)
 
     def _refuse_other_schema(self, schema: RequestSchema) -> None:
-        for feature, size in self._table_sizes.items():
+        for feature, size in self._served.table_sizes.items():
             if schema.table_sizes.get(feature) != size:
                 raise InputError(
                     f"schema {schema.dataset!r}: {feature} has {schema.table_sizes.get(feature)} rows, but the model's "
@@ -178,64 +171,34 @@ class AmortizedScorer:
                 )
 
     def _refuse_missing_features(self, batch: RequestBatch) -> None:
-        for name, lookup in (
-            ("candidate_sparse", self._served.candidate_bags),
-            ("request_sparse", self._served.request_bags),
-            ("sequences", self._served.sequences),
-        ):
-            have = getattr(batch, name).keys()
-            for feature in () if lookup is None else lookup.table_sizes:
+        for field, features in self._served.features.items():
+            have = getattr(batch, field).keys()
+            for feature in features:
                 if feature not in have:
-                    raise InputError(f"batch: {name} has {list(have)}, but the model reads {feature!r}, too: add it")
+                    raise InputError(f"batch: {field} has {list(have)}, but the model reads {feature!r}, too: add it")
 
     def _limit(self, batch: RequestBatch) -> RequestBatch:
         if self.history_length is None or batch.sequences.values().numel() <= self.history_length:
             return batch
-        if not self._served.event_features:
-            return batch
-        _, lengths_B = rows_of(batch.sequences, self._served.event_features[0], 0, len(batch))
-        if int(lengths_B.max()) <= self.history_length:
-            return batch
-        if self.when_longer == "refuse":
-            request = int((lengths_B > self.history_length).nonzero()[0])
-            raise InputError(
-                f"batch: request {request}: a history of {int(lengths_B[request])} events, but the limit is "
-                f"{self.history_length}: send the latest {self.history_length}, or let the scorer keep_latest"
-            )
-        return batch.keep_latest(self.history_length)
+        for features in self._served.events.values():
+            _, lengths_B = rows_of(batch.sequences, features[0], 0, len(batch))
+            if int(lengths_B.max()) > self.history_length:
+                self._refuse_longer(lengths_B, self.history_length)
+                return batch.keep_latest(self.history_length)
+        return batch
 
-    def _phases_for(self, batch: RequestBatch) -> Phases:
-        have = batch.request_dense.shape[1], batch.candidate_dense.shape[1]
-        with self._lock:
-            if have[0] not in self._phases:
-                self._phases[have[0]] = self._served.phases_of(have[0])
-                for reason in self._phases[have[0]].not_native if self._backend == "auto" else ():
-                    logger.info("PyTorch serves what native code cannot: %s", reason)
-            phases = self._phases[have[0]]
-        if have[1] != phases.num_candidate_dense:
+    def _refuse_longer(self, lengths_B: Tensor, limit: int) -> None:
+        if self.when_longer == "refuse":
+            request = int((lengths_B > limit).nonzero()[0])
             raise InputError(
-                f"batch: request_dense has {have[0]} columns and candidate_dense {have[1]}, but the model reads "
-                f"{phases.num_request_dense} and {phases.num_candidate_dense}"
+                f"batch: request {request}: a history of {int(lengths_B[request])} events, but the limit is {limit}: "
+                f"send the latest {limit}, or let the scorer keep_latest"
             )
-        return phases
 
     def _score(self, batch: RequestBatch, cache: HistoryCache | None) -> Tensor:
-        phases = self._phases_for(batch)
-        served = self._served
-        states = [] if served.sequences is None else self._states(batch, phases, cache)
-        slots = [] if served.request_bags is None else served.request_bags(batch.request_sparse)
-        terms = phases.terms(batch.request_dense, slots)
-        parts = (
-            phases.score(
-                states,
-                terms,
-                self._items(part),
-                part.num_candidates,
-                part.dense,
-                part.slots,
-            )
-            for part in self._microbatches(batch)
-        )
+        request = self._served.request(batch)
+        histories = {tower: self._states(batch, tower, cache) for tower in self._served.events}
+        parts = (self._served.score(request, histories, part) for part in self._microbatches(batch))
         logits_CT = _put_together(parts, batch.candidate_dense.shape[0])
         # The sum of what is not finite is not finite, either; the sum of numbers nearly always is.
         if not math.isfinite(float(logits_CT.sum())) and not torch.isfinite(logits_CT).all():
@@ -246,49 +209,41 @@ class AmortizedScorer:
             )
         return logits_CT
 
-    def _items(self, candidates: _Candidates) -> EmbeddingRows | None:
-        """Embeddings of the candidates' items."""
-        if self._served.sequences is None:
-            return None
-        (items,) = self._served.sequences({"candidate_item": (candidates.items, candidates.num_candidates)}).values()
-        return items
-
-    def _ids(self, batch: RequestBatch, start: int, stop: int) -> dict[str, JaggedIds]:
-        """Ids of the events of some requests, feature by feature."""
-        return {name: rows_of(batch.sequences, name, start, stop) for name in self._served.event_features}
-
-    def _events(self, ids: Mapping[str, JaggedIds]) -> tuple[dict[str, EmbeddingRows], Tensor]:
-        """Embeddings of the features of events, and how many events each request has."""
-        assert self._served.sequences is not None
-        return self._served.sequences(ids), ids[self._served.event_features[0]][1]
-
-    def _states(self, batch: RequestBatch, phases: Phases, cache: HistoryCache | None) -> list[HistoryState]:
+    def _states(self, batch: RequestBatch, tower: str, cache: HistoryCache | None) -> list[HistoryState]:
+        """States of one of the histories of all requests."""
         if cache is None:
-            return [phases.encode(*self._events(self._ids(batch, 0, len(batch))))]
+            return [self._served.encode(tower, self._ids(batch, tower, 0, len(batch)))]
         if batch.users is None:
             raise InputError("batch: users is None: a cache needs to know whose histories they are")
-        return [self._state(batch, row, user, phases, cache) for row, user in enumerate(batch.users.tolist())]
+        return [self._state(batch, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())]
 
-    def _state(self, batch: RequestBatch, row: int, user: int, phases: Phases, cache: HistoryCache) -> HistoryState:
+    def _ids(self, batch: RequestBatch, tower: str, start: int, stop: int) -> dict[str, JaggedIds]:
+        """Ids of the events of some requests, feature by feature."""
+        return {name: rows_of(batch.sequences, name, start, stop) for name in self._served.events[tower]}
+
+    def _state(self, batch: RequestBatch, row: int, user: int, tower: str, cache: HistoryCache) -> HistoryState:
         """One request's state: from the cache, or extended or encoded and then put there."""
-        history = _History(self._ids(batch, row, row + 1), self._hash_key)
-        epoch = cache.epoch
-        cached = cache.find(user, history.num_events, history.version, extendable=phases.is_extendable)
+        history = _History(self._ids(batch, tower, row, row + 1), self._hash_key)
+        epoch, is_extendable = cache.epoch, self._served.is_extendable(tower)
+        cached = cache.find(user, history.num_events, history.version, extendable=is_extendable, tower=tower)
         if cached is not None and cached.num_events == history.num_events:
             return cached.state
         if cached is not None:
-            state = phases.extend(cached.state, *self._events(history.events(cached.num_events)))
+            state = self._served.extend(tower, cached.state, history.events(cached.num_events))
         else:
-            state = phases.encode(*self._events(history.events(0)))
+            state = self._served.encode(tower, history.events(0))
         version = history.version(history.num_events)
-        cache.put(user, CachedHistory(version, history.num_events, state), epoch=epoch)
+        cache.put(user, CachedHistory(version, history.num_events, state), epoch=epoch, tower=tower)
         return state
 
-    def _microbatches(self, batch: RequestBatch) -> Iterator[_Candidates]:
-        num_candidates = batch.candidate_dense.shape[0]
+    def _microbatches(self, batch: RequestBatch) -> Iterator[RequestBatch]:
+        num_candidates = batch.stride()
         size = self.microbatch_size or num_candidates
+        if size >= num_candidates:
+            yield batch
+            return
         for start in range(0, num_candidates, size):
-            yield _Candidates.of(batch, self._served.candidate_bags, start, min(num_candidates, start + size))
+            yield batch.part(start, min(num_candidates, start + size))
 
 
 def _put_together(parts: Iterator[Tensor], num_rows: int) -> Tensor:
@@ -302,37 +257,6 @@ def _put_together(parts: Iterator[Tensor], num_rows: int) -> Tensor:
         rows[stop : stop + part.shape[0]] = part
         stop += part.shape[0]
     return rows
-
-
-@dataclass(frozen=True, eq=False)
-class _Candidates:
-    """Some of a batch's candidates.
-
-    Args:
-        num_candidates: int64 [B], how many of each request; it may be 0.
-        dense: their dense inputs.
-        slots: embeddings of each of their ids.
-        items: ids of their items, [C]; empty if the batch has none.
-    """
-
-    num_candidates: Tensor
-    dense: Tensor
-    slots: Slots
-    items: Tensor
-
-    @classmethod
-    def of(cls, batch: RequestBatch, bags: BagLookup, start: int, stop: int) -> _Candidates:
-        num_candidates_B = batch.num_candidates
-        items = num_candidates_B[:0]
-        if stop - start < batch.candidate_dense.shape[0]:
-            ends_B = torch.cumsum(num_candidates_B, 0)
-            starts_B = ends_B - num_candidates_B
-            num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
-        if "candidate_item" in batch.sequences.keys():
-            ids, _ = rows_of(batch.sequences, "candidate_item", 0, len(batch))
-            items = ids[start:stop]
-        slots = bags(batch.candidate_sparse, start, stop)
-        return cls(num_candidates_B, batch.candidate_dense[start:stop], slots, items)
 
 
 class _History:
