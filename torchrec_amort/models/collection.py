@@ -176,6 +176,13 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         widths = [table.embedding_dim for table in self._configs for _ in table.feature_names]
         reads = {tower.name: _Reads.of(tower, self.sequences, shared) for tower in towers}
         self.bags = Bags(towers, dict(zip(bags, widths, strict=True)), reads, shared.places)
+        # Asked now: collections that are sharded do not tell.
+        sides = {"request_sparse": request_bags, "candidate_sparse": candidate_bags}
+        self._weighted = {field for field, bags in sides.items() if bags is not None and bags.is_weighted()}
+        features = {field: _features(bags.embedding_bag_configs()) if bags else [] for field, bags in sides.items()}
+        features["sequences"] = [name for collection in self.sequences for name in features_of(collection)]
+        self.features = features
+        self._renamed = self._names_of_tables()
         self._register_load_state_dict_pre_hook(self._rename)
         refuse_tied_tables(self)
 
@@ -185,19 +192,12 @@ class AmortizedEmbeddingBagCollection(nn.Module):
 
     def is_weighted(self) -> bool:
         """Whether ids have weights."""
-        return any(bags is not None and bags.is_weighted() for bags in (self.request_bags, self.candidate_bags))
+        return bool(self._weighted)
 
     @property
     def towers(self) -> list[HistoryTower]:
         """The histories."""
         return list(self.bags.towers.values())  # type: ignore[arg-type]
-
-    @property
-    def features(self) -> dict[str, list[str]]:
-        """Features that are read, of each field of a batch."""
-        sides = {"request_sparse": self.request_bags, "candidate_sparse": self.candidate_bags}
-        features = {name: _features(bags.embedding_bag_configs()) if bags else [] for name, bags in sides.items()}
-        return features | {"sequences": [name for collection in self.sequences for name in features_of(collection)]}
 
     def rows(self, batch: RequestBatch) -> RequestBatch:
         """What a model is given in place of the KeyedJaggedTensor that it was called with: the batch, if it fits.
@@ -272,19 +272,22 @@ class AmortizedEmbeddingBagCollection(nn.Module):
     def _of_requests(self, batch: RequestBatch) -> KeyedTensor | None:
         if self.request_bags is None:
             return None
-        refuse_weights("request_sparse", batch.request_sparse, self.request_bags.is_weighted())
+        refuse_weights("request_sparse", batch.request_sparse, "request_sparse" in self._weighted)
         bags: KeyedTensor = self.request_bags(batch.request_sparse)
         return bags
 
     def _of_candidates(self, batch: RequestBatch) -> KeyedTensor | None:
         if self.candidate_bags is None:
             return None
-        refuse_weights("candidate_sparse", batch.candidate_sparse, self.candidate_bags.is_weighted())
+        refuse_weights("candidate_sparse", batch.candidate_sparse, "candidate_sparse" in self._weighted)
         bags: KeyedTensor = self.candidate_bags(batch.candidate_sparse)
         return bags
 
     def renamed(self) -> dict[str, str]:
         """Names of tables in the state dict of `embedding_bag_collection`, and their names in this one's."""
+        return self._renamed
+
+    def _names_of_tables(self) -> dict[str, str]:
         names = {}
         for side in ("request_bags", "candidate_bags"):
             bags = getattr(self, side)
@@ -319,7 +322,10 @@ class _Reads:
         if tower.item is None:
             return cls(dict.fromkeys(tower.event_encoder.features, own), own)
         if tower.item not in shared.places:
-            raise ValueError(f"tower {tower.name!r} shares the table of {tower.item!r}, but there are no bags")
+            raise ValueError(
+                f"tower {tower.name!r} would share the table of {tower.item!r}, but there are no bags to share it: "
+                f"give the tower `events` with {CANDIDATE_ITEM!r} among their features, and no item"
+            )
         place = shared.places[tower.item]
         features = tower.event_encoder.features
         return cls({name: place if name == tower.history_item else own for name in features}, place)
