@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows, RequestState
@@ -160,7 +161,7 @@ def ranker_of(model: nn.Module, call: Call | None = None) -> Ranker:
     return model
 
 
-def call_model(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+def call_model(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows | KeyedJaggedTensor) -> Tensor:
     """Call a model as TorchRec's own are called: with dense inputs and then ids."""
     logits_CT: Tensor = model(batch.dense, rows)
     return logits_CT
