@@ -23,7 +23,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from tests.models.test_attach import SIZES, attach, make_batch, make_dlrm
-from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestBatch, build_model
+from torchrec_amort import AmortizedDLRM, AmortizedDLRMTrain, ModelConfig, RequestBatch, build_model
 from torchrec_amort.training.sharding import OptimizerConfig, shard
 
 CPU = torch.device("cpu")
@@ -66,6 +66,7 @@ def golden_training(
     train: AmortizedDLRMTrain, more: Callable[[AmortizedDLRMTrain], Iterable[nn.Parameter]] = lambda _: []
 ) -> tuple[DistributedModelParallel, KeyedOptimizerWrapper]:
     """The wiring: a fused optimizer of the sparse arch, another one of what is left, and tables of `more` if wanted."""
+    assert isinstance(train.model, AmortizedDLRM)
     apply_optimizer_in_backward(RowWiseAdagrad, train.model.sparse_arch.parameters(), {**ADAGRAD})
     apply_optimizer_in_backward(RowWiseAdagrad, more(train), {**ADAGRAD})
     model = distributed(train)
@@ -77,6 +78,7 @@ def golden_training(
 
 
 def history_tables(train: AmortizedDLRMTrain) -> Iterable[nn.Parameter]:
+    assert isinstance(train.model, AmortizedDLRM)
     assert train.model.history_embedding_collection is not None
     return train.model.history_embedding_collection.parameters()
 

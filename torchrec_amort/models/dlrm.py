@@ -6,6 +6,8 @@ I dense inputs; T tasks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryEncoder, amortizable
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import CANDIDATE_ITEM
+
+# Of logits and labels, float [C, T] each: a scalar.
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 # The only history, and the requests' ids, in a state.
 HISTORY, REQUEST_SLOTS = "history", "slots"
@@ -226,19 +231,21 @@ class AmortizedDLRM(Ranker):
 
 
 class AmortizedDLRMTrain(nn.Module):
-    """AmortizedDLRM with its loss, for TorchRec's train pipelines.
+    """A ranker with its loss, for TorchRec's train pipelines.
 
     Args:
-        model: the model to train.
+        model: the ranker to train, an AmortizedDLRM or any other.
+        loss: of logits and labels, float [C, T] each; a scalar. Their mean binary cross entropy unless given.
 
     Example::
 
         loss, (detached_loss, logits_CT, labels_CT) = AmortizedDLRMTrain(model)(batch)
     """
 
-    def __init__(self, model: AmortizedDLRM) -> None:
+    def __init__(self, model: Ranker, loss: Loss = F.binary_cross_entropy_with_logits) -> None:
         super().__init__()
         self.model = model
+        self.loss = loss if isinstance(loss, nn.Module) else _Loss(loss)
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Score the batch and compare with its labels.
@@ -247,14 +254,30 @@ class AmortizedDLRMTrain(nn.Module):
             batch: B requests with C candidates and their labels.
 
         Returns:
-            tuple: the mean binary cross entropy over all labels, and (the same detached, logits [C, T]
-            detached, labels [C, T] detached).
+            tuple: the loss over all labels, and (the same detached, logits [C, T] detached, labels [C, T] detached).
 
         Raises:
             ValueError: the batch has no labels, or some tables were sharded without an optimizer.
         """
         if batch.labels is None:
             raise ValueError("the batch has no labels: training needs them")
+        if self.training and torch.is_grad_enabled():
+            refuse_tables_without_optimizer(self.model)
         logits_CT = self.model(batch)
-        loss = F.binary_cross_entropy_with_logits(logits_CT.float(), batch.labels)
+        loss = self.loss(logits_CT.float(), batch.labels)
         return loss, (loss.detach(), logits_CT.detach(), batch.labels.detach())
+
+
+class _Loss(nn.Module):
+    """A loss as a module: pipelines trace what they train, but call a module that has no tables.
+
+    Args:
+        loss: a function.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self._loss = loss
+
+    def forward(self, logits_CT: Tensor, labels_CT: Tensor) -> Tensor:
+        return self._loss(logits_CT, labels_CT)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
@@ -19,7 +20,8 @@ from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.files import new_file
-from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
+from torchrec_amort.models.dlrm import AmortizedDLRMTrain, Loss
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError, one_line
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
@@ -82,12 +84,15 @@ class GlobalBatchTrain(AmortizedDLRMTrain):
     The loss it returns first is this rank's share; the detached one is the global batch's mean.
 
     Args:
-        model: the model to train.
+        model: the ranker to train.
         precision: of the forward and backward pass.
+        loss: a mean over candidates; see `AmortizedDLRMTrain`.
     """
 
-    def __init__(self, model: AmortizedDLRM, precision: Precision = "float32") -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Ranker, precision: Precision = "float32", loss: Loss = F.binary_cross_entropy_with_logits
+    ) -> None:
+        super().__init__(model, loss)
         self.autocast = precision == "bfloat16"
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
