@@ -97,6 +97,8 @@ class CheckpointWriter:
         final = self._folder / f"step-{position.total_steps:09d}"
         temporary = self._folder / f".{final.name}.tmp"
         self._raise_together(self._make_room(temporary))
+        # Of what each rank has a copy, any one's may be written.
+        model.broadcast_buffers()
         state = {
             **_training_state(model),
             "model": model.module.state_dict(),

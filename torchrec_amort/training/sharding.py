@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -18,6 +18,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import ShardedModule as TorchRecShardedModule
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -130,6 +131,25 @@ class ShardedModel:
         self.decay.update(step)
         if self.average is not None:
             self.average.update(step)
+
+    def broadcast_buffers(self) -> None:
+        """Give all ranks the buffers of the first one, in the average, too. All ranks call it together.
+
+        Running means of batch norm are of each rank's own batches. Buffers of sharded modules stay: each rank has its
+        share of them.
+        """
+        average = {} if self.average is None else self.average.weights
+        for name, buffer in _unsharded_buffers(self.module.module):
+            for tensor in (buffer, average.get(name)):
+                if tensor is not None:
+                    dist.broadcast(tensor, 0)
+
+
+def _unsharded_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_buffers(prefix, recurse=False)
+    for name, child in module.named_children():
+        if not isinstance(child, TorchRecShardedModule):
+            yield from _unsharded_buffers(child, f"{prefix}.{name}" if prefix else name)
 
 
 def shard(
