@@ -231,7 +231,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         if isinstance(rows, CandidateRows):
             return self.bags.of_candidates(rows)
         if self.training and torch.is_grad_enabled():
-            refuse_tables_without_optimizer(self)
+            refuse_tables_without_optimizer(self, "embedding_bag_collection")
         request, candidate = self._of_requests(rows), self._of_candidates(rows)
         sequences = [collection(rows.sequences) for collection in self.sequences]
         bags: KeyedTensor = self.bags(request, candidate, sequences, rows.num_candidates, rows.stride())

@@ -5,13 +5,15 @@ All that is private to TorchRec's sharded collections is in this file; it was tr
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 
-def refuse_tables_without_optimizer(model: nn.Module) -> None:
+def refuse_tables_without_optimizer(model: nn.Module, name: str = "model") -> None:
     """Refuse to train sharded tables that were given no optimizer: fbgemm would step them by SGD with a rate of 0.01.
 
     Optimizers of fused tables are given before sharding, by `apply_optimizer_in_backward` or the sharder's
@@ -19,6 +21,7 @@ def refuse_tables_without_optimizer(model: nn.Module) -> None:
 
     Args:
         model: sharded or not.
+        name: what the error message calls it.
 
     Raises:
         ValueError: it has such tables.
@@ -29,10 +32,11 @@ def refuse_tables_without_optimizer(model: nn.Module) -> None:
     """
     for path, module in model.named_modules():
         if tables := _without_optimizer(module):
+            code = re.sub(r"\.(\d+)", r"[\1]", f"{name}.{path}")
             raise ValueError(
                 f"tables {tables} of {path} were sharded without an optimizer, and fbgemm would step them by SGD with "
                 f"a rate of 0.01: before DistributedModelParallel, call apply_optimizer_in_backward(RowWiseAdagrad, "
-                f'model.{path}.parameters(), {{"lr": ...}}), with the optimizer that the other tables have'
+                f'{code}.parameters(), {{"lr": ...}}), with the optimizer that the other tables have'
             )
 
 
