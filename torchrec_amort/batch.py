@@ -242,7 +242,7 @@ class RequestBatch(Pipelineable):
 
     @property
     def sparse(self) -> KeyedJaggedTensor:
-        """Ids of each candidate and its request, C rows: what a model without histories reads."""
+        """Ids of each candidate and its request, in C rows, which a model without histories reads."""
         requests_C = torch.repeat_interleave(self.num_candidates, output_size=self.candidate_dense.shape[0])
         of_requests = select_rows(self.request_sparse, requests_C, self.request_sparse.keys())
         return KeyedJaggedTensor.concat([ids for ids in (of_requests, self.candidate_sparse) if ids.keys()])
@@ -268,7 +268,8 @@ class RequestBatch(Pipelineable):
     def _map(self, function: Callable[[Any], Any]) -> RequestBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: None if v is None else function(v) for name, v in values.items()}
-        return RequestBatch(**moved)
+        # Of the same class, which may have more fields.
+        return replace(self, **moved)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
         """Copy the batch to a device."""
