@@ -13,6 +13,7 @@ from torchrec import (
     EmbeddingConfig,
     JaggedTensor,
     KeyedJaggedTensor,
+    KeyedTensor,
 )
 from torchrec.models.deepfm import SimpleDeepFMNN
 from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection
@@ -51,12 +52,21 @@ def _normal(weight: Tensor) -> Tensor:
     return nn.init.normal_(weight, std=0.5)
 
 
+def _features(bags: EmbeddingBagCollection) -> list[str]:
+    return [name for table in bags.embedding_bag_configs() for name in table.feature_names]
+
+
+def _in_order(bags: KeyedTensor, features: Sequence[str]) -> list[Tensor]:
+    # `values()` of TorchRec's own collection has another order once its tables are sharded.
+    return [bags[name] for name in features]
+
+
 class MMoE(nn.Module):
     """Two tasks of experts and gates over everything (Ma et al., KDD 2018), with batch norm and dropout."""
 
     def __init__(self, bags: EmbeddingBagCollection, num_dense: int) -> None:
         super().__init__()
-        self.bags = bags
+        self.bags, self.features = bags, _features(bags)
         width = num_dense + sum(c.embedding_dim * len(c.feature_names) for c in bags.embedding_bag_configs())
         self.norm = nn.BatchNorm1d(width)
         self.experts = nn.ModuleList(MLP(width, [16, 8]) for _ in range(3))
@@ -64,7 +74,7 @@ class MMoE(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(nn.Dropout(0.2), nn.Linear(8, 1)) for _ in range(2))
 
     def forward(self, sparse: KeyedJaggedTensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.norm(torch.cat([self.bags(sparse).values(), dense], dim=1))
+        x = self.norm(torch.cat([*_in_order(self.bags(sparse), self.features), dense], dim=1))
         experts = torch.stack([expert(x) for expert in self.experts], dim=1)
         mixed = [(gate(x).softmax(1).unsqueeze(2) * experts).sum(1) for gate in self.gates]
         click, buy = (head(one).squeeze(1) for head, one in zip(self.heads, mixed, strict=True))
@@ -76,20 +86,31 @@ class DIN(nn.Module):
 
     def __init__(self, bags: EmbeddingBagCollection, events: EmbeddingCollection, num_dense: int) -> None:
         super().__init__()
-        self.bags, self.events = bags, events
+        self.bags, self.events, self.features = bags, events, _features(bags)
         width = num_dense + sum(c.embedding_dim * len(c.feature_names) for c in bags.embedding_bag_configs())
-        self.weigh = nn.Linear(3 * 8, 1)
+        self.pooling = Pooling(8)
         self.mlp = nn.Sequential(nn.Linear(width + 8, 16), nn.ReLU(), nn.Linear(16, 1))
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor, lists: KeyedJaggedTensor) -> Tensor:
         looked_up = self.events(lists)
-        seen, item = looked_up["seen"], looked_up["of_candidate"].values()
+        pooled = self.pooling(looked_up["seen"], looked_up["of_candidate"].values())
+        bags = _in_order(self.bags(sparse), self.features)
+        logits: Tensor = self.mlp(torch.cat([*bags, pooled, dense], dim=1))
+        return logits
+
+
+class Pooling(nn.Module):
+    """DIN's weighted sum of events; a module, which pipelines do not trace."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(3 * dim, 1)
+
+    def forward(self, seen: JaggedTensor, item: Tensor) -> Tensor:
         rows = torch.repeat_interleave(torch.arange(len(item)), seen.lengths())
         event, mine = seen.values(), item[rows]
         weights = self.weigh(torch.cat([event, mine, event * mine], dim=1)).sigmoid()
-        pooled = torch.zeros_like(item).index_add(0, rows, weights * event)
-        logits: Tensor = self.mlp(torch.cat([self.bags(sparse).values(), pooled, dense], dim=1))
-        return logits
+        return torch.zeros_like(item).index_add(0, rows, weights * event)
 
 
 class OwnForward(DLRM):

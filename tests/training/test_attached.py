@@ -10,6 +10,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -53,7 +54,10 @@ def distributed(
     train: nn.Module, sharders: list[ModuleSharder[nn.Module]] | None = None, way: str = "table_wise"
 ) -> DistributedModelParallel:
     """As golden training calls it, with a plan for the number of ranks."""
-    names = ["item", "t1", "action", "user_id", "interests", "movie_id", "genres", "history_action", "history_age"]
+    bags = [module for module in train.modules() if isinstance(module, EmbeddingBagCollection)]
+    sequences = [module for module in train.modules() if isinstance(module, EmbeddingCollection)]
+    names = [table.name for collection in bags for table in collection.embedding_bag_configs()]
+    names += [table.name for collection in sequences for table in collection.embedding_configs()]
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=dist.get_world_size(), compute_device="cpu"),
         constraints={name: ParameterConstraints(sharding_types=[way]) for name in names},
