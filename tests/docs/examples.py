@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from torchrec import (
     EmbeddingBagCollection,
@@ -24,15 +25,20 @@ from torchrec import (
     KeyedJaggedTensor,
 )
 from torchrec.datasets.utils import Batch
+from torchrec.models.deepfm import SimpleDeepFMNN
 from torchrec.models.dlrm import DLRM
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import torchrec_amort
 from tests.launch import ROOT
 from torchrec_amort import (
+    AmortizedEmbeddingBagCollection,
     AmortizedHistoryArch,
     AmortizedScorer,
     Feature,
     HistoryCache,
+    HistoryTower,
     ModelConfig,
     RequestBatch,
     RequestSchema,
@@ -212,7 +218,51 @@ def _of_a_dlrm() -> dict[str, Any]:
         sequences=KeyedJaggedTensor(["history_item", "candidate_item"], torch.arange(6), lengths=lengths),
         num_candidates=torch.tensor([2, 1]),
     )
-    return {"dlrm": dlrm, "batch": batch}
+    events = _sequences({"item": ["history_item", "candidate_item"]})
+    tower = HistoryTower("clicks", AmortizedHistoryArch(32), events=events)
+    return {"dlrm": dlrm, "tower": tower, "history_embedding_collection": events, "batch": batch}
+
+
+def _of_a_collection() -> dict[str, Any]:
+    """Bags of requests, a history, and a model that is called otherwise than TorchRec's."""
+    given, lengths = _of_a_dlrm(), torch.ones(2, dtype=torch.int64)
+    tables = [
+        EmbeddingBagConfig(name=name, feature_names=[name], num_embeddings=10, embedding_dim=32)
+        for name in ("user", "country", "tag")
+    ]
+    bags, batch = EmbeddingBagCollection(tables=tables), given["batch"]
+    ids = {name: JaggedTensor(torch.tensor([7, 9]), lengths=lengths) for name in ("user", "country")}
+    batch.request_sparse = KeyedJaggedTensor.from_jt_dict(ids)
+    batch.candidate_sparse = KeyedJaggedTensor(["tag"], torch.arange(3), lengths=torch.ones(3, dtype=torch.int64))
+    return {**given, "ebc": bags, "SimpleDeepFMNN": SimpleDeepFMNN, "batch": batch}
+
+
+class _Reversed(nn.Module):
+    """A model that takes ids first and returns more than its logits."""
+
+    def __init__(self, dlrm: DLRM) -> None:
+        super().__init__()
+        self.dlrm = dlrm
+
+    def forward(self, sparse: Any, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.dlrm(dense, sparse)
+        return logits, logits.sigmoid()
+
+
+def _of_a_model() -> dict[str, Any]:
+    """A model that is built on histories and called in another way."""
+    given = _of_a_collection()
+    sparse = AmortizedEmbeddingBagCollection(given["ebc"], [given["tower"]], ["user", "country"])
+    return {"model": _Reversed(DLRM(sparse, 2, [32], [64, 1])), "batch": given["batch"]}
+
+
+def _of_tables() -> dict[str, Any]:
+    """What steps tables, and a model that nothing else trains."""
+    return {
+        "apply_optimizer_in_backward": apply_optimizer_in_backward,
+        "RowWiseAdagrad": RowWiseAdagrad,
+        "model": build_model(SCHEMA, ModelConfig(), seed=0),
+    }
 
 
 def _of_impressions() -> dict[str, Any]:
@@ -256,7 +306,12 @@ SPECIAL = {
     "torchrec_amort.batch.RequestBatch.from_impressions": _of_impressions,
     "torchrec_amort.batch.RequestBatch.impression_order": _of_impressions,
     "torchrec_amort.models.attach.attach_history": _of_a_dlrm,
+    "torchrec_amort.models.collection.AmortizedEmbeddingBagCollection": _of_a_collection,
+    "torchrec_amort.models.ranker.ModelRanker": _of_a_model,
+    "torchrec_amort.models.residual.ResidualHistory": _of_a_dlrm,
+    "torchrec_amort.models.tables.tables_of": _of_tables,
     "torchrec_amort.modules.events.EventEncoder": _of_actions,
+    "torchrec_amort.modules.tower.HistoryTower": _of_a_dlrm,
     "torchrec_amort.training.bootstrap.UserWeightedCosts": _of_seconds,
     "torchrec_amort.training.bootstrap.paired_differences": _of_models,
     "torchrec_amort.training.bootstrap.paired_ratios": _of_seconds,

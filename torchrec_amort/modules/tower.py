@@ -99,7 +99,7 @@ class HistoryTower(nn.Module):
 
     @property
     def bags(self) -> list[str]:
-        """Names of the bags that a model gets: one for each of the S vectors."""
+        """Names of the bags that a model gets, one for each of the S vectors."""
         others = range(1, self.encoder.num_slots)
         return [self.name, *(f"{self.name}_{vector}" for vector in others)]
 
