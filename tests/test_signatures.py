@@ -25,8 +25,8 @@ def signatures() -> dict[str, list[Argument]]:
         if inspect.isclass(thing) and issubclass(thing, Exception):
             continue  # made by the package alone
         found[name] = arguments(thing)
-        for method, function in vars(thing).items() if inspect.isclass(thing) else ():
-            function = getattr(function, "__func__", function)
+        for method, attribute in vars(thing).items() if inspect.isclass(thing) else ():
+            function = getattr(attribute, "__func__", attribute)
             if inspect.isfunction(function) and not method.startswith("_"):
                 found[f"{name}.{method}"] = arguments(function)
     return found
