@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_told() -> None:
     ranker.model.forward = partial(ranker.model.forward)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="has a forward of its own.*: score with the model itself"):
         AmortizedScorer(ranker)
-    with pytest.raises(ValueError, match="the Linear has 0 Amortized"):
+    with pytest.raises(ValueError, match="the model is a Linear, which is no ranker"):
         AmortizedScorer(nn.Linear(1, 1))
 
 

@@ -29,9 +29,9 @@ from torchrec.modules.mlp import MLP, Perceptron
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows
 from torchrec_amort.models.dlrm import HISTORY, AmortizedDLRM
-from torchrec_amort.models.ranker import ModelRanker
+from torchrec_amort.models.ranker import ModelRanker, call_model
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.plain import ALL_HOOKS, Plain, why_other_methods, why_own_method, why_patched, why_unlike
@@ -68,8 +68,8 @@ def attach_history(
     So a state dict of the DLRM loads into the result, `strict` or not, and leaves the history as it is.
 
     The result reads a `RequestBatch` in which all that the DLRM read stands on the candidate side
-    (`candidate_dense`, `candidate_sparse`), but for `request_features`, which are looked up once per request
-    (`request_sparse`); `sequences` is new.
+    (`candidate_dense`, `candidate_sparse`) and only `sequences` is new. With `request_features`, these are looked up
+    once per request (`request_sparse`), and `request_dense` are the first of its dense inputs.
 
     Nothing is copied: the DLRM keeps working, and shares its weights with the result until one of the two is
     sharded, which gives that one tables of its own.
@@ -296,7 +296,8 @@ class AttachedModel(ModelRanker):
         bags = dlrm.sparse_arch.embedding_bag_collection
         sparse = AmortizedEmbeddingBagCollection(bags, [tower], request_features)
         self._old_names = list(dlrm.state_dict())
-        super().__init__(_grown(dlrm, SparseArch(sparse), tower.encoder.num_slots))
+        call = call_model if request_features else _call_with_dense_of_candidates
+        super().__init__(_grown(dlrm, SparseArch(sparse), tower.encoder.num_slots), call)
         self.train(dlrm.training)
         self._register_load_state_dict_pre_hook(self._load_old)
         self._refuse_other_scores(dlrm)
@@ -329,6 +330,11 @@ class AttachedModel(ModelRanker):
                 "reads its parts in ways of its own; build it on an AmortizedEmbeddingBagCollection and graft, or use "
                 "ResidualHistory"
             )
+
+
+def _call_with_dense_of_candidates(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+    logits_CT: Tensor = model(batch.candidate_dense, rows)
+    return logits_CT
 
 
 def _grown(dlrm: DLRM, sparse_arch: SparseArch, num_new_slots: int) -> DLRM:
