@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
+import torch.distributed.checkpoint
 from torch.utils.data import DataLoader
 from torchrec import (
     EmbeddingBagCollection,
@@ -52,6 +53,7 @@ PUBLISHED = "needs the data set's published files; its tests read them"
 COMMAND = "a command, which takes minutes; tests/test_readme.py and tests/apps run it on small data"
 TRAINING = "needs a training run; the tests of its module make one"
 LOG = "needs a log of impressions; the tests of its module write one"
+RANKS = "needs a process group; the tests of its module make one"
 COMPILES = "compiles for half a minute; tests/serving/test_export.py does the same"
 NATIVE = "needs native code, which is built where there is a compiler; the tests of its module run it there"
 
@@ -92,6 +94,7 @@ def _not_run() -> dict[str, str]:
         "data.log.ImpressionLog": LOG,
         "serving.export.export_package": COMPILES,
         "serving.export.load_package": COMPILES,
+        "models.graft.old_optimizer_state_dict": RANKS,
         "training.lock.run_lock": TRAINING,
         "training.processes.StopRequests": "ends when the process is told to stop",
     }
@@ -278,6 +281,17 @@ def _of_impressions() -> dict[str, Any]:
     }
 
 
+def _of_a_graft() -> dict[str, Any]:
+    """A trained DLRM with its checkpoint, and a history for it."""
+    given = _of_a_dlrm()
+    trained, events = given["dlrm"], _sequences({"item": ["history_item", "candidate_item"]})
+    torch.distributed.checkpoint.save({"model": trained.state_dict()}, checkpoint_id="old", no_dist=True)
+    tower = HistoryTower("clicks", AmortizedHistoryArch(32), events=events)
+    sparse = AmortizedEmbeddingBagCollection(trained.sparse_arch.embedding_bag_collection, [tower])
+    model = DLRM(sparse, 2, [32], [64, 1])
+    return {"trained": trained, "tower": tower, "model": model, "batch": given["batch"], "DLRM": DLRM}
+
+
 def _of_actions() -> dict[str, Any]:
     """Events with an action each."""
     keys = ["history_item", "history_action"]
@@ -310,6 +324,8 @@ SPECIAL = {
     "torchrec_amort.models.ranker.ModelRanker": _of_a_model,
     "torchrec_amort.models.residual.ResidualHistory": _of_a_dlrm,
     "torchrec_amort.models.tables.tables_of": _of_tables,
+    "torchrec_amort.models.graft.graft": _of_a_graft,
+    "torchrec_amort.models.graft.old_state_dict": _of_a_graft,
     "torchrec_amort.modules.events.EventEncoder": _of_actions,
     "torchrec_amort.modules.tower.HistoryTower": _of_a_dlrm,
     "torchrec_amort.training.bootstrap.UserWeightedCosts": _of_seconds,

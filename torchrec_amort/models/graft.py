@@ -65,7 +65,7 @@ def graft(
 
     Example::
 
-        sparse = AmortizedEmbeddingBagCollection(trained.sparse_arch.embedding_bag_collection, [tower], ["user"])
+        sparse = AmortizedEmbeddingBagCollection(trained.sparse_arch.embedding_bag_collection, [tower])
         model = DLRM(sparse, dense_in_features=2, dense_arch_layer_sizes=[32], over_arch_layer_sizes=[64, 1])
         difference = graft(model, trained, batch)
     """
@@ -82,7 +82,7 @@ def graft(
     if not difference <= tolerance:
         raise ValueError(
             f"logits differ by {difference:.2e}, more than {tolerance:.0e}, and nothing was changed: histories reach "
-            "the logits past the layers that have grown, as by a softmax or a norm over all bags, or the two models were "
+            "the logits past the layers that have grown, as by a softmax or a norm over all bags, or the models were "
             "built with different arguments. Let all towers start at zero, or add the history to the trained model's "
             "logits by ResidualHistory"
         )
@@ -243,14 +243,23 @@ class _Layer:
         weight = self.new.clone()
         # One dimension is a bias or a norm's: its input is zero or what follows it has columns that are zero. Zeros in
         # both would never move.
-        for dim in self.dims if weight.dim() > 1 else ():
-            weight.index_fill_(dim, is_zero_X.nonzero().flatten(), 0)
+        if weight.dim() > 1:
+            is_zero = self._any(is_zero_X)
+            # Of new inputs to new outputs nothing gets to old ones.
+            weight.masked_fill_(is_zero & self._any(is_old_X) if len(self.dims) > 1 else is_zero, 0)
         places = [
             is_old_X.nonzero().flatten() if dim in self.dims else torch.arange(size, device=weight.device)
             for dim, size in enumerate(weight.shape)
         ]
         weight[torch.meshgrid(*places, indexing="ij")] = self.old.to(weight)
         return weight
+
+    def _any(self, of_columns_X: Tensor) -> Tensor:
+        """Of each entry of the weight, whether it holds for any of its columns."""
+        holds = torch.zeros(self.new.shape, dtype=torch.bool, device=of_columns_X.device)
+        for dim in self.dims:
+            holds |= of_columns_X.view([-1 if other == dim else 1 for other in range(holds.dim())])
+        return holds
 
 
 def _fill_layers(
@@ -262,10 +271,8 @@ def _fill_layers(
     left = list(layers)
     while left:
         paths = {path for layer in left for path in layer.paths}
-        drawn, closed = (
-            [_inputs(ranker, batch, isolated, paths, seed, is_closed) for seed in range(DRAWS)]
-            for is_closed in (False, True)
-        )
+        drawn = [_inputs(ranker, batch, isolated, paths, seed, is_closed=False) for seed in range(DRAWS)]
+        closed = [_inputs(ranker, batch, {**weights, **filled}, paths, seed, is_closed=True) for seed in range(DRAWS)]
         found = {layer.name: columns for layer in left if (columns := _columns(layer, drawn, closed)) is not None}
         if not found:
             raise ValueError(_what_was_found(left[0], drawn))
