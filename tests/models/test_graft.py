@@ -99,6 +99,7 @@ GRAFTED: dict[str, Make] = MODELS | {
     "batch norm and a square layer": crossed(
         lambda width: nn.Sequential(nn.BatchNorm1d(width), nn.PReLU(width), nn.Linear(width, width))
     ),
+    "a square layer without bias": crossed(lambda width: nn.Linear(width, width, bias=False)),
     "Fields": Fields,
     "DLRM_Transformer": lambda bags: transformer(bags, batch_first=False),
 }
