@@ -44,7 +44,8 @@ def graft(
     histories too, is found by running the model with other vectors in their place: its old columns are those that do
     not depend on them. Its new columns keep their initial values if the histories' vectors are zero at first
     (`starts_at_zero`), and are zero if not, so that in either case training moves them. Weights of one dimension, as of
-    a batch norm, keep their initial values.
+    a batch norm, keep their initial values. A batch norm over histories undoes a small gate within a few steps, so that
+    `starts_at_zero=False` is the smoother start there.
 
     `model` is changed only if scores agree. Tables that it shares with `trained` stay shared.
 
