@@ -10,8 +10,8 @@ from torchrec_amort.models.attach import attach_history
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, RequestState
 from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
-from torchrec_amort.models.residual import ResidualHistory
 from torchrec_amort.models.graft import graft
+from torchrec_amort.models.residual import ResidualHistory
 from torchrec_amort.modules.encoder import HistoryEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch

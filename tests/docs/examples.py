@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 import torch.distributed.checkpoint
+from torch import nn
 from torch.utils.data import DataLoader
 from torchrec import (
     EmbeddingBagCollection,
