@@ -14,7 +14,8 @@ from tests.models.test_rankers import SIZES, make_batch
 from tests.pages import blocks
 
 MOST_LINES = 10
-GROUPED, *PORTED = blocks("docs/porting.md", "python")
+PAGE = "porting.md"
+GROUPED, *PORTED = blocks(f"docs/{PAGE}", "python")
 
 
 def names() -> dict[str, Any]:
@@ -24,8 +25,6 @@ def names() -> dict[str, Any]:
     bags, wide_bags = make_bags(), make_bags(WIDE_TABLES)
     impressions = batch.to_impressions()
     lists = {"history_item": impressions.sequences["history_item"]}
-    ids = torchrec_amort.RequestBatch
-    del ids
     return {
         **{name: getattr(torchrec_amort, name) for name in torchrec_amort.__all__},
         "torch": torch,
