@@ -25,9 +25,12 @@ def test_busy_processes_rest_and_work_and_end() -> None:
     assert all(process.returncode == -9 for process in started)
 
 
-def test_a_busy_process_that_ended_is_told() -> None:
+@pytest.mark.parametrize("is_known", [False, True], ids=["just now", "before"])
+def test_a_busy_process_that_ended_is_told(is_known: bool) -> None:
     with busy.busy_processes(1) as processes:
         (process,) = processes._processes
         os.kill(process.pid, 15)
+        if is_known:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(RuntimeError, match="a busy process ended"):
             processes.rest()

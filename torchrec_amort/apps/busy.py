@@ -51,9 +51,10 @@ class BusyProcesses:
         """
         self._send(signal.SIGSTOP)
         for process in self._processes:
-            _, status = os.waitpid(process.pid, os.WUNTRACED)
-            if not os.WIFSTOPPED(status):
-                raise RuntimeError(f"a busy process ended with status {status}: nothing was measured beside it")
+            # Sending a signal looks for one that had ended by then, and takes its status.
+            has_ended = process.returncode is not None
+            if has_ended or not os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1]):
+                raise RuntimeError("a busy process ended: nothing was measured beside it")
 
     def work(self) -> None:
         """Compute."""
