@@ -471,6 +471,23 @@ def _to_arrow(
     return pa.table(arrays)
 
 
+def refuse_missing_features(batch: RequestBatch, features: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a batch that lacks what a model reads.
+
+    Args:
+        batch: any.
+        features: that are read of each of its fields.
+
+    Raises:
+        InputError: one is not there.
+    """
+    for field, names in features.items():
+        have = getattr(batch, field).keys()
+        for name in names:
+            if name not in have:
+                raise InputError(f"batch: {field} has {list(have)}, but the model reads {name!r}, too: add it")
+
+
 def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) -> None:
     """Refuse ids with weights where a collection of bags does not read weights, and ids without where it does.
 

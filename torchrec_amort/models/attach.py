@@ -31,7 +31,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows
 from torchrec_amort.models.dlrm import HISTORY, AmortizedDLRM
-from torchrec_amort.models.ranker import ModelRanker, call_model
+from torchrec_amort.models.ranker import ModelRanker, call_model, evaluating
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.plain import ALL_HOOKS, Plain, why_other_methods, why_own_method, why_patched, why_unlike
@@ -316,14 +316,13 @@ class AttachedModel(ModelRanker):
     @torch.no_grad()
     def _refuse_other_scores(self, dlrm: DLRM) -> None:
         """Refuse a forward that reads more of the parts that have grown than TorchRec's does."""
-        batch = _some_batch(dlrm, self.collection)
+        # The caller's random numbers go on as if nothing had been drawn.
+        with torch.random.fork_rng():
+            batch = _some_batch(dlrm, self.collection)
         if batch.num_candidates.is_meta:
             return
-        modes = {module: module.training for module in (*self.modules(), *dlrm.modules())}
-        self.eval(), dlrm.eval()
-        difference = float((self(batch) - dlrm(batch.dense, batch.sparse)).abs().max())
-        for module, mode in modes.items():
-            module.training = mode
+        with evaluating(self), evaluating(dlrm):
+            difference = float((self(batch) - dlrm(batch.dense, batch.sparse)).abs().max())
         if difference != 0:
             raise ValueError(
                 f"with history attached a {type(dlrm).__name__} scores otherwise, by {difference:.1e}: its forward "
@@ -341,7 +340,6 @@ def _grown(dlrm: DLRM, sparse_arch: SparseArch, num_new_slots: int) -> DLRM:
     """The DLRM with other sparse arch and grown layers; nothing is copied, and the DLRM is left as it is."""
     dim, num_slots, over = dlrm.sparse_arch.D, dlrm.sparse_arch.F, _first_linear(dlrm.over_arch)
     grown = _replaced(dlrm, "sparse_arch", sparse_arch)
-    first = "model.0._mlp.0._linear"
     if isinstance(dlrm.inter_arch, InteractionProjectionArch):
         for branch in ("interaction_branch1", "interaction_branch2"):
             path = f"inter_arch.{branch}.{_FIRST_OF_BRANCH}"
@@ -356,7 +354,7 @@ def _grown(dlrm: DLRM, sparse_arch: SparseArch, num_new_slots: int) -> DLRM:
         num_new = num_new_features(num_slots, num_new_slots)
         inter = JoinedInteractionArch(dlrm.inter_arch, num_new_slots)
     grown = _replaced(grown, "inter_arch", inter)
-    return _replaced(grown, f"over_arch.{first}", AttachedLinear(over, num_new))
+    return _replaced(grown, f"over_arch.{_FIRST_OF_OVER}", AttachedLinear(over, num_new))
 
 
 def num_new_features(num_slots: int, num_new_slots: int) -> int:
@@ -393,19 +391,18 @@ def _some_batch(dlrm: DLRM, collection: AmortizedEmbeddingBagCollection) -> Requ
         )
 
     is_weighted = collection.is_weighted()
-    sequences = ids("sequences", [3, 1], False)
     return RequestBatch(
         request_dense=torch.zeros(2, 0, device=device),
         candidate_dense=torch.randn(4, _first_linear(dlrm.dense_arch).in_features, device=device),
         request_sparse=ids("request_sparse", [1, 2], is_weighted),
         candidate_sparse=ids("candidate_sparse", [1, 2, 0, 1], is_weighted),
-        sequences=sequences,
+        sequences=ids("sequences", [3, 1], False),
         num_candidates=num_candidates,
     )
 
 
-# Of a branch that is a `DenseArch`.
-_FIRST_OF_BRANCH = "model._mlp.0._linear"
+# First layers of a branch that is a `DenseArch`, and of an `OverArch`.
+_FIRST_OF_BRANCH, _FIRST_OF_OVER = "model._mlp.0._linear", "model.0._mlp.0._linear"
 
 
 class ZeroLinear(nn.Linear):

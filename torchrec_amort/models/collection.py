@@ -16,14 +16,13 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from torchrec_amort.batch import RequestBatch, refuse_weights
+from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_weights
 from torchrec_amort.models.sharded import refuse_tables_without_optimizer
 from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.plain import Plain
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
 from torchrec_amort.ops.jagged import expand
-from torchrec_amort.schema import InputError
 
 # Pipelines trace the model, and a traced batch has no weights to look at.
 torch.fx.wrap("refuse_weights")
@@ -208,11 +207,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         Raises:
             InputError: the batch lacks a feature.
         """
-        for name, features in self.features.items():
-            have = getattr(batch, name).keys()
-            for feature in features:
-                if feature not in have:
-                    raise InputError(f"batch: {name} has {list(have)}, but the model reads {feature!r}, too: add it")
+        refuse_missing_features(batch, self.features)
         return batch
 
     def forward(self, rows: RequestBatch | CandidateRows) -> KeyedTensor:

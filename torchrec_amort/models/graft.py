@@ -7,7 +7,6 @@ columns of it that a grown layer reads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -22,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
-from torchrec_amort.models.ranker import Call, ModelRanker, call_model
+from torchrec_amort.models.ranker import Call, ModelRanker, call_model, evaluating
 from torchrec_amort.models.sharded import refuse_tables_without_optimizer
 
 # A ReLU hides a column from one draw, not from several.
@@ -77,7 +76,7 @@ def graft(
     weights = {name: old[was].to(new[name]) for was, name in names.items() if old[was].shape == new[name].shape}
     layers = [_Layer.of(name, old[was], new[name]) for was, name in names.items() if name not in weights]
     ids: Any = batch.sparse
-    with _evaluating(ranker), _evaluating(trained):
+    with evaluating(ranker), evaluating(trained):
         weights |= _fill_layers(ranker, batch, weights, layers)
         difference = float((_run(ranker, batch, weights) - call(trained, batch, ids)).abs().max())
     if not difference <= tolerance:
@@ -179,17 +178,6 @@ def _names(model: nn.Module, trained: nn.Module, weights: Mapping[str, Any]) -> 
                 "same arguments"
             )
     return names
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _run(ranker: ModelRanker, batch: RequestBatch, weights: Mapping[str, Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ Shape suffixes: B requests; C candidates, all requests together; T tasks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -165,3 +166,15 @@ def call_model(model: nn.Module, batch: RequestBatch, rows: RequestBatch | Candi
     """Call a model as TorchRec's own are called: with dense inputs and then ids."""
     logits_CT: Tensor = model(batch.dense, rows)
     return logits_CT
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode meanwhile, and each module in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

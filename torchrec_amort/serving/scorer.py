@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchrec_amort.batch import RequestBatch, refuse_weights
+from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_weights
 from torchrec_amort.jagged_ids import JaggedIds, rows_of
 from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
@@ -153,7 +153,7 @@ class AmortizedScorer:
                 raise InputError("requests are given as mappings: give the scorer the schema that they follow")
             batch = RequestBatch.from_requests(requests, self.schema)
         if self.validate:
-            self._refuse_missing_features(batch)
+            refuse_missing_features(batch, self._served.features)
             batch.validate(self._served.table_sizes)
         # Not only when batches are checked: weights that are left out crash nothing.
         for field, is_weighted in self._served.is_weighted.items():
@@ -169,13 +169,6 @@ class AmortizedScorer:
                     f"schema {schema.dataset!r}: {feature} has {schema.table_sizes.get(feature)} rows, but the model's "
                     f"table for it has {size}: the model was made for other requests"
                 )
-
-    def _refuse_missing_features(self, batch: RequestBatch) -> None:
-        for field, features in self._served.features.items():
-            have = getattr(batch, field).keys()
-            for feature in features:
-                if feature not in have:
-                    raise InputError(f"batch: {field} has {list(have)}, but the model reads {feature!r}, too: add it")
 
     def _limit(self, batch: RequestBatch) -> RequestBatch:
         if self.history_length is None or batch.sequences.values().numel() <= self.history_length:
