@@ -425,6 +425,15 @@ def test_any_dlrm_scores_to_the_last_bit_until_the_history_moves_it(
     torch.testing.assert_close(attached(batch.to_impressions()), moved, rtol=0, atol=1e-5)
 
 
+def test_attaching_draws_no_random_number_of_its_caller() -> None:
+    dlrm, collection, arch = other().eval(), make_collection(), AmortizedHistoryArch(8, num_heads=1)
+    events = EventEncoder(["history_item"], 8)
+    attach_history(dlrm, collection, arch, event_encoder=events)
+    before = torch.get_rng_state()
+    attach_history(dlrm, collection, arch, event_encoder=events, request_features=["f1"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("what", ANY_KINDS)
 def test_a_checkpoint_of_any_dlrm_loads_and_leaves_the_history(what: str) -> None:
     torch.manual_seed(0)
