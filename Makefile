@@ -43,7 +43,7 @@ docs: setup
 docs-links: setup
 	$(BIN)/python -m sphinx --builder linkcheck docs docs/_build/links
 
-# Builds a wheel, and installs it, and the source without a compiler, where no extra is; some minutes.
+# Builds a wheel, and installs it, and the source without torch or a compiler, where no extra is; some minutes.
 test-install: setup
 	$(BIN)/python -m pytest -m slow tests/test_install.py
 
