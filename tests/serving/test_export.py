@@ -253,6 +253,9 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     torch.save({name: tensor.detach() for name, tensor in inputs.items()}, tmp_path / "inputs.pt")
     runner: list[str | Path] = [build / "score_package", package, tmp_path / "inputs.pt", tmp_path / "logits"]
     if (operators := operators_of(package)) is not None:
+        without = subprocess.run(runner, check=False, capture_output=True, text=True)
+        assert without.returncode == 1
+        assert "torchrec_amort::encode_history" in without.stderr
         runner.append(Path(native.__file__).with_name(operators))
     result = subprocess.run(runner, check=True, capture_output=True, text=True)
     assert "9 candidates scored" in result.stdout
