@@ -7,7 +7,8 @@
 // T is the type of weights, keys, values and whatever is multiplied: float, or bfloat16 where the processor multiplies
 // pairs of them. Sums, norms, softmax and what is passed from layer to layer are float in either case.
 
-// It is compiled once for each kind of processor, KERNELS being its name. Why it includes nothing of C++, kernels.h tells.
+// It is compiled once for each kind of processor, KERNELS being its name. Why it includes nothing of C++, kernels.h
+// tells.
 
 #include "kernels.h"
 
@@ -369,10 +370,9 @@ void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& la
   };
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
-  multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim,
-                 [&](long d, auto first, auto second) {
-                   Factor<T>::store(space.queries, d, first * scale, second * scale);
-                 });
+  multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim, [&](long d, auto first, auto second) {
+    Factor<T>::store(space.queries, d, first * scale, second * scale);
+  });
   for (long d = 0; d < dim; d += head_dim) {
     const long cells = d / Factor<T>::DEPTH * ROWS;
     attend<ROWS, T>(space, space.queries + cells, state.keys + d / head_dim * state.head_stride,
@@ -639,13 +639,13 @@ void share_score(const Score& job, int num_threads) {
 constexpr bool MULTIPLIES_BFLOAT16 = true;
 #else
 constexpr bool MULTIPLIES_BFLOAT16 = false;
-using Bfloat16 = float;
+using Bfloat16 = float;  // never asked for: operators.cpp refuses it
 #endif
 
 // Calls with tiles of so many rows.
-#define WITH_ROWS(FUNCTION, TYPE)                            \
-  (rows == 8    ? FUNCTION<8, TYPE>(job, num_threads)        \
-   : rows == 16 ? FUNCTION<16, TYPE>(job, num_threads)       \
+#define WITH_ROWS(FUNCTION, TYPE)                      \
+  (rows == 8    ? FUNCTION<8, TYPE>(job, num_threads)  \
+   : rows == 16 ? FUNCTION<16, TYPE>(job, num_threads) \
                 : FUNCTION<MOST_ROWS, TYPE>(job, num_threads))
 
 void encode_rows(const Encode& job, int rows, bool is_bfloat16, int num_threads) {

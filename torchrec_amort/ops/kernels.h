@@ -90,9 +90,9 @@ struct Encode {
   float* tiles;
 };
 
-// Phase two: of candidates, with rows of their items, dense inputs [C][inputs] and rows of each slot, logits [C][T] with
-// a head, and vectors [C][D] without. Without an encoder the slots hold all, and there are no histories. A head's vectors
-// [C][U][D] go to `interacted`, unless it is null.
+// Phase two: of candidates, with rows of their items, dense inputs [C][inputs] and rows of each slot, logits [C][T]
+// with a head, and vectors [C][D] without. Without an encoder the slots hold all, and there are no histories. A head's
+// vectors [C][U][D] go to `interacted`, unless it is null.
 struct Score {
   const Encoder* encoder;
   const Head* head;

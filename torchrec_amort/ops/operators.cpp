@@ -4,9 +4,9 @@
 // value [L, 2 D, D], output [L, D, D], widen [L, F, D], narrow [L, D, F]; and in float32 the bias of widen [L, F], of
 // each layer the norms' weights and biases and the bias of narrow [L, 5, D], and those of the last norm [2, D].
 //
-// A head's layers are a list, dense ones and then those after the interaction: of each of both, a weight, and then weight
-// and bias of each that follows. The first one's bias is what a request adds. Layers have even numbers of inputs and
-// outputs; those that are too many are zero.
+// A head's layers are a list, dense ones and then those after the interaction: of each of both, a weight, and then
+// weight and bias of each that follows. The first one's bias is what a request adds. Layers have even numbers of inputs
+// and outputs; those that are too many are zero.
 //
 // Rows of embeddings are a table [R, D], and ids if they are not all of its rows in turn. A state is keys
 // [L, H, n, K] and values [L, D, n + 1], whose last column is never a value; its requests' events stand one after the
@@ -58,8 +58,7 @@ const Kernels* kernels_here() {
 
 bool multiplies(ScalarType dtype) {
   const Kernels* kernels = kernels_here();
-  return kernels != nullptr &&
-         (dtype == at::kFloat || (dtype == at::kBFloat16 && kernels->multiplies_bfloat16));
+  return kernels != nullptr && (dtype == at::kFloat || (dtype == at::kBFloat16 && kernels->multiplies_bfloat16));
 }
 
 const Kernels& kernels_for(ScalarType dtype) {
@@ -107,7 +106,8 @@ const float* floats(const Tensor& tensor, Name name, IntArrayRef shape) {
 Counts counts(const Tensor& tensor, Name name) {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_VALUE(tensor.dim() == 1 && (dtype == at::kLong || dtype == at::kInt) && tensor.is_cpu(), name, " is ",
-                    tensor.sizes(), ", ", dtype, ", on ", tensor.device(), "; native code reads whole numbers [B] on a CPU");
+                    tensor.sizes(), ", ", dtype, ", on ", tensor.device(),
+                    "; native code reads whole numbers [B] on a CPU");
   Counts result(tensor.size(0));
   for (size_t i = 0; i < result.size(); ++i) {
     const int64_t place = static_cast<int64_t>(i) * tensor.stride(0);
@@ -201,12 +201,12 @@ void append_histories(std::vector<History>& histories, const Tensor& keys, const
                     ", not [layers, heads, events, head_dim] and [layers, dim, events + 1]");
   TORCH_CHECK_VALUE(keys.size(0) == encoder.num_layers && keys.size(1) == encoder.heads && keys.size(3) == head_dim,
                     "state is of ", keys.size(0), " layers, ", keys.size(1), " heads, dimension ",
-                    keys.size(1) * keys.size(3), ", but the encoder has ", encoder.num_layers, ", ", encoder.heads, ", ",
-                    encoder.dim, ": encode the history with it");
-  TORCH_CHECK_VALUE(values.size(0) == encoder.num_layers && values.size(1) == encoder.dim &&
-                        values.size(2) == keys.size(2) + 1,
-                    "values are ", values.sizes(), ", but with keys of ", keys.size(2), " events native code reads [",
-                    encoder.num_layers, ", ", encoder.dim, ", ", keys.size(2) + 1, "]");
+                    keys.size(1) * keys.size(3), ", but the encoder has ", encoder.num_layers, ", ", encoder.heads,
+                    ", ", encoder.dim, ": encode the history with it");
+  TORCH_CHECK_VALUE(
+      values.size(0) == encoder.num_layers && values.size(1) == encoder.dim && values.size(2) == keys.size(2) + 1,
+      "values are ", values.sizes(), ", but with keys of ", keys.size(2), " events native code reads [",
+      encoder.num_layers, ", ", encoder.dim, ", ", keys.size(2) + 1, "]");
   TORCH_CHECK_VALUE(start >= 0 && start + sum(past) + sum(added) <= keys.size(2), "a state of ", keys.size(2),
                     " events has none from ", start, " to ", start + sum(past) + sum(added));
   const int64_t size = keys.itemsize(), events = keys.size(2);
@@ -281,8 +281,8 @@ struct HeadJob {
                       " features, but the first layer after the dense ones has ", over.front().inputs);
     TORCH_CHECK_VALUE(over.back().outputs == num_tasks + num_tasks % 2, "tasks are ", num_tasks,
                       ", but the last layer has ", over.back().outputs);
-    head = {dim, num_request_vectors, num_slots, num_inputs, num_dense_layers, static_cast<int64_t>(over.size()),
-            num_tasks, dense.data(), over.data()};
+    head = {dim,       num_request_vectors, num_slots,  num_inputs, num_dense_layers, static_cast<int64_t>(over.size()),
+            num_tasks, dense.data(),        over.data()};
     job.head = &head;
     if (has_dense) {
       TORCH_CHECK_VALUE(dense.front().inputs == num_inputs + num_inputs % 2, "dense inputs are ", num_inputs,
@@ -324,9 +324,13 @@ void encode(const EncoderWeights& weights, TensorList tables, const OptionalTens
   TORCH_CHECK_VALUE(!terms.empty() || sum(added) == 0, "events are ", sum(added), ", but of no table");
   const Tiles tiles(added, kernels);
   const auto memory = c10::GetCPUAllocator()->allocate(tiles.places.size() * dim * tiles.rows * sizeof(float));
-  const Encode job = {&weights.encoder,     terms.data(), static_cast<int64_t>(terms.size()),
-                      histories.data(),     tiles.places.data(),
-                      static_cast<int64_t>(tiles.places.size()), static_cast<float*>(memory.get())};
+  const Encode job = {&weights.encoder,
+                      terms.data(),
+                      static_cast<int64_t>(terms.size()),
+                      histories.data(),
+                      tiles.places.data(),
+                      static_cast<int64_t>(tiles.places.size()),
+                      static_cast<float*>(memory.get())};
   kernels.encode(job, tiles.rows, weights.dtype == at::kBFloat16, num_threads());
 }
 
@@ -349,8 +353,9 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
   return {keys, values};
 }
 
-void extend_history(TensorList encoder, int64_t num_heads, double epsilon, TensorList tables, const OptionalTensors& ids,
-                    const Tensor& lengths, const Tensor& past, Tensor& keys, Tensor& values, int64_t start) {
+void extend_history(TensorList encoder, int64_t num_heads, double epsilon, TensorList tables,
+                    const OptionalTensors& ids, const Tensor& lengths, const Tensor& past, Tensor& keys, Tensor& values,
+                    int64_t start) {
   const EncoderWeights weights(encoder, num_heads, epsilon, true);
   const Counts added = counts(lengths, {"lengths"}), before = counts(past, {"past"});
   TORCH_CHECK_VALUE(added.size() == before.size(), "lengths are of ", added.size(), " requests, past of ",

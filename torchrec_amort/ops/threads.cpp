@@ -80,10 +80,10 @@ float* scratch(size_t floats) {
   return memory.get();
 }
 
-// Decides whether calls have helpers, by the seconds that calls take for a processor second of their work. Alone that is
-// 1 on an idle machine, and never less: while calls with helpers stay below, these pay. Else the cores are shared, and
-// some calls work alone: if they do no worse, calls go on so, and after a while a few try helpers again. The while is
-// twice as long after each trial that failed.
+// Decides whether calls have helpers, by the seconds that calls take for a processor second of their work. Alone that
+// is 1 on an idle machine, and never less: while calls with helpers stay below, these pay. Else the cores are shared,
+// and some calls work alone: if they do no worse, calls go on so, and after a while a few try helpers again. The while
+// is twice as long after each trial that failed.
 class Governor {
  public:
   bool lets_help() {
@@ -324,12 +324,16 @@ class Pool {
     void tell(int most) {
       const int count = std::min<int>(count_, most);
       if (count == 0) return;
-      { const std::lock_guard<std::mutex> lock(mutex_); }
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+      }
       for (int i = 0; i < count; ++i) told_.notify_one();
     }
     void tell_all() {
       if (count_ == 0) return;
-      { const std::lock_guard<std::mutex> lock(mutex_); }
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+      }
       told_.notify_all();
     }
 

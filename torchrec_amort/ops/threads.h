@@ -1,4 +1,5 @@
-// Threads that share the pieces of a call's work. Included by code that is compiled for newer processors: see kernels.h.
+// Threads that share the pieces of a call's work. Included by code that is compiled for newer processors: see
+// kernels.h.
 
 #pragma once
 
