@@ -14,13 +14,15 @@ VENVS := .venvs
 
 setup: $(VENV)/.installed
 
-# torch first, by version and from its own index: whatever asks for torch later is content with it.
-$(VENV)/.installed: setup.cfg setup.py pyproject.toml torchrec_amort/ops/native.cpp \
-		torchrec_amort/ops/threads.h packaging/fbgemm-gpu-cpu/setup.py
+# torch first, by version and from its own index: whatever asks for torch later is content with it. The operators are
+# built for it: without build isolation, since pip would isolate the build from it.
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml packaging/fbgemm-gpu-cpu/setup.py \
+		$(wildcard torchrec_amort/ops/*.cpp torchrec_amort/ops/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	FBGEMM=$(FBGEMM) $(BIN)/pip install --quiet ./packaging/fbgemm-gpu-cpu torchrec==$(TORCHREC)
-	$(BIN)/pip install --quiet --editable '.[dev,docs]'
+	$(BIN)/pip install --quiet 'setuptools>=77'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,docs]'
 	$(BIN)/pip check
 	touch $@
 
@@ -41,7 +43,7 @@ docs: setup
 docs-links: setup
 	$(BIN)/python -m sphinx --builder linkcheck docs docs/_build/links
 
-# Builds a wheel, and installs it, and the source without a compiler, where no extra is; some minutes.
+# Builds a wheel, and installs it, and the source without torch or a compiler, where no extra is; some minutes.
 test-install: setup
 	$(BIN)/python -m pytest -m slow tests/test_install.py
 

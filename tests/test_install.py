@@ -172,7 +172,8 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_a_wheel_scores_without_extras_and_in_native_code(source: Path, tmp_path: Path) -> None:
-    launch("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), str(source))
+    wheels = str(tmp_path / "wheels")
+    launch("python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, str(source))
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     python = fresh_environment(tmp_path / "fresh")
     run(python, "-m", "pip", "install", str(wheel))
@@ -182,13 +183,19 @@ def test_a_wheel_scores_without_extras_and_in_native_code(source: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_source_without_a_compiler_scores_in_pytorch_and_says_why(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "variables"), [([], {}), (["--no-build-isolation"], {"CC": "/bin/false", "CXX": "/bin/false"})]
+)
+def test_a_source_without_torch_or_a_compiler_scores_in_pytorch_and_says_why(
+    options: list[str], variables: dict[str, str], source: Path, tmp_path: Path
+) -> None:
     python = fresh_environment(tmp_path / "fresh")
-    run(python, "-m", "pip", "install", str(source), CC="/bin/false", CXX="/bin/false")
+    run(python, "-m", "pip", "install", "setuptools>=77")
+    run(python, "-m", "pip", "install", *options, str(source), **variables)
     log = "import logging; logging.basicConfig(level=logging.INFO, stream=sys.stdout)"
     told = run(python, "-c", f"import sys; {log}\n{SCORE}")
     assert "PyTorch serves what native code cannot" in told
-    assert "a compiler when installed" in told
+    assert "a compiler and torch when installed" in told
 
 
 def fresh_environment(folder: Path) -> Path:

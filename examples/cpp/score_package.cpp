@@ -1,13 +1,15 @@
 // Scores one request with a package of `torchrec-amort export`, without Python.
 //
-//   score_package PACKAGE INPUTS OUTPUT
+//   score_package PACKAGE INPUTS OUTPUT [OPERATORS]
 //
 // INPUTS is a dict of float32 tensors as torch.save writes it, the embeddings and dense inputs of one request with n
 // events and m candidates: `events` [E, n, D], `request_dense` [1, I_r], `request_slots` [1, F_r, D],
 // `candidate_items` [m, D], `candidate_dense` [m, I_c], `candidate_slots` [m, F_c, D]; n and m at least 1. OUTPUT gets
 // the logits [m, T], row by row, as float32. A service keeps the history's state from one request to the next, and
-// looks the embeddings up itself: the tables are in tables.pt.
+// looks the embeddings up itself: the tables are in tables.pt. OPERATORS is the library that the package's manifest
+// names, from the folder torchrec_amort/ops of an install with this torch.
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
@@ -30,7 +32,9 @@ static c10::Dict<c10::IValue, c10::IValue> read_inputs(const std::string& path) 
 }
 
 int main(int count, char** arguments) try {
-  if (count != 4) throw std::runtime_error("usage: score_package PACKAGE INPUTS OUTPUT");
+  if (count != 4 && count != 5) throw std::runtime_error("usage: score_package PACKAGE INPUTS OUTPUT [OPERATORS]");
+  // The library makes its operators known while it is loaded; the packages look for them.
+  if (count == 5 && dlopen(arguments[4], RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
   const c10::InferenceMode inference;
   const std::string package = arguments[1];
   Loader history(package + "/history.pt2"), request(package + "/request.pt2"), candidates(package + "/candidates.pt2");

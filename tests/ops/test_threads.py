@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch
 from torchrec_amort.apps.timing import threads
-from torchrec_amort.ops import native
 from torchrec_amort.ops.cores import usable_cores
+from torchrec_amort.ops.native import load_library
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 needs_build = pytest.mark.skipif(
@@ -23,10 +24,20 @@ needs_build = pytest.mark.skipif(
 )
 
 
+@contextmanager
+def limit(most: int) -> Iterator[None]:
+    """Native code has cores for so many threads."""
+    if load_library() is None:
+        yield
+        return
+    torch.ops.torchrec_amort.limit_threads(most)
+    yield
+    torch.ops.torchrec_amort.limit_threads(usable_cores())
+
+
 @pytest.fixture(autouse=True, scope="module")
 def as_many_threads_as_asked_for() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "usable_cores", lambda: 64)
+    with limit(64):
         yield
 
 
@@ -138,9 +149,10 @@ def test_a_quota_limits_the_cores_that_are_used(
     assert usable_cores(tmp_path) == (3 if quota is None else quota)
 
 
-def test_native_code_takes_no_more_threads_than_there_are_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "usable_cores", lambda: 2)
-    with threads(5):
-        assert native._num_threads() == 2
-    with threads(1):
-        assert native._num_threads() == 1
+@needs_build
+def test_native_code_takes_no_more_threads_than_there_are_cores_for() -> None:
+    with limit(2):
+        with threads(5):
+            assert torch.ops.torchrec_amort.num_threads() == 2
+        with threads(1):
+            assert torch.ops.torchrec_amort.num_threads() == 1

@@ -22,9 +22,14 @@ from torchrec_amort import (
     export_package,
     load_package,
 )
+from torchrec_amort.ops import native
+from torchrec_amort.serving import export
 from torchrec_amort.serving.export import MANIFEST_FILE, TABLES_FILE
 from torchrec_amort.serving.lookup import BagLookup, SequenceLookup, stack
 
+needs_build = pytest.mark.skipif(
+    native.why_no_build(torch.empty(0), torch.float32) is not None, reason="no native build for this processor"
+)
 SIZES = [[(5, 4)], [(0, 1)], [(1, 1)], [(0, 3), (8, 2), (1, 1), (4, 7)]]
 
 
@@ -92,6 +97,65 @@ def test_every_kind_of_model_that_can_be_exported(tmp_path: Path, options: dict[
     scorer = AmortizedScorer(load_package(tmp_path / "package"))
     for sizes in SIZES:
         assert_same(scorer.score(make_batch(sizes)), by_impressions(model, make_batch(sizes)))
+
+
+def operators_of(package: Path) -> str | None:
+    """The library that its manifest names."""
+    name: str | None = json.loads((package / MANIFEST_FILE).read_text())["operators"]
+    return name
+
+
+@needs_build
+def test_a_package_computes_what_native_code_does(package: Path) -> None:
+    assert operators_of(package) == native.load_library()
+    scorer, own = AmortizedScorer(load_package(package)), AmortizedScorer(make_model(), backend="native")
+    for sizes in SIZES[:3]:
+        assert torch.equal(scorer.score(make_batch(sizes)), own.score(make_batch(sizes)))
+
+
+@needs_build
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("options", "has_operators"),
+    [
+        ({"history": "append_cross_causal", "history_vectors": 2}, True),
+        ({"interaction": "dcn"}, True),
+        ({"positions": "rotary"}, True),
+        ({"history": "none"}, True),
+        ({"interaction": "dcn", "positions": "rotary"}, False),
+    ],
+)
+def test_a_package_has_operators_for_what_native_code_can_do(
+    tmp_path: Path, options: dict[str, Any], has_operators: bool
+) -> None:
+    model = make_model(**options)
+    export_package(model, tmp_path / "package", SCHEMA, tables="float32")
+    assert (operators_of(tmp_path / "package") is not None) == has_operators
+    scorer = AmortizedScorer(load_package(tmp_path / "package"))
+    for sizes in SIZES:
+        assert_same(scorer.score(make_batch(sizes)), by_impressions(model, make_batch(sizes)))
+
+
+@needs_build
+def test_without_its_operators_a_package_is_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for why, message in ((lambda *_: "no build", "no build"), (native.why_no_build, "built for another torch")):
+        monkeypatch.setattr(export, "why_no_build", why)
+        monkeypatch.setattr(native, "load_library", lambda: fail("built for another torch"))
+        with pytest.raises(InputError, match=rf"it needs the operators of {operators_of(package)}, .* here: {message}"):
+            load_package(package)
+
+
+def fail(message: str) -> None:
+    raise RuntimeError(message)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_without_a_build_packages_need_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load_library", lambda: None)
+    export_package(make_model(), tmp_path / "package", SCHEMA, tables="float32")
+    assert operators_of(tmp_path / "package") is None
+    scorer = AmortizedScorer(load_package(tmp_path / "package"))
+    assert_same(scorer.score(make_batch([(5, 4)])), by_impressions(make_model(), make_batch([(5, 4)])))
 
 
 def test_what_cannot_be_exported_is_told_and_leaves_nothing(tmp_path: Path) -> None:
@@ -188,10 +252,15 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     }
     torch.save({name: tensor.detach() for name, tensor in inputs.items()}, tmp_path / "inputs.pt")
     runner: list[str | Path] = [build / "score_package", package, tmp_path / "inputs.pt", tmp_path / "logits"]
+    if (operators := operators_of(package)) is not None:
+        without = subprocess.run(runner, check=False, capture_output=True, text=True)
+        assert without.returncode == 1
+        assert "torchrec_amort::encode_history" in without.stderr
+        runner.append(Path(native.__file__).with_name(operators))
     result = subprocess.run(runner, check=True, capture_output=True, text=True)
     assert "9 candidates scored" in result.stdout
     logits = torch.from_numpy(np.fromfile(tmp_path / "logits", dtype=np.float32)).view(9, 2)
     assert_same(logits, by_impressions(model, batch))
-    failed = subprocess.run([*runner[:2], tmp_path / "none", runner[3]], check=False, capture_output=True, text=True)
+    failed = subprocess.run([*runner[:2], tmp_path / "none", *runner[3:]], check=False, capture_output=True, text=True)
     assert failed.returncode == 1
     assert "cannot be read" in failed.stderr

@@ -299,17 +299,6 @@ def test_another_model_is_one_clear_error(make: Callable[[], Any], message: str,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages of programs as torch.export traces them: compiling takes long and is tested elsewhere."""
-
-    def save(program: torch.export.ExportedProgram, package_path: str) -> None:
-        torch.export.save(program, package_path)
-
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", save)
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: torch.export.load(path).module())
-
-
 @pytest.mark.usefixtures("uncompiled")
 def test_a_package_scores_as_a_model_with_hooks_or_is_not_written(tmp_path: Any) -> None:
     model, batch = make_model(), make_batch(SIZES)

@@ -10,7 +10,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from torchrec_amort import AmortizedHistoryArch, HistoryState
 from torchrec_amort.apps.timing import threads
 from torchrec_amort.modules.rivals import MeanPooling
-from torchrec_amort.ops import native as native_module
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 # Weights of size 1 make vectors of size 1: bfloat16 has 8 bits, and errors of several layers add up.
@@ -178,22 +177,3 @@ def test_what_it_cannot_do_is_told() -> None:
             NativeEncoder(arch)
     assert "MeanPooling" in (why_not_native(MeanPooling(8), torch.float32) or "")
     assert "float64" in (why_not_native(AmortizedHistoryArch(8), torch.float64) or "")
-
-
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@torch.inference_mode()
-def test_the_builds_for_lesser_processors_are_the_arch(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if capability > torch.backends.cpu.get_cpu_capability() or not torch.cpu._is_avx2_supported():
-        pytest.skip(f"this processor has no {capability}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    native_module._library.cache_clear()
-    try:
-        arch = make_arch(32, 2, 0, history_attention="causal")
-        assert why_not_native(arch, torch.float32) is None
-        assert why_not_native(arch, torch.bfloat16) is not None
-        history, candidates = make_rows([45, 0, 130], 32), make_rows([35, 1, 17], 32)
-        native = NativeEncoder(arch)
-        torch.testing.assert_close(native(history, candidates), arch(history, candidates), rtol=0, atol=1e-5)
-    finally:
-        native_module._library.cache_clear()

@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram
 from torchrec import EmbeddingCollection
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
@@ -32,19 +33,19 @@ from torchrec_amort.data.sample import random_requests
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
-from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
-from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import MeanPooling
-from torchrec_amort.ops.native import EmbeddingRows
+from torchrec_amort.ops.native import EmbeddingRows, load_library, why_no_build
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
-from torchrec_amort.serving.heads import Head, Terms, build_head
+from torchrec_amort.serving.heads import Terms
 from torchrec_amort.serving.lookup import PLAIN_TABLES, BagLookup, SequenceLookup, Slots, stack
-from torchrec_amort.serving.phases import Phases, ServedDLRM, serve_dlrm, snapshot, why_not_served
+from torchrec_amort.serving.native_encoder import NativeEncoder, NativeState
+from torchrec_amort.serving.phases import ModelPhases, Phases, ServedDLRM, serve_dlrm, snapshot, why_not_served
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.versions import installed_versions
 
-PACKAGE_VERSION = 1
+PACKAGE_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TABLES_FILE = "tables.pt"
 Tables = Literal["int8", "float32"]
@@ -58,12 +59,15 @@ _MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 class _History(nn.Module):
     """Events' embeddings [E, n, D] to the tensors of their state."""
 
-    def __init__(self, event_encoder: EventEncoder, encoder: AmortizableEncoder, dtype: torch.dtype) -> None:
+    def __init__(self, phases: ModelPhases) -> None:
         super().__init__()
-        self.event_encoder, self.encoder, self.dtype = event_encoder, encoder.to(dtype), dtype
+        assert phases.event_encoder is not None
+        assert phases.encoder is not None
+        self.event_encoder, self.encoder = phases.event_encoder, phases.encoder
+        self.dtype = torch.float32 if isinstance(phases.encoder, NativeEncoder) else phases.dtype
 
     def forward(self, events_EnD: Tensor) -> tuple[Tensor, ...]:
-        lengths_B = _count(events_EnD[0])
+        lengths_B = _count(events_EnD.shape[1])
         features = zip(self.event_encoder.features, events_EnD, strict=True)
         events = self.event_encoder({name: JaggedTensor(rows, lengths=lengths_B) for name, rows in features})
         return _to_tensors(self.encoder.encode_history(JaggedTensor(events.values().to(self.dtype), lengths=lengths_B)))
@@ -72,51 +76,67 @@ class _History(nn.Module):
 class _Request(nn.Module):
     """A request's dense inputs [1, I_r] and slots [1, F_r, D] to its terms."""
 
-    def __init__(self, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, phases: ModelPhases) -> None:
         super().__init__()
-        self.head, self.dtype = head.to(dtype), dtype
+        self.phases, self.parts = phases, _parts(phases)
 
     def forward(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
-        return self.head.request(dense_BI.to(self.dtype), slots_BFD.to(self.dtype))
+        return self.phases.terms(dense_BI, _unstack(slots_BFD))
 
 
 class _Candidates(nn.Module):
     """State, terms, and candidates' items [m, D], dense inputs [m, I_c] and slots [m, F_c, D] to logits [m, T]."""
 
-    def __init__(self, encoder: AmortizableEncoder | None, head: Head, num_layers: int, dtype: torch.dtype) -> None:
+    def __init__(self, phases: ModelPhases, num_keys: int | None) -> None:
         super().__init__()
-        self.encoder, self.head, self.dtype = None if encoder is None else encoder.to(dtype), head.to(dtype), dtype
-        self.num_layers = num_layers
+        self.phases, self.parts, self.num_keys = phases, _parts(phases), num_keys
 
     def forward(
         self, state: list[Tensor], terms: list[Tensor], items_CD: Tensor, dense_CI: Tensor, slots_CFD: Tensor
     ) -> Tensor:
-        num_candidates_B = _count(items_CD)
-        slots_CFD = slots_CFD.to(self.dtype)
-        if self.encoder is not None:
-            items = JaggedTensor(items_CD.to(self.dtype), lengths=num_candidates_B)
-            history_CX = self.encoder.score_candidates(_to_state(state, self.num_layers), items)
-            slots_CFD = torch.cat([slots_CFD, history_CX.unflatten(1, (self.encoder.num_slots, -1))], dim=1)
-        return self.head.candidates(tuple(terms), num_candidates_B, dense_CI.to(self.dtype), slots_CFD).float()
+        states = [_to_state(state, self.num_keys)] if state else []
+        num_candidates_B = _count(items_CD.shape[0])
+        items = EmbeddingRows(items_CD)
+        return self.phases.score(states, tuple(terms), items, num_candidates_B, dense_CI, _unstack(slots_CFD))
+
+
+def _parts(phases: ModelPhases) -> nn.ModuleList:
+    """The modules of phases, whose weights an exported one has."""
+    return nn.ModuleList(part for part in vars(phases).values() if isinstance(part, nn.Module))
+
+
+def _unstack(slots_RFD: Tensor) -> list[EmbeddingRows]:
+    return [EmbeddingRows(rows_RD) for rows_RD in slots_RFD.unbind(1)]
 
 
 def _to_tensors(state: HistoryState) -> tuple[Tensor, ...]:
-    """Keys of each layer, values of each, and the summary if there is one: contiguous, as compiled code expects."""
+    """Keys of each layer, values of each, and the summary if there is one: contiguous, as compiled code expects.
+
+    Of native code, keys and values of all layers.
+    """
+    if isinstance(state, NativeState):
+        return state.tensors()
     tensors = (*state.keys, *state.values, *(() if state.summary is None else (state.summary,)))
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _to_state(tensors: Sequence[Tensor], num_keys: int) -> HistoryState:
-    """The state of one request; it has `num_keys` keys, and as many values, but one if it has no keys."""
+def _to_state(tensors: Sequence[Tensor], num_keys: int | None) -> HistoryState:
+    """The state of one request; it has `num_keys` keys, and as many values, but one if it has no keys.
+
+    None is of native code.
+    """
+    if num_keys is None:
+        return NativeState.of_tensors(tensors[0], tensors[1], _count(tensors[0].shape[2]))
     num_values = max(num_keys, 1)
     values, summary = tensors[num_keys : num_keys + num_values], tensors[num_keys + num_values :]
-    return HistoryState(tuple(tensors[:num_keys]), tuple(values), _count(values[0]), summary[0] if summary else None)
+    lengths = _count(values[0].shape[0])
+    return HistoryState(tuple(tensors[:num_keys]), tuple(values), lengths, summary[0] if summary else None)
 
 
-def _count(rows: Tensor) -> Tensor:
+def _count(rows: int) -> Tensor:
     """int64 [1]: the number of rows, of which there is one at least."""
     # Inductor takes torch.full of a number that it does not know for a constant.
-    return torch.arange(1, rows.shape[0] + 1)[-1:]
+    return torch.arange(1, rows + 1)[-1:]
 
 
 def export_package(
@@ -163,9 +183,9 @@ def export_package(
     requests = _some_requests(schema, own.history_length or CHECKED_REQUESTS)
     in_float32 = AmortizedScorer(model, schema=schema, backend="eager").score(requests)
     model = snapshot(model)
-    head = build_head(model, len(schema.of("request", "dense")))
+    phases = ModelPhases(model, len(schema.of("request", "dense")), dtype, "auto")
     with new_folder(folder, overwrite) as temporary, torch.no_grad():
-        phases = _compile(model, head, dtype, temporary)
+        shapes = _compile(model, phases, temporary)
         table_configs = _save_tables(model, temporary / TABLES_FILE, tables)
         (temporary / SCHEMA_FILE).write_text(schema.to_json(), encoding="utf-8")
         write_json(
@@ -175,12 +195,12 @@ def export_package(
                 "versions": {"python": platform.python_version(), **installed_versions()},
                 "cpu": torch.backends.cpu.get_cpu_capability(),
                 "dtype": str(dtype).removeprefix("torch."),
-                "num_request_dense": head.num_request_dense,
-                "num_candidate_dense": head.num_candidate_dense,
-                "embedding_dim": head.embedding_dim,
+                "num_request_dense": phases.num_request_dense,
+                "num_candidate_dense": phases.num_candidate_dense,
+                "embedding_dim": phases.head.embedding_dim,
                 "event_features": [] if model.event_encoder is None else model.event_encoder.features,
                 "history_length": None if model.event_encoder is None else model.event_encoder.max_length,
-                **phases,
+                **shapes,
                 "tables": table_configs,
                 "sha256": {path.name: _checksum(path) for path in sorted(temporary.iterdir())},
             },
@@ -270,39 +290,51 @@ def _checksum(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def _compile(model: AmortizedDLRM, head: Head, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+def _compile(model: AmortizedDLRM, phases: ModelPhases, folder: Path) -> dict[str, Any]:
     """Compile the phases into a folder; what the manifest tells of them."""
-    encoder = model.history_arch if isinstance(model.history_arch, AmortizableEncoder) else None
-    dim, num_events, num_candidates = head.embedding_dim, 6, 5
+    dim, num_events, num_candidates = phases.head.embedding_dim, 6, 5
     num_request_slots = 0 if model.request_sparse_arch is None else model.request_sparse_arch.F
     state: tuple[Tensor, ...] = ()
-    num_keys = 0
-    if encoder is not None:
-        assert model.event_encoder is not None
-        history = _History(model.event_encoder, encoder, dtype)
-        events = torch.randn(len(model.event_encoder.features), num_events, dim)
-        state = history(events)
-        num_keys = len(encoder.encode_history(_no_events(dim, dtype)).keys)
-        _save(history, (events,), ({1: Dim("n", min=1, max=model.event_encoder.max_length)},), folder / "history.pt2")
-    request = _Request(head, dtype)
-    of_request = torch.randn(1, head.num_request_dense), torch.randn(1, num_request_slots, dim)
+    of_one_event: tuple[Tensor, ...] = ()
+    num_keys: int | None = 0
+    programs = []
+    if phases.encoder is not None:
+        assert phases.event_encoder is not None
+        history = _History(phases)
+        events = torch.randn(len(phases.event_encoder.features), num_events, dim)
+        state, of_one_event = history(events), history(events[:, :1])
+        is_native = isinstance(phases.encoder, NativeEncoder)
+        num_keys = None if is_native else len(phases.encoder.encode_history(_no_events(dim, phases.dtype)).keys)
+        grows: Any = ({1: Dim("n", min=1, max=phases.event_encoder.max_length)},)
+        programs.append(_save(history, (events,), grows, folder / "history.pt2"))
+    request = _Request(phases)
+    of_request = torch.randn(1, phases.num_request_dense), torch.randn(1, num_request_slots, dim)
     terms = request(*of_request)
-    _save(request, of_request, None, folder / "request.pt2")
-    candidates = _Candidates(encoder, head, num_keys, dtype)
+    programs.append(_save(request, of_request, None, folder / "request.pt2"))
+    candidates = _Candidates(phases, num_keys)
     given = (
         list(state),
         list(terms),
         torch.randn(num_candidates, dim),
-        torch.randn(num_candidates, head.num_candidate_dense),
+        torch.randn(num_candidates, phases.num_candidate_dense),
         torch.randn(num_candidates, model.sparse_arch.F, dim),
     )
     rows, some = Dim("rows", min=1), Dim("m", min=1)
-    grows: list[dict[int, Dim]] = [{0: rows} if tensor.shape[0] == num_events else {} for tensor in state]
-    shapes: Any = (grows, [{} for _ in terms], {0: some}, {0: some}, {0: some})
-    _save(candidates, given, shapes, folder / "candidates.pt2")
+    # A size that grows is the number of events, or that and some more.
+    states: list[dict[int, Any]] = [
+        {
+            place: rows + (size - num_events) if size > num_events else rows
+            for place, (size, of_one) in enumerate(zip(tensor.shape, one.shape, strict=True))
+            if size != of_one
+        }
+        for tensor, one in zip(state, of_one_event, strict=True)
+    ]
+    shapes: Any = (states, [{} for _ in terms], {0: some}, {0: some}, {0: some})
+    programs.append(_save(candidates, given, shapes, folder / "candidates.pt2"))
     return {
+        "operators": load_library() if any(map(_has_operators, programs)) else None,
         "num_keys": num_keys,
-        "state": [list(tensor.shape[1:]) for tensor in state],
+        "state": [list(tensor.shape) for tensor in of_one_event],
         "terms": [list(tensor.shape) for tensor in terms],
         "num_candidate_slots": model.sparse_arch.F,
         "num_request_slots": num_request_slots,
@@ -314,9 +346,16 @@ def _no_events(dim: int, dtype: torch.dtype) -> JaggedTensor:
     return JaggedTensor(torch.empty(0, dim, dtype=dtype), lengths=torch.zeros(1, dtype=torch.int64))
 
 
-def _save(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, path: Path) -> None:
+def _has_operators(program: ExportedProgram) -> bool:
+    """Whether a program calls operators of this package."""
+    targets = (node.target for node in program.graph.nodes)
+    return any(isinstance(target, OpOverload) and target.namespace == "torchrec_amort" for target in targets)
+
+
+def _save(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, path: Path) -> ExportedProgram:
     program = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic_shapes)
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return program
 
 
 def _save_tables(model: AmortizedDLRM, path: Path, tables: Tables) -> dict[str, Any]:
@@ -371,8 +410,8 @@ def load_package(folder: str | Path) -> ServedDLRM:
         folder: what `export_package` wrote.
 
     Raises:
-        InputError: it is no package, or of a newer version; a file is missing or damaged; it was compiled for another
-            processor.
+        InputError: it is no package, or of another version; a file is missing or damaged; it was compiled for another
+            processor, or needs operators that were not built here.
 
     Example::
 
@@ -413,8 +452,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         package_version, checksums, cpu = manifest["package_version"], manifest["sha256"], manifest["cpu"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the manifest of a package ({error}): export it again") from error
-    if package_version > PACKAGE_VERSION:
-        raise InputError(f"{path}: package_version is {package_version}, this torchrec-amort reads {PACKAGE_VERSION}")
+    if package_version != PACKAGE_VERSION:
+        told = f"{path}: package_version is {package_version}, this torchrec-amort reads {PACKAGE_VERSION}"
+        raise InputError(f"{told}: export the model again")
     for name, expected in checksums.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file: the package is not whole, export or copy it again")
@@ -428,7 +468,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"{path}: compiled for {cpu}, but this processor's capability is "
             f"{torch.backends.cpu.get_cpu_capability()}: export it on such a machine"
         )
+    if manifest["operators"] is not None and (reason := _why_no_operators(getattr(torch, manifest["dtype"]))):
+        raise InputError(f"{path}: it needs the operators of {manifest['operators']}, which are not here: {reason}")
     return manifest
+
+
+def _why_no_operators(dtype: torch.dtype) -> str | None:
+    try:
+        return why_no_build(torch.empty(0), dtype)
+    except RuntimeError as error:
+        return str(error)
 
 
 def _from_record(kind: type[Any], record: Mapping[str, Any]) -> Any:
@@ -446,9 +495,9 @@ def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """What a package's phases take and give."""
+    """What a package's phases take and give; `state` is of one event."""
 
-    num_keys: int
+    num_keys: int | None
     state: list[list[int]]
     dtype: torch.dtype
 
@@ -478,7 +527,11 @@ class _PackagedPhases(Phases):
             return _to_state(self._history(events_EnD.contiguous()), self._shapes.num_keys)
         # Compiled attention does not take zero keys: a value that is zero adds exactly zero, too.
         shapes, dtype = self._shapes.state, self._shapes.dtype
-        return _to_state([torch.zeros(1, *shape, dtype=dtype) for shape in shapes], self._shapes.num_keys)
+        return _to_state([torch.zeros(shape, dtype=dtype) for shape in shapes], self._shapes.num_keys)
+
+    def _tensors(self, state: HistoryState) -> list[Tensor]:
+        is_native = self._shapes.num_keys is None
+        return list(_to_tensors(NativeState.of(state, self._shapes.dtype) if is_native else state))
 
     def terms(self, dense_BI: Tensor, slots: Slots) -> Terms:
         """Phase one of all else."""
@@ -505,7 +558,7 @@ class _PackagedPhases(Phases):
         logits = []
         for row, (items_mD, dense_mI, slots_mFD) in enumerate(parts):
             if counts[row] > 0:
-                state = list(_to_tensors(of_each[row])) if of_each else []
+                state = self._tensors(of_each[row]) if of_each else []
                 of_request = [term[row : row + 1].contiguous() for term in terms]
                 given = (items_mD.contiguous(), dense_mI.contiguous(), slots_mFD.contiguous())
                 logits.append(self._candidates(state, of_request, *given))

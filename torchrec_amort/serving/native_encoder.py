@@ -6,14 +6,13 @@ heads of dimension K.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
@@ -90,116 +89,77 @@ class _Room:
     """Memory of keys and values with space for more events.
 
     Args:
+        keys: of each layer, head by head, so that each is read in order: [L, H, n, K].
+        values: of each layer, events next to each other: [L, D, n + 1]. What is no event's is finite in bfloat16, since
+            products read one more, times zero.
         num_events: events that are there.
-        capacity: events that there is memory for.
-        num_layers: layers with keys and values.
-        dim: D.
-        num_heads: H.
-        dtype: of keys and values.
     """
 
-    def __init__(
-        self, num_events: int, capacity: int, num_layers: int, dim: int, num_heads: int, dtype: torch.dtype
-    ) -> None:
-        self._num_events, self._capacity = num_events, capacity
-        self._num_heads, self._head_dim = num_heads, dim // num_heads
-        self.dtype = dtype
-        # Of each layer. Keys head by head, so that each is read in order; of values, events are next to each other.
-        self._keys = torch.empty(num_layers, num_heads, capacity, self._head_dim, dtype=dtype)
-        self._values = torch.empty(num_layers, dim, capacity + 1, dtype=dtype)
-        if dtype == torch.bfloat16:
-            # Products read one event beyond the last, times zero: it must be finite.
-            self._values.zero_()
-        keys, values, size = self._keys.data_ptr(), self._values.data_ptr(), dtype.itemsize
-        states = [
-            (
-                keys + layer * dim * capacity * size,
-                values + layer * dim * (capacity + 1) * size,
-                capacity * self._head_dim,
-                self._head_dim,
-                capacity + 1,
-            )
-            for layer in range(num_layers)
-        ]
-        self._states = native.array(native.StateStruct, states)
-        self.address = ctypes.addressof(self._states)
+    def __init__(self, keys: Tensor, values: Tensor, num_events: int) -> None:
+        self.keys, self.values = keys, values
+        self._num_events = num_events
         self._lock = threading.Lock()
-
-    def refuse_other_encoder(self, num_layers: int, num_heads: int, dim: int) -> None:
-        """Refuse an encoder of another size: it would read beyond what is here.
-
-        Raises:
-            ValueError: tells both sizes.
-        """
-        have = len(self._states), self._num_heads, self._num_heads * self._head_dim
-        if have != (num_layers, num_heads, dim):
-            raise ValueError(
-                f"state is of {have[0]} layers, {have[1]} heads, dimension {have[2]}, but the encoder has "
-                f"{num_layers}, {num_heads}, {dim}: encode the history with it"
-            )
 
     def take(self, num_past: int, num_events: int) -> bool:
         """Take the space for the events that come after the first `num_past`, if nobody has and it is there."""
         with self._lock:
-            if self._num_events != num_past or num_events > self._capacity:
+            if self._num_events != num_past or num_events > self.keys.shape[2]:
                 return False
             self._num_events = num_events
             return True
 
-    def keys(self, start: int, num_events: int) -> tuple[Tensor, ...]:
-        """Of each layer, [N, H, K]: those of so many events from `start` on."""
-        return self._keys[:, :, start : start + num_events].transpose(1, 2).unbind()
 
-    def values(self, start: int, num_events: int) -> tuple[Tensor, ...]:
-        """Of each layer, [N, H, K]: those of so many events from `start` on."""
-        rows = self._values[:, :, start : start + num_events].transpose(1, 2)
-        return rows.unflatten(2, (self._num_heads, self._head_dim)).unbind()
-
-
-class _NativeState(HistoryState):
-    """A state as native code reads it. Its tensors are made when somebody asks: a small request waits for each.
+class NativeState(HistoryState):
+    """A state as native code reads it. Its other tensors are made when somebody asks: a small request waits for each.
 
     Args:
         room: where its keys and values are.
         start: its first event there.
-        num_events: of each request.
+        stop: where they end.
+        lengths: int64 [B].
     """
 
-    def __init__(self, room: _Room, start: int, num_events: Sequence[int]) -> None:
-        vars(self).update(room=room, start=start, num_events=num_events)
+    def __init__(self, room: _Room, start: int, stop: int, lengths: Tensor) -> None:
+        vars(self).update(room=room, start=start, stop=stop, lengths=lengths)
 
     room: _Room
     start: int
-    num_events: Sequence[int]
+    stop: int
 
-    def __len__(self) -> int:
-        return len(self.num_events)
+    @classmethod
+    def of_tensors(cls, keys: Tensor, values: Tensor, lengths: Tensor) -> NativeState:
+        """The state whose keys [L, H, n, K] and values [L, D, n + 1] these are."""
+        num_events = keys.shape[2]
+        return cls(_Room(keys, values, num_events), 0, num_events, lengths)
+
+    @classmethod
+    def of(cls, state: HistoryState, dtype: torch.dtype) -> NativeState:
+        """A state itself, if native code wrote it, or else a copy."""
+        if isinstance(state, NativeState) and state.room.keys.dtype == dtype:
+            return state
+        keys = torch.stack(state.keys).transpose(1, 2).to(dtype).contiguous()
+        values = F.pad(torch.stack(state.values).flatten(2).transpose(1, 2).to(dtype), (0, 1)).contiguous()
+        return cls.of_tensors(keys, values, state.lengths.long())
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, contiguous, of which `of_tensors` makes the state again."""
+        keys, values = self.room.keys[:, :, self.start : self.stop], self.room.values[:, :, self.start : self.stop + 1]
+        return keys.contiguous(), values.contiguous()
 
     def __getitem__(self, index: int | slice) -> HistoryState:
-        requests = self.requests(index)
-        before = sum(self.num_events[: requests.start])
-        return _NativeState(self.room, self.start + before, self.num_events[requests.start : requests.stop])
+        requests, num_events = self.requests(index), self.lengths.tolist()
+        start = self.start + sum(num_events[: requests.start])
+        stop = start + sum(num_events[requests.start : requests.stop])
+        return NativeState(self.room, start, stop, self.lengths[requests.start : requests.stop])
 
     @cached_property
     def keys(self) -> tuple[Tensor, ...]:
-        return self.room.keys(self.start, sum(self.num_events))
+        return self.room.keys[:, :, self.start : self.stop].transpose(1, 2).unbind()
 
     @cached_property
     def values(self) -> tuple[Tensor, ...]:
-        return self.room.values(self.start, sum(self.num_events))
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        return torch.tensor(self.num_events, dtype=torch.int64)
-
-    def histories(self, added: Sequence[int] = ()) -> list[native.History]:
-        """Of each request, for native code; if events are added, they are the latest of those that are here."""
-        starts = accumulate(self.num_events[:-1], initial=self.start)
-        address, added = self.room.address, added or [0] * len(self)
-        return [
-            (address, start, count - more, more)
-            for start, count, more in zip(starts, self.num_events, added, strict=True)
-        ]
+        rows = self.room.values[:, :, self.start : self.stop].transpose(1, 2)
+        return rows.unflatten(2, (self.room.keys.shape[1], -1)).unbind()
 
 
 class NativeEncoder(AmortizableEncoder):
@@ -227,46 +187,25 @@ class NativeEncoder(AmortizableEncoder):
         super().__init__(arch.embedding_dim, arch.num_slots)
         self.dtype = dtype
         self.num_heads = arch.embedding_dim // arch.head_dim
+        self.epsilon = arch.output_norm.eps
         self.vectors = arch.vectors
         self._is_causal = arch.is_causal
-        self._num_layers = len(arch.layers)
-        self._weights = native.Weights()
-        keep = self._weights.keep
-        layers = [self._layer(layer) for layer in arch.layers]
-        self._layers = (native.LayerStruct * len(layers))(*layers)
-        self.struct = native.EncoderStruct(
-            arch.embedding_dim,
-            self.num_heads,
-            cast(nn.Linear, arch.layers[0].feedforward[0]).out_features,
-            len(layers),
-            arch.is_causal,
-            arch.output_norm.eps,
-            ctypes.addressof(self._layers),
-            keep(arch.output_norm.weight),
-            keep(arch.output_norm.bias),
-        )
-
-    def _layer(self, layer: AmortizedHistoryLayer) -> native.LayerStruct:
-        keep = self._weights.keep
-        widen, _, narrow = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(layer.feedforward))
-        return native.LayerStruct(
-            keep(layer.attention_norm.weight),
-            keep(layer.attention_norm.bias),
-            keep(layer.query.weight, self.dtype),
-            keep(layer.key_value.weight, self.dtype),
-            keep(layer.output.weight, self.dtype),
-            keep(layer.feedforward_norm.weight),
-            keep(layer.feedforward_norm.bias),
-            keep(widen.weight, self.dtype),
-            keep(widen.bias),
-            keep(narrow.weight, self.dtype),
-            keep(narrow.bias),
-        )
+        # In the order of operators.cpp.
+        layers = [_weights_of(layer) for layer in arch.layers]
+        for name in layers[0]:
+            is_matrix = name not in ("widen_bias", "layer_vectors")
+            of_layers = torch.stack([weights[name].detach() for weights in layers])
+            self.register_buffer(name, of_layers.to(dtype if is_matrix else torch.float32))
+        self.register_buffer("output_norm", torch.stack([*arch.output_norm.parameters()]).detach().float())
 
     @property
     def is_extendable(self) -> bool:
         """Whether new events leave the keys and values of those before them as they are."""
         return self._is_causal
+
+    def weights(self) -> list[Tensor]:
+        """What operators read of it."""
+        return list(self._buffers.values())  # type: ignore[arg-type]
 
     def encode_history(self, history: JaggedTensor) -> HistoryState:
         """Phase one; see `AmortizableEncoder.encode_history`."""
@@ -279,10 +218,11 @@ class NativeEncoder(AmortizableEncoder):
             terms: what to add up, rows [N, D] each, one of B per request, oldest event first.
             lengths_B: int64 [B].
         """
-        num_events = lengths_B.tolist()
-        state = self._empty(num_events)
-        native.encode(self.struct, terms, state.histories(num_events), self.dtype)
-        return state
+        lengths_B = lengths_B.to(torch.int64, copy=True)
+        keys, values = torch.ops.torchrec_amort.encode_history(
+            self.weights(), self.num_heads, self._is_causal, self.epsilon, *of_each(terms), lengths_B
+        )
+        return NativeState.of_tensors(keys, values, lengths_B)
 
     def extend_history(self, state: HistoryState, events: JaggedTensor) -> HistoryState:
         """Phase one for new events only; see `AmortizableEncoder.extend_history`.
@@ -292,16 +232,24 @@ class NativeEncoder(AmortizableEncoder):
         """
         if not self.is_extendable:
             return super().extend_history(state, events)
-        past, new = self._readable(state), events.lengths().tolist()
-        refuse_other_requests(len(past), len(new))
-        num_events = [old + more for old, more in zip(past.num_events, new, strict=True)]
-        if len(new) == 1 and past.room.take(past.start + past.num_events[0], past.start + num_events[0]):
-            longer = _NativeState(past.room, past.start, num_events)
+        past, new_B = NativeState.of(state, self.dtype), events.lengths().long()
+        refuse_other_requests(len(past), len(new_B))
+        lengths_B, stop = past.lengths + new_B, past.stop + int(new_B.sum())
+        if len(new_B) == 1 and past.room.take(past.stop, stop):
+            longer = NativeState(past.room, past.start, stop, lengths_B)
         else:
-            longer = self._empty(num_events, spare=max(SPARE_EVENTS, sum(num_events) // 8))
-            for request in range(len(new)):
-                _copy(past[request], longer[request])
-        native.encode(self.struct, [_whole(events.values())], longer.histories(new), self.dtype)
+            longer = _with_room(past, lengths_B)
+        torch.ops.torchrec_amort.extend_history(
+            self.weights(),
+            self.num_heads,
+            self.epsilon,
+            *of_each([_whole(events.values())]),
+            new_B,
+            past.lengths,
+            longer.room.keys,
+            longer.room.values,
+            longer.start,
+        )
         return longer
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
@@ -310,48 +258,57 @@ class NativeEncoder(AmortizableEncoder):
 
     def score_states(self, states: Sequence[HistoryState], candidates: JaggedTensor) -> Tensor:
         """Phase two, the requests' states not put together; see `AmortizableEncoder.score_states`."""
-        num_candidates = candidates.lengths().tolist()
-        readable = self.readable(states, len(num_candidates))
-        vectors_CD = native.score(
-            self.struct,
-            None,
-            native.Candidates(_whole(candidates.values())),
-            num_candidates,
-            [history for state in readable for history in state.histories()],
-            [],
-            self.dtype,
+        num_candidates_B, items = candidates.lengths(), _whole(candidates.values())
+        vectors_CD: Tensor = torch.ops.torchrec_amort.score_candidates(
+            self.weights(), self.num_heads, self.epsilon, *self.of_states(states), items.table, None, num_candidates_B
         )
         return self.vectors(vectors_CD)
 
-    def readable(self, states: Sequence[HistoryState], num_requests: int) -> list[_NativeState]:
-        """The states as native code reads them; to be kept until it has done so.
-
-        Raises:
-            ValueError: they are not of so many requests.
-        """
-        refuse_other_requests(sum(len(state) for state in states), num_requests)
-        return [self._readable(state) for state in states]
-
-    def _empty(self, num_events: Sequence[int], spare: int = 0) -> _NativeState:
-        """A state to be written; a single request's may have room for more events."""
-        total = sum(num_events)
-        room = _Room(total, total + spare, self._num_layers, self.embedding_dim, self.num_heads, self.dtype)
-        return _NativeState(room, 0, num_events)
-
-    def _readable(self, state: HistoryState) -> _NativeState:
-        """The state as native code reads it: itself, if it was written here."""
-        if isinstance(state, _NativeState) and state.room.dtype == self.dtype:
-            state.room.refuse_other_encoder(self._num_layers, self.num_heads, self.embedding_dim)
-            return state
-        readable = self._empty(state.lengths.tolist())
-        _copy(state, readable)
-        return readable
+    def of_states(self, states: Sequence[HistoryState]) -> tuple[list[Tensor], list[Tensor], list[int], list[Tensor]]:
+        """Keys, values, first event and lengths of each state, as operators read them."""
+        readable = [NativeState.of(state, self.dtype) for state in states]
+        return (
+            [state.room.keys for state in readable],
+            [state.room.values for state in readable],
+            [state.start for state in readable],
+            [state.lengths for state in readable],
+        )
 
 
-def _copy(state: HistoryState, longer: HistoryState) -> None:
-    """Copy keys and values to the start of others."""
-    for old, new in zip(state.keys + state.values, longer.keys + longer.values, strict=True):
-        new[: old.shape[0]] = old
+def _weights_of(layer: AmortizedHistoryLayer) -> dict[str, Tensor]:
+    widen, _, narrow = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(layer.feedforward))
+    vectors: list[Tensor] = [*layer.attention_norm.parameters(), *layer.feedforward_norm.parameters(), narrow.bias]
+    return {
+        "query": layer.query.weight,
+        "key_value": layer.key_value.weight,
+        "output": layer.output.weight,
+        "widen": widen.weight,
+        "narrow": narrow.weight,
+        "widen_bias": widen.bias,
+        "layer_vectors": torch.stack(vectors),
+    }
+
+
+def _with_room(past: NativeState, lengths_B: Tensor) -> NativeState:
+    """A copy of a state whose requests have space for so many events each, and some more after the last."""
+    num_layers, num_heads, _, head_dim = past.room.keys.shape
+    total, dtype = int(lengths_B.sum()), past.room.keys.dtype
+    capacity = total + max(SPARE_EVENTS, total // 8)
+    keys = torch.empty(num_layers, num_heads, capacity, head_dim, dtype=dtype)
+    # In bfloat16, products read one event beyond the last, times zero: it must be finite.
+    new = torch.zeros if dtype == torch.bfloat16 else torch.empty
+    values = new(num_layers, num_heads * head_dim, capacity + 1, dtype=dtype)
+    start, old_start = 0, past.start
+    for num_past, num_events in zip(past.lengths.tolist(), lengths_B.tolist(), strict=True):
+        old, longer = slice(old_start, old_start + num_past), slice(start, start + num_past)
+        keys[:, :, longer], values[:, :, longer] = past.room.keys[:, :, old], past.room.values[:, :, old]
+        start, old_start = start + num_events, old.stop
+    return NativeState(_Room(keys, values, total), 0, total, lengths_B)
+
+
+def of_each(rows: Sequence[EmbeddingRows]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Tables, and ids if there are some."""
+    return [of_one.table for of_one in rows], [of_one.ids for of_one in rows]
 
 
 def _whole(rows_ND: Tensor) -> EmbeddingRows:

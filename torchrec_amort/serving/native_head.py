@@ -8,20 +8,18 @@ tasks.
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.ops import native
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.serving.heads import DotHead, Head, ModuleHead, Terms
 from torchrec_amort.serving.lookup import Slots
-from torchrec_amort.serving.native_encoder import NativeEncoder
+from torchrec_amort.serving.native_encoder import NativeEncoder, of_each
 
 
 def why_not_native_head(head: Head, dtype: torch.dtype) -> str | None:
@@ -50,10 +48,7 @@ def why_not_native_head(head: Head, dtype: torch.dtype) -> str | None:
     return native.why_no_build(head.request_pairs.weight, dtype)
 
 
-_Layer = tuple[Tensor, Tensor | None]  # weight and bias
-
-
-class NativeHead:
+class NativeHead(nn.Module):
     """A DotHead as native code runs it, together with the encoder if that is native, too.
 
     Args:
@@ -73,52 +68,29 @@ class NativeHead:
         if reason := why_not_native_head(head, dtype):
             raise ValueError(f"no native head: {reason}")
         assert isinstance(head, DotHead)
-        self._encoder = encoder
-        self._weights = native.Weights()
-        self._dtype = dtype
-        self._arrays: list[Any] = []
+        super().__init__()
+        self.encoder = encoder
         self._dim, self._reads_constant = head.embedding_dim, head.reads_constant
-        self._num_of_request, self._num_of_candidate = len(head.of_request), len(head.of_candidate)
         # The dense vector is a candidate's, or else a request's.
         of_candidate, first = head.dense.candidate, head.dense.request
-        others: list[Any] = list(head.dense.others)
-        rest = [(layer._linear.weight, layer._linear.bias) for layer in others]
-        weight, num_fixed = head.candidate_features.weight, self._num_of_candidate * self._num_of_request
+        others, of_over = _linears(head.dense.others), _linears(head.others)
+        num_of_request, num_of_candidate = len(head.of_request), len(head.of_candidate)
+        weight, num_fixed = head.candidate_features.weight, num_of_candidate * num_of_request
         num_fixed += 0 if of_candidate is None else head.embedding_dim
-        of_pairs = _of_pairs(weight[:, num_fixed:], self._num_of_candidate)
-        over: list[_Layer] = [(torch.cat([weight[:, :num_fixed], of_pairs], dim=1), None)]
-        of_over: list[Any] = list(head.others)
-        over += [(layer._linear.weight, layer._linear.bias) for layer in of_over[:-1]]
-        over.append((of_over[-1].weight, of_over[-1].bias))
-        dense: list[_Layer] = [] if of_candidate is None else [(of_candidate.weight, None), *rest]
-        self._struct = self._head(self._num_of_request, self._num_of_candidate - (encoder is not None), dense, over)
-        of_pairs = _of_pairs(head.request_pairs.weight, self._num_of_request)
+        of_pairs = _of_pairs(weight[:, num_fixed:], num_of_candidate)
+        of_pairs_and_dense = torch.cat([weight[:, :num_fixed], of_pairs], dim=1)
+        self._num_tasks = of_over[-1].shape[0]
+        dense = [] if of_candidate is None else [of_candidate.weight, *others]
+        self._layers = _Layers(dense, [of_pairs_and_dense, *of_over], dtype)
+        of_pairs = _of_pairs(head.request_pairs.weight, num_of_request)
         of_dense = [] if head.request_dense is None else [head.request_dense.weight]
-        over = [(torch.cat([*of_dense, of_pairs], dim=1), head.request_pairs.bias)]
-        dense = [] if head.request_dense is None else [(first.weight, first.bias), *rest]
-        self._request_struct = self._head(0, self._num_of_request, dense, over)
-        self._first = None if of_candidate is None else copy.deepcopy(first).float()
+        dense = [] if head.request_dense is None else [first.weight, *others]
+        self._request_layers = _Layers(dense, [torch.cat([*of_dense, of_pairs], dim=1)], dtype)
+        self._first = copy.deepcopy(first).float()
+        over_bias = head.request_pairs.bias.detach()
+        self.register_buffer("_over_bias", over_bias.to(torch.float32, copy=True))
+        self._is_of_request = of_candidate is None
         self._num_request_dense = first.in_features
-
-    def _head(self, num_others: int, num_vectors: int, dense: list[_Layer], over: list[_Layer]) -> native.HeadStruct:
-        layers = [native.array(native.LinearStruct, [self._linear(*layer) for layer in side]) for side in (dense, over)]
-        self._arrays += layers
-        return native.HeadStruct(
-            self._dim,
-            num_others,
-            num_vectors - len(dense[:1]),
-            dense[0][0].shape[1] if dense else 0,
-            len(dense),
-            len(over),
-            over[-1][0].shape[0],
-            *map(ctypes.addressof, layers),
-        )
-
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> tuple[int, int | None, int, int]:
-        outputs, inputs = weight.shape
-        padded = F.pad(weight, (0, inputs % 2, 0, outputs % 2))
-        padded_bias = None if bias is None else self._weights.keep(F.pad(bias, (0, outputs % 2)))
-        return self._weights.keep(padded, self._dtype), padded_bias, padded.shape[1], padded.shape[0]
 
     def request(self, dense_BI: Tensor, slots: Slots) -> Terms:
         """Phase one of all but the history; see `Head.request`.
@@ -130,15 +102,17 @@ class NativeHead:
         Returns:
             tuple: tensors with one row of B per request.
         """
-        num_requests = dense_BI.shape[0]
-        inputs_BI = dense_BI.new_ones(num_requests, 1) if self._reads_constant else dense_BI
+        inputs_BI = dense_BI.new_ones(dense_BI.shape[0], 1) if self._reads_constant else dense_BI
         inputs_BI = inputs_BI[:, : self._num_request_dense].float().contiguous()
-        vectors_BRD = torch.empty(num_requests, self._num_of_request, self._dim)
-        first_BO = self._score(
-            None, self._request_struct, [num_requests], [], [(None, None, None)], None, inputs_BI, slots, vectors_BRD
+        first_BO, vectors_BRD = torch.ops.torchrec_amort.dot_request(
+            *self._request_layers.arguments(),
+            self._first.bias,
+            self._over_bias,
+            self._dim,
+            *of_each([EmbeddingRows(inputs_BI), *slots]),
         )
         # Candidates add theirs before the activation.
-        dense_BW = inputs_BI if self._first is None else self._first(inputs_BI)
+        dense_BW = inputs_BI if self._is_of_request else self._first(inputs_BI)
         return dense_BW, first_BO, vectors_BRD
 
     def candidates(
@@ -163,39 +137,50 @@ class NativeHead:
         Returns:
             Tensor: logits [C, T], float32.
         """
-        dense_BW, first_BO, vectors_BRD = terms
-        requests = list(zip(*map(_row_addresses, (dense_BW, vectors_BRD, first_BO)), strict=True))
-        num_candidates = num_candidates_B.tolist()
-        encoder, readable = None, []
-        if self._encoder is not None:
-            encoder, readable = self._encoder.struct, self._encoder.readable(states, len(num_candidates))
-        histories = [history for state in readable for history in state.histories()]
-        dense_CI = dense_CI.float().contiguous()
-        return self._score(encoder, self._struct, num_candidates, histories, requests, items, dense_CI, slots)
+        rows = [EmbeddingRows(dense_CI.float().contiguous()), *slots]
+        of_head = *self._layers.arguments(), self._num_tasks, *terms
+        logits_CT: Tensor
+        if self.encoder is None:
+            logits_CT = torch.ops.torchrec_amort.dot_candidates(*of_head, *of_each(rows), num_candidates_B)
+            return logits_CT
+        assert items is not None
+        encoder = self.encoder
+        of_encoder = encoder.weights(), encoder.num_heads, encoder.epsilon, *encoder.of_states(states)
+        logits_CT = torch.ops.torchrec_amort.dot_history_candidates(
+            *of_head, *of_each([*rows, items]), num_candidates_B, *of_encoder
+        )
+        return logits_CT
 
-    def _score(
-        self,
-        encoder: native.EncoderStruct | None,
-        head: native.HeadStruct,
-        num_candidates: Sequence[int],
-        histories: Sequence[native.History],
-        requests: Sequence[native.Request],
-        items: EmbeddingRows | None,
-        dense_CI: Tensor,
-        slots: Slots,
-        interacted: Tensor | None = None,
-    ) -> Tensor:
-        given = native.Candidates(items, dense_CI, slots)
-        return native.score(encoder, head, given, num_candidates, histories, requests, self._dtype, interacted)
+
+class _Layers(nn.Module):
+    """Layers as operators read them.
+
+    Args:
+        dense: of the dense ones, a weight, and then weight and bias of each that follows.
+        over: of those after the interaction, the same.
+        dtype: of the weights. Numbers of inputs and outputs become even, by zeros.
+    """
+
+    def __init__(self, dense: Sequence[Tensor], over: Sequence[Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._num_dense = (len(dense) + 1) // 2
+        for place, tensor in enumerate([*dense, *over]):
+            padding = [end for size in reversed(tensor.shape) for end in (0, size % 2)]
+            padded = F.pad(tensor.detach(), padding).to(dtype if tensor.dim() == 2 else torch.float32)
+            self.register_buffer(str(place), padded.contiguous())
+
+    def arguments(self) -> tuple[list[Tensor], int]:
+        """All of them, and the number of dense layers."""
+        return list(self._buffers.values()), self._num_dense  # type: ignore[arg-type]
+
+
+def _linears(layers: nn.Module) -> list[Tensor]:
+    """Weight and bias of each linear layer, in turn."""
+    linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    return [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
 
 
 def _of_pairs(weight_OX: Tensor, num_vectors: int) -> Tensor:
     """Columns for pairs of two different vectors, of those for all pairs [O, V V]."""
     one, other = torch.triu_indices(num_vectors, num_vectors, 1)
     return weight_OX[:, one * num_vectors + other]
-
-
-def _row_addresses(rows: Tensor) -> list[int]:
-    """Where each row of a contiguous tensor starts."""
-    first = native.address(rows, "what requests add")
-    return [first + row * rows.stride(0) * rows.element_size() for row in range(rows.shape[0])]

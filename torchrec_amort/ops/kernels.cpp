@@ -4,30 +4,21 @@
 // as torch stores them with a tile, norms and softmax need no sums across lanes, and a tile goes through all layers
 // without leaving the cache of its core. Candidates need nothing of each other: their tiles never wait.
 //
-// Letters: N history events and C candidates, all requests together; n events of one request; D model dimension; H
-// heads of dimension K; F width of the feed-forward networks; L layers; R vectors of a request and U of a candidate
-// that a DLRM interacts; T tasks.
-//
 // T is the type of weights, keys, values and whatever is multiplied: float, or bfloat16 where the processor multiplies
 // pairs of them. Sums, norms, softmax and what is passed from layer to layer are float in either case.
 
-#include <algorithm>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <type_traits>
-#include <utility>
-#include <vector>
+// It is compiled once for each kind of processor, KERNELS being its name. Why it includes nothing of C++, kernels.h
+// tells.
+
+#include "kernels.h"
+
+#include <string.h>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
-#include "threads.h"
-
+namespace torchrec_amort {
 namespace {
 
 #if defined(__AVX512F__)
@@ -36,11 +27,15 @@ constexpr int MOST_LANES = 16, MOST_ROWS = 32, SUMS = 16;
 constexpr int MOST_LANES = 8, MOST_ROWS = 16, SUMS = 8;
 #endif
 constexpr long KEYS = 128;  // keys whose products with a tile are in cache at once
+constexpr float INFINITE = __builtin_inff();
+
+constexpr long least(long one, long other) { return one < other ? one : other; }
+constexpr long most(long one, long other) { return one > other ? one : other; }
 
 // One number of each of a tile's rows, in as few vectors as they fill. Tiles are of 8, 16 or 32 rows: the fewer rows
 // there are, the less is computed for none.
 template <int ROWS>
-constexpr int LANES = std::min(ROWS, MOST_LANES);
+constexpr int LANES = least(ROWS, MOST_LANES);
 template <int ROWS>
 struct Types {
   typedef float Vector __attribute__((vector_size(4 * LANES<ROWS>)));
@@ -125,7 +120,7 @@ inline Vector<ROWS> exponential(Vector<ROWS> x) {
   p = p * r * r + r + 1.0f;
   const auto power = (__builtin_convertvector(k, typename Types<ROWS>::Integers) + 127) << 23;
   Vector<ROWS> scale;
-  std::memcpy(&scale, &power, sizeof scale);
+  memcpy(&scale, &power, sizeof scale);
   return x > lowest ? p * scale : Vector<ROWS>{};
 }
 template <int ROWS>
@@ -167,7 +162,7 @@ struct Factor<Bfloat16> {
   template <int ROWS>
   static Vector<ROWS> broadcast(const Bfloat16* from) {
     int32_t pair;
-    std::memcpy(&pair, from, sizeof pair);
+    memcpy(&pair, from, sizeof pair);
     return (Vector<ROWS>)(pair - typename Types<ROWS>::Integers{});
   }
   template <int ROWS>
@@ -196,7 +191,7 @@ struct Factor<Bfloat16> {
   static Bfloat16 narrow(float value) {
     const __m128bh narrowed = _mm_cvtneps_pbh(_mm_set_ss(value));
     Bfloat16 result;
-    std::memcpy(&result, &narrowed, sizeof result);
+    memcpy(&result, &narrowed, sizeof result);
     return result;
   }
 };
@@ -237,95 +232,19 @@ inline void multiply(const T* matrix, long stride, long rows, const float* tile,
   if (row < rows) multiply_block<1, ROWS>(matrix, stride, row, tile, depth, take);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Pointers of one layer; matrices are [out][in], as torch.nn.Linear has them.
-struct Layer {
-  const float *attention_norm_weight, *attention_norm_bias;
-  const void *query, *key_value, *output;
-  const float *feedforward_norm_weight, *feedforward_norm_bias;
-  const void* widen;
-  const float* widen_bias;
-  const void* narrow;
-  const float* narrow_bias;
-};
-
-struct Encoder {
-  int64_t dim, heads, width, num_layers, is_causal;
-  double epsilon;
-  const Layer* layers;
-  const float *output_norm_weight, *output_norm_bias;
-};
-
-// Inputs and outputs are even in number; without a bias there is one for each request.
-struct Linear {
-  const void* weight;
-  const float* bias;
-  int64_t inputs, outputs;
-};
-
-// All of a DLRM but its lookups and its encoder, for candidates; see heads.py. The last of the U vectors may come from
-// the encoder, and the first one is the dense one if there are dense layers; columns of the first layer of `over` are
-// for the dense vector, pairs of a candidate's and a request's vector, and pairs of two of a candidate's. What a
-// request adds to that layer is a head of its own, whose candidates are requests, without vectors of others.
-struct Head {
-  int64_t dim, num_request_vectors, num_slots, num_dense_inputs, num_dense_layers, num_over_layers, num_tasks;
-  const Linear *dense, *over;
-};
-
-// What a request adds: to the first dense layer, vectors [R][D], to the first layer of `over`.
-struct Request {
-  const float *dense, *vectors, *first;
-};
-
-// Rows of embeddings of all candidates: those of a table by their ids, or one after the other if there are none.
-struct Rows {
-  const float* table;
-  const int64_t* ids;
-  int64_t stride;
-};
-
-// What candidates are scored from, all requests together: items, dense inputs [C][inputs], and rows of each slot.
-struct Candidates {
-  Rows items;
-  const float* dense;
-  const Rows* slots;
-};
-
-// Of one layer: keys [H][n][K], and values [D][n], so that products read both in order. Strides count entries; after
-// the n values of each row there is one entry more, finite if T is bfloat16.
+// Keys and values of one request in one layer.
+template <class T>
 struct State {
-  void *keys, *values;
-  int64_t head_stride, key_stride, value_stride;
+  T *keys, *values;
+  long head_stride, key_stride, value_stride;
 };
 
-// Of one request: the states of all layers, its first event there, how many there are, and how many come after them.
-struct History {
-  const State* states;
-  int64_t start, past, added;
-};
-
-// What Python compares with its own before the first call: VERSION of native.py, and of each structure, in the order
-// of STRUCTS there, the size and where its last field is.
-extern const int64_t torchrec_amort_version, torchrec_amort_layout[][2];
-const int64_t torchrec_amort_version = 1;
-const int64_t torchrec_amort_layout[][2] = {
-    {sizeof(Layer), offsetof(Layer, narrow_bias)},
-    {sizeof(Encoder), offsetof(Encoder, output_norm_bias)},
-    {sizeof(Linear), offsetof(Linear, outputs)},
-    {sizeof(Head), offsetof(Head, over)},
-    {sizeof(Request), offsetof(Request, first)},
-    {sizeof(Rows), offsetof(Rows, stride)},
-    {sizeof(Candidates), offsetof(Candidates, slots)},
-    {sizeof(State), offsetof(State, value_stride)},
-    {sizeof(History), offsetof(History, added)},
-};
-
-}  // extern "C"
-
-namespace {
+template <class T>
+State<T> state_of(const History& history, long depth) {
+  return {static_cast<T*>(history.keys) + depth * history.key_layer,
+          static_cast<T*>(history.values) + depth * history.value_layer, history.key_head, history.key_event,
+          history.value_row};
+}
 
 // Which keys a tile reads: the first `count`; if causal, its row i reads only those up to `first + i`.
 struct Reach {
@@ -334,57 +253,41 @@ struct Reach {
   long first;
 };
 
-// A thread's own memory, kept for its next call: taken and freed by several threads again and again, it would scatter
-// the heap.
-inline float* scratch(size_t floats) {
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local size_t size = 0;
-  if (size < floats) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * floats)));
-    if (memory == nullptr) std::abort();
-    size = floats;
-  }
-  return memory.get();
-}
-
 // What a thread works in, one at a time: one tile and what becomes of it.
 template <int ROWS>
 class Workspace {
  public:
-  Workspace(const Encoder* encoder, const Head* head) {
+  // Without memory it only tells how much it takes.
+  Workspace(const Encoder* encoder, const Head* head, float* memory) : memory_(memory) {
     if (encoder != nullptr) {
       const long dim = encoder->dim;
-      for (float** tile : {&rows, &factor, &queries, &read}) reserve(tile, dim);
+      reserve(&rows, dim), reserve(&factor, dim), reserve(&queries, dim), reserve(&read, dim);
       reserve(&hidden, encoder->width), reserve(&logits, KEYS), reserve(&weights, KEYS);
       reserve(&sums, dim / encoder->heads);
     }
     if (head != nullptr) {
       long widest = 0;
-      for (long i = 0; i < head->num_dense_layers; ++i) widest = std::max<long>(widest, head->dense[i].outputs);
-      for (long i = 0; i < head->num_over_layers; ++i) widest = std::max<long>(widest, head->over[i].outputs);
+      for (long i = 0; i < head->num_dense_layers; ++i) widest = most(widest, head->dense[i].outputs);
+      for (long i = 0; i < head->num_over_layers; ++i) widest = most(widest, head->over[i].outputs);
       const long inputs = head->num_dense_layers > 0 ? head->dense[0].inputs : 0;
-      const long widest_input = std::max<long>(head->over[0].inputs, inputs);
+      const long widest_input = most(head->over[0].inputs, inputs);
       reserve(&vectors, ((head->num_dense_layers > 0) + head->num_slots + (encoder != nullptr)) * head->dim);
       reserve(&features, widest_input), reserve(&narrowed, widest_input);
       reserve(&layers[0], widest), reserve(&layers[1], widest);
     }
-    float* memory = scratch(ROWS * (total_ + total_ % 2));
-    for (const auto& [tile, start] : places_) *tile = memory + start * ROWS;
   }
+  size_t floats() const { return ROWS * (total_ + total_ % 2); }
 
   float *rows, *factor, *queries, *read, *hidden, *logits, *weights, *sums;
   float *vectors, *features, *narrowed, *layers[2];
 
  private:
   void reserve(float** tile, long rows) {
-    places_.push_back({tile, total_});
+    *tile = memory_ == nullptr ? nullptr : memory_ + total_ * ROWS;
     total_ += rows;
   }
 
-  std::vector<std::pair<float**, long>> places_;
+  float* memory_;
   long total_ = 0;
 };
 
@@ -400,7 +303,7 @@ inline void norm(const float* tile, long dim, double epsilon, const float* weigh
   }
   float lanes[ROWS];
   save(lanes, variance);
-  for (float& lane : lanes) lane = 1.0f / std::sqrt(lane / dim + static_cast<float>(epsilon));
+  for (float& lane : lanes) lane = 1.0f / __builtin_sqrtf(lane / dim + static_cast<float>(epsilon));
   const Row<ROWS> scale = load<ROWS>(lanes);
   for (long d = 0; d < dim; d += 2) {
     const Row<ROWS> first = (load<ROWS>(tile + d * ROWS) - mean) * scale;
@@ -409,25 +312,16 @@ inline void norm(const float* tile, long dim, double epsilon, const float* weigh
   }
 }
 
-// A request's own part of a layer's state.
-template <class T>
-State state_of(const History& history, long depth) {
-  State state = history.states[depth];
-  state.keys = static_cast<T*>(state.keys) + history.start * state.key_stride;
-  state.values = static_cast<T*>(state.values) + history.start;
-  return state;
-}
-
 // The softmax of a head, block of keys by block of keys, as FlashAttention does (Dao et al., arXiv 2205.14135,
 // section 3.1). `keys` points at the head's entries of the first key, `values` at the head's first row.
 template <int ROWS, class T>
-void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T* values, const State& state,
+void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T* values, const State<T>& state,
             const Reach& reach, long head_dim, float* read) {
-  const long most = reach.is_causal ? std::min(reach.count, reach.first + ROWS) : reach.count;
-  std::memset(space.sums, 0, sizeof(float) * head_dim * ROWS);
-  Row<ROWS> highest = same<ROWS>(-INFINITY), total = same<ROWS>(0.0f);
-  for (long begin = 0; begin < most; begin += KEYS) {
-    const long count = std::min(KEYS, most - begin);
+  const long end = reach.is_causal ? least(reach.count, reach.first + ROWS) : reach.count;
+  memset(space.sums, 0, sizeof(float) * head_dim * ROWS);
+  Row<ROWS> highest = same<ROWS>(-INFINITE), total = same<ROWS>(0.0f);
+  for (long begin = 0; begin < end; begin += KEYS) {
+    const long count = least(KEYS, end - begin);
     Row<ROWS> now_highest = highest;
     multiply<ROWS>(keys + begin * state.key_stride, state.key_stride, count, queries, head_dim,
                    [&](long key, auto first, auto second) {
@@ -437,7 +331,7 @@ void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T
     for (long key = 0; key < count; ++key) {
       float* logits = space.logits + key * ROWS;
       if (reach.is_causal)
-        for (long row = 0; row < std::min<long>(ROWS, begin + key - reach.first); ++row) logits[row] = -INFINITY;
+        for (long row = 0; row < least(ROWS, begin + key - reach.first); ++row) logits[row] = -INFINITE;
       now_highest = maximum(now_highest, load<ROWS>(logits));
     }
     const Row<ROWS> shrink = exponential(highest - now_highest);
@@ -458,7 +352,7 @@ void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T
   }
   // Who has no key reads zero.
   const Row<ROWS> inverse =
-      each<ROWS>([&](int i) { return most > 0 ? all<ROWS>(1.0f) / total.vector[i] : Vector<ROWS>{}; });
+      each<ROWS>([&](int i) { return end > 0 ? all<ROWS>(1.0f) / total.vector[i] : Vector<ROWS>{}; });
   for (long d = 0; d < head_dim; d += 2)
     Factor<T>::store(read, d, load<ROWS>(space.sums + d * ROWS) * inverse,
                      load<ROWS>(space.sums + (d + 1) * ROWS) * inverse);
@@ -466,7 +360,7 @@ void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T
 
 // One layer of the encoder, on the tile of a workspace.
 template <int ROWS, class T>
-void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State& state,
+void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State<T>& state,
                  const Reach& reach) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
   const auto as_factor = [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); };
@@ -474,18 +368,15 @@ void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& la
     save(space.rows + d * ROWS, load<ROWS>(space.rows + d * ROWS) + first);
     save(space.rows + (d + 1) * ROWS, load<ROWS>(space.rows + (d + 1) * ROWS) + second);
   };
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
-  multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim,
-                 [&](long d, auto first, auto second) {
-                   Factor<T>::store(space.queries, d, first * scale, second * scale);
-                 });
-  const T* keys = static_cast<const T*>(state.keys);
-  const T* values = static_cast<const T*>(state.values);
+  multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim, [&](long d, auto first, auto second) {
+    Factor<T>::store(space.queries, d, first * scale, second * scale);
+  });
   for (long d = 0; d < dim; d += head_dim) {
     const long cells = d / Factor<T>::DEPTH * ROWS;
-    attend<ROWS, T>(space, space.queries + cells, keys + d / head_dim * state.head_stride,
-                    values + d * state.value_stride, state, reach, head_dim, space.read + cells);
+    attend<ROWS, T>(space, space.queries + cells, state.keys + d / head_dim * state.head_stride,
+                    state.values + d * state.value_stride, state, reach, head_dim, space.read + cells);
   }
   multiply<ROWS>(static_cast<const T*>(layer.output), dim, dim, space.read, dim, add);
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.feedforward_norm_weight, layer.feedforward_norm_bias, as_factor);
@@ -502,13 +393,13 @@ void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& la
 
 // Keys and values of the tile's `count` rows, which are rows `start` on of the state.
 template <int ROWS, class T>
-void write_keys_and_values(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State& state,
+void write_keys_and_values(Workspace<ROWS>& space, const Encoder& encoder, const Layer& layer, const State<T>& state,
                            long start, long count) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias,
              [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); });
-  T* keys = static_cast<T*>(state.keys) + start * state.key_stride;
-  T* values = static_cast<T*>(state.values) + start;
+  T* keys = state.keys + start * state.key_stride;
+  T* values = state.values + start;
   // Rows d of the product are keys for d below D, then values.
   const auto write = [&](long d, auto first, auto second) {
     float lanes[2][ROWS];
@@ -579,21 +470,6 @@ void save_rows(const float* tile, long dim, long count, float* rows, long stride
     for (long d = 0; d < dim; ++d) rows[row * stride + d] = tile[d * ROWS + row];
 }
 
-// A tile's rows: `count` of `request`, from its row `first` on, which is row `start` of all.
-struct Place {
-  long request, first, start, count;
-};
-
-template <int ROWS, class Length>
-std::vector<Place> places_of(const Length& length, long num_requests) {
-  std::vector<Place> places;
-  long start = 0;
-  for (long request = 0; request < num_requests; start += length(request++))
-    for (long first = 0; first < length(request); first += ROWS)
-      places.push_back({request, first, start + first, std::min<long>(ROWS, length(request) - first)});
-  return places;
-}
-
 // The sums of rows of all terms.
 template <int ROWS>
 void load_events(Workspace<ROWS>& space, const Rows* terms, long num_terms, long dim, const Place& place) {
@@ -605,29 +481,26 @@ void load_events(Workspace<ROWS>& space, const Rows* terms, long num_terms, long
 }
 
 template <int ROWS, class T>
-void encode(const Encoder& encoder, const Rows* terms, long num_terms, const std::vector<Place>& places,
-            const History* histories, int num_threads) {
+void encode(const void* job, float* memory, Pieces& pieces) {
+  const Encode& encode = *static_cast<const Encode*>(job);
+  const Encoder& encoder = *encode.encoder;
   const long dim = encoder.dim;
-  std::vector<float> tiles(places.size() * dim * ROWS);
-  const auto make = [&] {
-    return [&, space = Workspace<ROWS>(&encoder, nullptr)](long phase, size_t i) mutable {
-      const Place& place = places[i];
-      const History& history = histories[place.request];
-      const long depth = phase / 2, start = history.past + place.first;
-      const Layer& layer = encoder.layers[depth];
-      const State state = state_of<T>(history, depth);
-      space.rows = tiles.data() + i * dim * ROWS;
-      if (phase == 0) load_events(space, terms, num_terms, dim, place);
-      if (phase % 2 == 0) {
-        write_keys_and_values<ROWS, T>(space, encoder, layer, state, start, place.count);
-      } else {
-        const Reach reach = {history.past + history.added, encoder.is_causal != 0, start};
-        apply_layer<ROWS, T>(space, encoder, layer, state, reach);
-      }
-    };
-  };
-  // After the last layer's keys and values nothing reads the events.
-  threads::Pool::of_process().share(num_threads, places.size(), 2 * encoder.num_layers - 1, make);
+  Workspace<ROWS> space(&encoder, nullptr, memory);
+  for (Piece piece; pieces.take(piece);) {
+    const Place& place = encode.places[piece.index];
+    const History& history = encode.histories[place.request];
+    const long depth = piece.phase / 2, start = history.past + place.first;
+    const Layer& layer = encoder.layers[depth];
+    const State<T> state = state_of<T>(history, depth);
+    space.rows = encode.tiles + piece.index * dim * ROWS;
+    if (piece.phase == 0) load_events(space, encode.terms, encode.num_terms, dim, place);
+    if (piece.phase % 2 == 0) {
+      write_keys_and_values<ROWS, T>(space, encoder, layer, state, start, place.count);
+    } else {
+      const Reach reach = {history.past + history.added, encoder.is_causal, start};
+      apply_layer<ROWS, T>(space, encoder, layer, state, reach);
+    }
+  }
 }
 
 // Layers one after the other, ReLU between them; the first one's bias is given if it has none of its own.
@@ -655,7 +528,7 @@ void feed_forward(Workspace<ROWS>& space, const Linear* layers, long num_layers,
 // A tile of floats as factor.
 template <int ROWS, class T>
 const float* narrow(const float* tile, long rows, float* narrowed) {
-  if (std::is_same_v<T, float>) return tile;
+  if (Factor<T>::DEPTH == 1) return tile;
   for (long row = 0; row < rows; row += 2)
     Factor<T>::store(narrowed, row, load<ROWS>(tile + row * ROWS), load<ROWS>(tile + (row + 1) * ROWS));
   return narrowed;
@@ -673,7 +546,7 @@ void apply_head(Workspace<ROWS>& space, const Head& head, const Request& request
                             save(space.vectors + d * ROWS, maximum(same<ROWS>(0.0f), first));
                             save(space.vectors + (d + 1) * ROWS, maximum(same<ROWS>(0.0f), second));
                           });
-    std::memcpy(features, space.vectors, sizeof(float) * dim * ROWS);
+    memcpy(features, space.vectors, sizeof(float) * dim * ROWS);
     features += dim * ROWS;
   }
   for (long one = 0; one < num_vectors; ++one, features += head.num_request_vectors * ROWS)
@@ -709,88 +582,82 @@ void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const His
 }
 
 template <int ROWS, class T>
-void score(const Encoder* encoder, const Head* head, const Candidates& candidates, const std::vector<Place>& places,
-           const History* histories, const Request* requests, float* scores, float* interacted, int num_threads) {
-  const auto make = [&] {
-    return [&, space = Workspace<ROWS>(encoder, head)](long, size_t i) mutable {
-      const auto& [request, first, start, count] = places[i];
-      float* vectors = head != nullptr ? space.vectors : space.rows;
-      if (head != nullptr && head->num_dense_layers > 0) {
-        const long inputs = head->num_dense_inputs;
-        std::memset(space.features, 0, sizeof(float) * head->dense[0].inputs * ROWS);
-        load_rows<ROWS>({candidates.dense, nullptr, inputs}, inputs, start, count, space.features);
-        vectors += head->dim * ROWS;
-      }
-      if (head != nullptr) {
-        for (long slot = 0; slot < head->num_slots; ++slot, vectors += head->dim * ROWS)
-          load_rows<ROWS>(candidates.slots[slot], head->dim, start, count, vectors);
-      }
-      if (encoder != nullptr) {
-        load_rows<ROWS>(candidates.items, encoder->dim, start, count, space.rows);
-        encode_candidates<ROWS, T>(space, *encoder, histories[request], vectors);
-        vectors += encoder->dim * ROWS;
-      }
-      if (head == nullptr) {
-        save_rows<ROWS>(space.rows, encoder->dim, count, scores + start * encoder->dim, encoder->dim);
-        return;
-      }
-      const long num_vectors = (vectors - space.vectors) / (head->dim * ROWS), num_tasks = head->num_tasks;
-      apply_head<ROWS, T>(space, *head, requests[request], num_vectors, [&](long task, auto one, auto other) {
-        float lanes[2][ROWS];
-        save(lanes[0], one), save(lanes[1], other);
-        for (long side = 0; side < 2 && task + side < num_tasks; ++side)
-          for (long row = 0; row < count; ++row) scores[(start + row) * num_tasks + task + side] = lanes[side][row];
-      });
-      for (long one = 0; interacted != nullptr && one < num_vectors; ++one)
-        save_rows<ROWS>(space.vectors + one * head->dim * ROWS, head->dim, count,
-                        interacted + (start * num_vectors + one) * head->dim, num_vectors * head->dim);
-    };
-  };
-  threads::Pool::of_process().share(num_threads, places.size(), 1, make);
+void score(const void* job, float* memory, Pieces& pieces) {
+  const Score& score = *static_cast<const Score*>(job);
+  const Encoder* encoder = score.encoder;
+  const Head* head = score.head;
+  Workspace<ROWS> space(encoder, head, memory);
+  for (Piece piece; pieces.take(piece);) {
+    const auto& [request, first, start, count] = score.places[piece.index];
+    float* vectors = head != nullptr ? space.vectors : space.rows;
+    if (head != nullptr && head->num_dense_layers > 0) {
+      const long inputs = head->num_dense_inputs;
+      memset(space.features, 0, sizeof(float) * head->dense[0].inputs * ROWS);
+      load_rows<ROWS>({score.dense, nullptr, inputs}, inputs, start, count, space.features);
+      vectors += head->dim * ROWS;
+    }
+    if (head != nullptr) {
+      for (long slot = 0; slot < head->num_slots; ++slot, vectors += head->dim * ROWS)
+        load_rows<ROWS>(score.slots[slot], head->dim, start, count, vectors);
+    }
+    if (encoder != nullptr) {
+      load_rows<ROWS>(score.items, encoder->dim, start, count, space.rows);
+      encode_candidates<ROWS, T>(space, *encoder, score.histories[request], vectors);
+      vectors += encoder->dim * ROWS;
+    }
+    if (head == nullptr) {
+      save_rows<ROWS>(space.rows, encoder->dim, count, score.scores + start * encoder->dim, encoder->dim);
+      continue;
+    }
+    const long num_vectors = (vectors - space.vectors) / (head->dim * ROWS), num_tasks = head->num_tasks;
+    apply_head<ROWS, T>(space, *head, score.requests[request], num_vectors, [&](long task, auto one, auto other) {
+      float lanes[2][ROWS];
+      save(lanes[0], one), save(lanes[1], other);
+      for (long side = 0; side < 2 && task + side < num_tasks; ++side)
+        for (long row = 0; row < count; ++row) score.scores[(start + row) * num_tasks + task + side] = lanes[side][row];
+    });
+    for (long one = 0; score.interacted != nullptr && one < num_vectors; ++one)
+      save_rows<ROWS>(space.vectors + one * head->dim * ROWS, head->dim, count,
+                      score.interacted + (start * num_vectors + one) * head->dim, num_vectors * head->dim);
+  }
 }
 
-// Calls with tiles of the fewest rows that hold all of any request's, or of most rows.
-template <class Length, class Call>
-void with_places(long num_requests, const Length& length, const Call& call) {
-  int64_t longest = 0;
-  for (long request = 0; request < num_requests; ++request) longest = std::max<int64_t>(longest, length(request));
-  const auto with = [&](auto rows) { call(rows, places_of<rows>(length, num_requests)); };
-  if (longest <= 8)
-    with(std::integral_constant<int, 8>());
-  else if (longest <= 16 || MOST_ROWS == 16)
-    with(std::integral_constant<int, 16>());
-  else
-    with(std::integral_constant<int, MOST_ROWS>());
+template <int ROWS, class T>
+void share_encode(const Encode& job, int num_threads) {
+  const size_t floats = Workspace<ROWS>(job.encoder, nullptr, nullptr).floats();
+  // After the last layer's keys and values nothing reads the events.
+  share(num_threads, job.num_places, 2 * job.encoder->num_layers - 1, floats, encode<ROWS, T>, &job);
+}
+
+template <int ROWS, class T>
+void share_score(const Score& job, int num_threads) {
+  const size_t floats = Workspace<ROWS>(job.encoder, job.head, nullptr).floats();
+  share(num_threads, job.num_places, 1, floats, score<ROWS, T>, &job);
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_BFLOAT16 = true;
+#else
+constexpr bool MULTIPLIES_BFLOAT16 = false;
+using Bfloat16 = float;  // never asked for: operators.cpp refuses it
+#endif
+
+// Calls with tiles of so many rows.
+#define WITH_ROWS(FUNCTION, TYPE)                      \
+  (rows == 8    ? FUNCTION<8, TYPE>(job, num_threads)  \
+   : rows == 16 ? FUNCTION<16, TYPE>(job, num_threads) \
+                : FUNCTION<MOST_ROWS, TYPE>(job, num_threads))
+
+void encode_rows(const Encode& job, int rows, bool is_bfloat16, int num_threads) {
+  is_bfloat16 ? WITH_ROWS(share_encode, Bfloat16) : WITH_ROWS(share_encode, float);
+}
+
+void score_rows(const Score& job, int rows, bool is_bfloat16, int num_threads) {
+  is_bfloat16 ? WITH_ROWS(share_score, Bfloat16) : WITH_ROWS(share_score, float);
 }
 
 }  // namespace
 
-// Phase one: writes the keys and values of the events that are added, each the sum of rows of `terms`.
-#define ENCODE(NAME, TYPE)                                                                                    \
-  extern "C" void NAME(const Encoder* encoder, const Rows* terms, int64_t num_terms, const History* histories, \
-                       int64_t num_requests, int num_threads) {                                               \
-    const auto length = [&](long request) { return histories[request].added; };                               \
-    with_places(num_requests, length, [&](auto rows, const auto& places) {                                    \
-      encode<rows, TYPE>(*encoder, terms, num_terms, places, histories, num_threads);                         \
-    });                                                                                                       \
-  }
+const Kernels KERNELS::kernels = {MOST_ROWS, MULTIPLIES_BFLOAT16, encode_rows, score_rows};
 
-// Phase two: of candidates, logits [C][T] with a head, and vectors [C][D] without. Without an encoder the slots hold
-// all, and there are no histories. A head's vectors [C][U][D] go to `interacted`, unless it is null.
-#define SCORE(NAME, TYPE)                                                                                      \
-  extern "C" void NAME(const Encoder* encoder, const Head* head, const Candidates* candidates,                 \
-                       const int64_t* num_candidates, int64_t num_requests, const History* histories,          \
-                       const Request* requests, float* scores, float* interacted, int num_threads) {           \
-    const auto length = [&](long request) { return num_candidates[request]; };                                 \
-    with_places(num_requests, length, [&](auto rows, const auto& places) {                                     \
-      score<rows, TYPE>(encoder, head, *candidates, places, histories, requests, scores, interacted,           \
-                        num_threads);                                                                          \
-    });                                                                                                        \
-  }
-
-ENCODE(torchrec_amort_encode, float)
-SCORE(torchrec_amort_score, float)
-#if defined(__AVX512BF16__)
-ENCODE(torchrec_amort_encode_bfloat16, Bfloat16)
-SCORE(torchrec_amort_score_bfloat16, Bfloat16)
-#endif
+}  // namespace torchrec_amort
