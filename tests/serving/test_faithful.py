@@ -31,7 +31,7 @@ from torchrec_amort import (
 )
 from torchrec_amort.serving.heads import CrossHead, DotHead, build_head
 from torchrec_amort.serving.native_encoder import why_not_native
-from torchrec_amort.serving.served import Backend
+from torchrec_amort.serving.phases import Backend
 
 SIZES = [(5, 3), (0, 2), (8, 4)]
 

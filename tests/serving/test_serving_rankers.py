@@ -27,7 +27,7 @@ from torchrec_amort.models.ranker import ModelRanker
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.rivals import MeanPooling, TargetAttention
 from torchrec_amort.serving.native_encoder import why_not_native
-from torchrec_amort.serving.served import Backend
+from torchrec_amort.serving.phases import Backend
 
 
 def with_users(batch: RequestBatch) -> RequestBatch:

@@ -59,25 +59,17 @@ class RequestState:
 
 @dataclass(frozen=True, eq=False)
 class CandidateRows:
-    """What a model gets in phase two, where its batch stood: C candidates, looked up, and their requests' state.
+    """What a model gets in phase two, where its batch stood: C candidates, all their bags made.
 
     Args:
-        state: of B requests.
-        num_candidates: int64 [B].
-        bags: of each feature of the candidates, by its name: [C, W].
-        items: of each tower, by its name: embeddings of the candidates' items, [C, width of their table].
-        num_rows: C.
+        bags: of C rows, in the order of `AmortizedEmbeddingBagCollection.embedding_bag_configs`.
     """
 
-    state: RequestState
-    num_candidates: Tensor
-    bags: Mapping[str, Tensor]
-    items: Mapping[str, Tensor]
-    num_rows: int
+    bags: KeyedTensor
 
     def stride(self) -> int:
         """The number of rows that the model has, C."""
-        return self.num_rows
+        return self.bags.values().shape[0]
 
 
 class AmortizedEmbeddingBagCollection(nn.Module):
@@ -147,8 +139,9 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         """
         collection = cls.__new__(cls)
         nn.Module.__init__(collection)
-        sides = [bags for bags in (request_bags, candidate_bags) if bags is not None]
-        tables = [table for bags in sides for table in bags.embedding_bag_configs()]
+        sides = [bags.embedding_bag_configs() for bags in (request_bags, candidate_bags) if bags is not None]
+        tables = [table for of_side in sides for table in of_side]
+        _refuse_twice([name for of_side in sides for name in sorted(set(_features(of_side)))], "features of both sides")
         collection._set(request_bags, candidate_bags, towers, tables, _Shared())
         return collection
 
@@ -173,13 +166,14 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         _refuse_twice([*_features(of_towers), *set(_features(tables))], "features or histories")
         bags = [name for names in get_embedding_names_by_table(self._configs) for name in names]
         widths = [table.embedding_dim for table in self._configs for _ in table.feature_names]
-        reads = {tower.name: _Reads.of(tower, self.sequences, shared) for tower in towers}
+        reads = {tower.name: Reads.of(tower, self.sequences, shared) for tower in towers}
         self.bags = Bags(towers, dict(zip(bags, widths, strict=True)), reads, shared.places)
         # Asked now: collections that are sharded do not tell.
         sides = {"request_sparse": request_bags, "candidate_sparse": candidate_bags}
         self._weighted = {field for field, bags in sides.items() if bags is not None and bags.is_weighted()}
         features = {field: _features(bags.embedding_bag_configs()) if bags else [] for field, bags in sides.items()}
-        features["sequences"] = [name for collection in self.sequences for name in features_of(collection)]
+        self._sequence_features = [_features(collection.embedding_configs()) for collection in self.sequences]  # type: ignore[operator]
+        features["sequences"] = [name for names in self._sequence_features for name in names]
         self.features = features
         self._renamed = self._names_of_tables()
         self._register_load_state_dict_pre_hook(self._rename)
@@ -214,7 +208,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         """Bags of candidates.
 
         Args:
-            rows: B requests with C candidates; or, in phase two, candidates that are looked up already.
+            rows: B requests with C candidates; or, in phase two, candidates whose bags are made.
 
         Returns:
             KeyedTensor: of C rows, in the order of `embedding_bag_configs`.
@@ -224,7 +218,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             InputError: ids have weights where the bags have none, or none where they have some.
         """
         if isinstance(rows, CandidateRows):
-            return self.bags.of_candidates(rows)
+            return rows.bags
         if self.training and torch.is_grad_enabled():
             refuse_tables_without_optimizer(self, "embedding_bag_collection")
         request, candidate = self._of_requests(rows), self._of_candidates(rows)
@@ -243,7 +237,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             InputError: as `forward`.
         """
         request = self._of_requests(batch)
-        of_events = [collection(events_of(batch.sequences, collection)) for collection in self.sequences]
+        of_events = [collection(events_of(batch.sequences, names)) for names, collection in self._sequences()]
         histories = {tower.name: tower.encode_history(self.bags.events(tower, of_events)) for tower in self.towers}
         return RequestState(histories, {} if request is None else request.to_dict(), len(batch))
 
@@ -258,11 +252,18 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             InputError: as `forward`.
         """
         candidate = self._of_candidates(batch)
-        of_items = [collection(items_of(batch.sequences, collection)) for collection in self.sequences]
+        of_items = [collection(items_of(batch.sequences, names)) for names, collection in self._sequences()]
         bags = {} if candidate is None else candidate.to_dict()
         bags |= {bag: of_items[place][CANDIDATE_ITEM].values() for bag, place in self.bags.shared.items()}
-        items = {tower.name: self.bags.items(tower, of_items).values() for tower in self.towers}
-        return CandidateRows(state, batch.num_candidates, bags, items, batch.stride())
+        vectors = {
+            tower.name: tower.score_candidates(state.histories[tower.name], self.bags.items(tower, of_items))
+            for tower in self.towers
+        }
+        return CandidateRows(self.bags.join(state.bags, bags, vectors, batch.num_candidates, batch.stride()))
+
+    def _sequences(self) -> list[tuple[list[str], nn.Module]]:
+        """Collections of sequences, and the features of each."""
+        return list(zip(self._sequence_features, self.sequences, strict=True))
 
     def _of_requests(self, batch: RequestBatch) -> KeyedTensor | None:
         if self.request_bags is None:
@@ -300,7 +301,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Reads:
+class Reads:
     """Where a tower's embeddings are: in which collection of sequences.
 
     Args:
@@ -312,7 +313,7 @@ class _Reads:
     items: int
 
     @classmethod
-    def of(cls, tower: HistoryTower, collections: Iterable[nn.Module], shared: _Shared) -> _Reads:
+    def of(cls, tower: HistoryTower, collections: Iterable[nn.Module], shared: _Shared) -> Reads:
         own = next((place for place, collection in enumerate(collections) if collection is tower.events), -1)
         if tower.item is None:
             return cls(dict.fromkeys(tower.event_encoder.features, own), own)
@@ -342,7 +343,7 @@ class Bags(nn.Module):
         self,
         towers: Sequence[HistoryTower],
         widths: Mapping[str, int],
-        reads: Mapping[str, _Reads],
+        reads: Mapping[str, Reads],
         shared: Mapping[str, int],
     ) -> None:
         super().__init__()
@@ -366,55 +367,57 @@ class Bags(nn.Module):
         num_rows: int,
     ) -> KeyedTensor:
         """Bags of C candidates, of what is looked up."""
-        bags = {} if request is None else request.to_dict()
-        bags = {name: expand(bag_BW, num_candidates_B, num_rows) for name, bag_BW in bags.items()}
-        bags |= {} if candidate is None else candidate.to_dict()
+        bags = {} if candidate is None else candidate.to_dict()
         bags |= {bag: sequences[place][CANDIDATE_ITEM].values() for bag, place in self.shared.items()}
-        for tower in self.towers.values():
-            vectors = tower(self.events(tower, sequences), self.items(tower, sequences))  # type: ignore[arg-type]
-            bags |= zip(tower.bags, vectors, strict=True)  # type: ignore[arg-type]
-        return self._join(bags)
+        vectors = {
+            name: tower(self.events(tower, sequences), self.items(tower, sequences))  # type: ignore[arg-type]
+            for name, tower in self.towers.items()
+        }
+        return self.join({} if request is None else request.to_dict(), bags, vectors, num_candidates_B, num_rows)
 
-    def of_candidates(self, rows: CandidateRows) -> KeyedTensor:
-        """Bags of candidates, in phase two."""
-        state, num_candidates_B = rows.state, rows.num_candidates
-        bags = {name: expand(bag_BW, num_candidates_B, rows.num_rows) for name, bag_BW in state.bags.items()}
-        bags |= rows.bags
-        for name, tower in self.towers.items():
-            items = JaggedTensor(rows.items[name], lengths=num_candidates_B)
-            bags |= zip(tower.bags, tower.score_candidates(state.histories[name], items), strict=True)  # type: ignore[arg-type,operator]
-        return self._join(bags)
+    def join(
+        self,
+        request: Mapping[str, Tensor],
+        candidate: Mapping[str, Tensor],
+        vectors: Mapping[str, Sequence[Tensor]],
+        num_candidates_B: Tensor,
+        num_rows: int,
+    ) -> KeyedTensor:
+        """All bags of C candidates.
 
-    def _join(self, bags: Mapping[str, Tensor]) -> KeyedTensor:
+        Args:
+            request: bags of the requests, [B, W] each.
+            candidate: bags of the candidates, [C, W] each.
+            vectors: of each tower, S times [C, W].
+            num_candidates_B: int64 [B].
+            num_rows: C.
+        """
+        bags = {name: expand(bag_BW, num_candidates_B, num_rows) for name, bag_BW in request.items()}
+        bags |= candidate
+        for name, of_tower in vectors.items():
+            bags |= zip(self.towers[name].bags, of_tower, strict=True)  # type: ignore[arg-type]
         names, widths = list(self.widths), list(self.widths.values())
         return KeyedTensor(names, widths, torch.cat([bags[name] for name in names], dim=1))
-
-
-def features_of(collection: nn.Module) -> list[str]:
-    """Features of a collection of sequences."""
-    configs: Any = collection.embedding_configs
-    return _features(configs())
 
 
 def _features(tables: Iterable[BaseEmbeddingConfig]) -> list[str]:
     return [name for table in tables for name in table.feature_names]
 
 
-def events_of(sequences: KeyedJaggedTensor, collection: nn.Module) -> KeyedJaggedTensor:
-    """What a collection reads of B requests' sequences, candidates' items left out."""
-    return _without(sequences, collection, lambda feature: feature == CANDIDATE_ITEM)
+def events_of(sequences: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJaggedTensor:
+    """Sequences of these names of B requests, candidates' items left out."""
+    return _without(sequences, names, lambda feature: feature == CANDIDATE_ITEM)
 
 
-def items_of(sequences: KeyedJaggedTensor, collection: nn.Module) -> KeyedJaggedTensor:
-    """What a collection reads of B requests' sequences, events left out."""
-    return _without(sequences, collection, lambda feature: feature != CANDIDATE_ITEM)
+def items_of(sequences: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJaggedTensor:
+    """Sequences of these names of B requests, events left out."""
+    return _without(sequences, names, lambda feature: feature != CANDIDATE_ITEM)
 
 
 def _without(
-    sequences: KeyedJaggedTensor, collection: nn.Module, is_left_out: Callable[[str], bool]
+    sequences: KeyedJaggedTensor, names: Sequence[str], is_left_out: Callable[[str], bool]
 ) -> KeyedJaggedTensor:
     jagged, none = sequences.to_dict(), (sequences.values()[:0], sequences.lengths().new_zeros(sequences.stride()))
-    names = features_of(collection)
     rows = [none if is_left_out(name) else (jagged[name].values(), jagged[name].lengths()) for name in names]
     values, lengths = zip(*rows, strict=True)
     return KeyedJaggedTensor(names, torch.cat(values), lengths=torch.cat(lengths), stride=sequences.stride())

@@ -7,6 +7,7 @@ I dense inputs; T tasks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +17,28 @@ from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch,
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from torchrec_amort.batch import RequestBatch, refuse_weights
-from torchrec_amort.models.collection import RequestState, events_of, items_of
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows
 from torchrec_amort.models.managed import SequenceTables
-from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.models.ranker import CollectionRanker, Ranker
 from torchrec_amort.models.sharded import refuse_tables_without_optimizer
 from torchrec_amort.models.tables import refuse_tied_tables
-from torchrec_amort.modules.encoder import HistoryEncoder, amortizable
+from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
-from torchrec_amort.modules.tower import CANDIDATE_ITEM
+from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
+from torchrec_amort.schema import InputError
 
 # Of logits and labels, float [C, T] each: a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# The only history, and the requests' ids, in a state.
-HISTORY, REQUEST_SLOTS = "history", "slots"
+# The only history.
+HISTORY = "history"
 
 # Pipelines trace the model, and a traced batch has no weights to look at.
 torch.fx.wrap("refuse_weights")
+torch.fx.wrap("refuse_other_dense")
 
 
-class AmortizedDLRM(Ranker):
+class AmortizedDLRM(CollectionRanker):
     """A DLRM whose interaction has one slot more: what the candidate makes of its request's history.
 
     Request ids are looked up once per request, candidate ids once per candidate, and the items of
@@ -145,9 +148,17 @@ class AmortizedDLRM(Ranker):
         refuse_tied_tables(self)
 
     @property
-    def history_length(self) -> int | None:
-        """Events that a history may have; None if any number."""
-        return None if self.event_encoder is None else self.event_encoder.max_length
+    def collection(self) -> AmortizedEmbeddingBagCollection:
+        """Its tables and its history as one collection, of the same modules; not once they are sharded."""
+        towers = []
+        if self.history_arch is not None:
+            events: Any = self.history_embedding_collection
+            encoder, event_encoder = self.history_arch, self.event_encoder
+            towers = [
+                HistoryTower(HISTORY, encoder, events=events, event_encoder=event_encoder, starts_at_zero=False)
+            ]
+        request = None if self.request_sparse_arch is None else self.request_sparse_arch.embedding_bag_collection
+        return AmortizedEmbeddingBagCollection.of_sides(request, self.sparse_arch.embedding_bag_collection, towers)
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Score every candidate of every request.
@@ -160,74 +171,60 @@ class AmortizedDLRM(Ranker):
 
         Raises:
             ValueError: this is a step of training, and some tables were sharded without an optimizer.
-            InputError: ids have weights where the bags have none, or none where they have some.
+            InputError: ids have weights where the bags have none, or none where they have some; the batch has more or
+                fewer dense inputs than the model reads.
         """
         if self.training and torch.is_grad_enabled():
             refuse_tables_without_optimizer(self)
-        candidate_CFD, history_CD = self._candidate_slots(batch), None
+        refuse_weights("candidate_sparse", batch.candidate_sparse, self.is_weighted["candidate_sparse"])
+        slots_CFD = [self.sparse_arch(batch.candidate_sparse)]
+        if self.request_sparse_arch is not None:
+            refuse_weights("request_sparse", batch.request_sparse, self.is_weighted["request_sparse"])
+            slots_BFD = self.request_sparse_arch(batch.request_sparse)
+            num_rows = batch.candidate_dense.shape[0]
+            # Pipelines trace this: no function that looks at a shape.
+            expanded_CFD = torch.repeat_interleave(slots_BFD, batch.num_candidates, dim=0, output_size=num_rows)
+            slots_CFD.insert(0, expanded_CFD)
         if self.history_embedding_collection and self.event_encoder and self.history_arch:
             embeddings = self.history_embedding_collection(batch.sequences)
-            history_CD = self.history_arch(self.event_encoder(embeddings), embeddings[CANDIDATE_ITEM])
-        return self._logits(batch, self._request_slots(batch), candidate_CFD, history_CD)
+            history_CX = self.history_arch(self.event_encoder(embeddings), embeddings[CANDIDATE_ITEM])
+            slots_CFD.append(history_CX.unflatten(1, (self.history_arch.num_slots, -1)))
+        return self._logits(batch, torch.cat(slots_CFD, dim=1))
 
-    def encode_request(self, batch: RequestBatch) -> RequestState:
-        """Phase one; see `Ranker.encode_request`.
+    def score_rows(self, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+        """Score every candidate of a batch; see `CollectionRanker.score_rows`."""
+        if isinstance(rows, RequestBatch):
+            return self(rows)
+        return self._logits(batch, rows.bags.values().unflatten(1, (-1, self.sparse_arch.D)))
 
-        Raises:
-            ValueError: the encoder encodes a history for every candidate anew.
-            InputError: see `forward`.
-        """
-        slots_BFD = self._request_slots(batch)
-        bags = {} if slots_BFD is None else {REQUEST_SLOTS: slots_BFD}
-        if not (self.history_embedding_collection and self.event_encoder and self.history_arch):
-            return RequestState({}, bags, len(batch))
-        sequences = events_of(batch.sequences, self.history_embedding_collection)
-        events = self.event_encoder(self.history_embedding_collection(sequences))
-        return RequestState({HISTORY: amortizable(self.history_arch).encode_history(events)}, bags, len(batch))
-
-    def score_candidates(self, state: RequestState, batch: RequestBatch) -> Tensor:
-        """Phase two; see `Ranker.score_candidates`."""
-        history_CD = None
-        if self.history_embedding_collection and self.event_encoder and self.history_arch:
-            sequences = items_of(batch.sequences, self.history_embedding_collection)
-            items = self.history_embedding_collection(sequences)[CANDIDATE_ITEM]
-            history_CD = amortizable(self.history_arch).score_candidates(state.histories[HISTORY], items)
-        return self._logits(batch, state.bags.get(REQUEST_SLOTS), self._candidate_slots(batch), history_CD)
-
-    def _request_slots(self, batch: RequestBatch) -> Tensor | None:
-        """Embeddings of the requests' ids, [B, F, D]."""
-        if self.request_sparse_arch is None:
-            return None
-        refuse_weights("request_sparse", batch.request_sparse, self.is_weighted["request_sparse"])
-        slots_BFD: Tensor = self.request_sparse_arch(batch.request_sparse)
-        return slots_BFD
-
-    def _candidate_slots(self, batch: RequestBatch) -> Tensor:
-        """Embeddings of the candidates' ids, [C, F, D]."""
-        refuse_weights("candidate_sparse", batch.candidate_sparse, self.is_weighted["candidate_sparse"])
-        slots_CFD: Tensor = self.sparse_arch(batch.candidate_sparse)
-        return slots_CFD
-
-    def _logits(
-        self, batch: RequestBatch, request_BFD: Tensor | None, candidate_CFD: Tensor, history_CD: Tensor | None
-    ) -> Tensor:
-        slots_CFD = [candidate_CFD]
-        if request_BFD is not None:
-            expanded_CFD = torch.repeat_interleave(
-                request_BFD, batch.num_candidates, dim=0, output_size=batch.candidate_dense.shape[0]
-            )
-            slots_CFD.insert(0, expanded_CFD)
-        if history_CD is not None and self.history_arch is not None:
-            slots_CFD.append(history_CD.unflatten(1, (self.history_arch.num_slots, -1)))
-        dense_CD = self.dense_arch(self._dense(batch))
-        logits_CT: Tensor = self.over_arch(self.inter_arch(dense_CD, torch.cat(slots_CFD, dim=1)))
+    def _logits(self, batch: RequestBatch, slots_CFD: Tensor) -> Tensor:
+        logits_CT: Tensor = self.over_arch(self.inter_arch(self.dense_arch(self._dense(batch)), slots_CFD))
         return logits_CT
 
     def _dense(self, batch: RequestBatch) -> Tensor:
         """Dense inputs of each candidate and its request: [C, I], or [C, 1] of ones."""
+        refuse_other_dense(batch, self.dense_in_features)
         if self.dense_in_features == 0:
             return batch.candidate_dense.new_ones(batch.candidate_dense.shape[0], 1)
         return batch.dense
+
+
+def refuse_other_dense(batch: RequestBatch, num_inputs: int) -> None:
+    """Refuse a batch with more or fewer dense inputs than a model reads.
+
+    Args:
+        batch: any.
+        num_inputs: I, of a request and a candidate together.
+
+    Raises:
+        InputError: it has others.
+    """
+    of_request, of_candidate = batch.request_dense.shape[1], batch.candidate_dense.shape[1]
+    if of_request + of_candidate != num_inputs:
+        raise InputError(
+            f"batch: request_dense has {of_request} columns and candidate_dense {of_candidate}, but the model reads "
+            f"{num_inputs} dense inputs of request and candidate together"
+        )
 
 
 class AmortizedDLRMTrain(nn.Module):

@@ -136,7 +136,11 @@ class HistoryTower(nn.Module):
         Returns:
             Sequence[Tensor]: S times [C, W].
         """
-        return self._vectors(amortizable(self.encoder).score_candidates(state, self._items(items)))
+        return self.score_states([state], items)
+
+    def score_states(self, states: Sequence[HistoryState], items: JaggedTensor) -> Sequence[Tensor]:
+        """Phase two with states of some of the requests each, in the candidates' order; see `score_candidates`."""
+        return self._vectors(amortizable(self.encoder).score_states(states, self._items(items)))
 
     def forward(self, events: Mapping[str, JaggedTensor], items: JaggedTensor) -> Sequence[Tensor]:
         """Phase one, then phase two."""

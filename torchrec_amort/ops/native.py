@@ -77,6 +77,8 @@ def why_no_build(weight: Tensor, dtype: torch.dtype) -> str | None:
     """
     if weight.device.type != "cpu":
         return f"the weights are on {weight.device}"
+    if weight.dtype != torch.float32:
+        return f"the weights are {weight.dtype}"
     if load_library() is None or not torch.ops.torchrec_amort.multiplies(dtype):
         return (
             f"no build for this processor multiplies {dtype}: it needs x86-64, and a compiler and torch when installed"

@@ -1,11 +1,12 @@
 """Packages: a model as files that serve without its code, in Python and C++.
 
-A package is a folder: `history.pt2`, `request.pt2` and `candidates.pt2`, AOTInductor's compiled phases for one request
-with any number of events and candidates; `tables.pt`, the embedding tables, quantized to int8 or not; `schema.json`;
-and `manifest.json`, which tells versions, shapes and checksums.
+A package is a folder: `history_0.pt2` and so on, one for each tower, `request.pt2` if there is a head that folds
+requests in, and `candidates.pt2`, AOTInductor's compiled phases for one request with any number of events and
+candidates; `tables.pt`, the embedding tables, quantized to int8 or not; `schema.json`; and `manifest.json`, which tells
+versions, shapes and checksums.
 
-Shape suffixes: n events and m candidates of the one request; I dense inputs; D embedding dimension; F slots; E features
-of an event; H attention heads of dimension K; S history vectors of a candidate; T tasks.
+Shape suffixes: n events and m candidates of the one request; I dense inputs; W widths of tables and bags; D width of an
+encoder of H attention heads of dimension K; T tasks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,30 +23,33 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
-from torchrec import EmbeddingCollection
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.sample import random_requests
 from torchrec_amort.files import new_folder, write_json
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Reads
 from torchrec_amort.models.managed import SequenceTables
-from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.models.ranker import Call, CollectionRanker
+from torchrec_amort.modules.encoder import HistoryEncoder, HistoryState
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import MeanPooling
 from torchrec_amort.ops.native import EmbeddingRows, load_library, why_no_build
 from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
-from torchrec_amort.serving.heads import Terms
-from torchrec_amort.serving.lookup import PLAIN_TABLES, BagLookup, SequenceLookup, Slots, stack
-from torchrec_amort.serving.native_encoder import NativeEncoder, NativeState
-from torchrec_amort.serving.phases import ModelPhases, Phases, ServedDLRM, serve_dlrm, snapshot, why_not_served
+from torchrec_amort.serving.heads import Head
+from torchrec_amort.serving.lookup import PLAIN_TABLES, BagLookup, Embeddings, Lookups, SequenceLookup
+from torchrec_amort.serving.native_encoder import NativeState
+from torchrec_amort.serving.phases import Histories, Phases, RankerPhases, RequestTerms, ServedTower
 from torchrec_amort.serving.scorer import AmortizedScorer
+from torchrec_amort.serving.served import Served, serve
 from torchrec_amort.versions import installed_versions
 
-PACKAGE_VERSION = 2
+PACKAGE_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 TABLES_FILE = "tables.pt"
 Tables = Literal["int8", "float32"]
@@ -54,59 +58,80 @@ CHECKED_REQUESTS = 20
 # How much probabilities of a package may differ from those of PyTorch with the same tables: compiled code adds up in
 # another order, and rounds to 8 bits in other places. More than this is another function.
 _MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Whether requests are folded in is compiled: as is cheaper for so many candidates.
+_USUAL_CANDIDATES = 64
 
 
 class _History(nn.Module):
-    """Events' embeddings [E, n, D] to the tensors of their state."""
+    """Embeddings of events, [n, W] of each feature, to the tensors of their state."""
 
-    def __init__(self, phases: ModelPhases) -> None:
+    def __init__(self, tower: ServedTower, features: Sequence[str], beside_pytorch: bool) -> None:
         super().__init__()
-        assert phases.event_encoder is not None
-        assert phases.encoder is not None
-        self.event_encoder, self.encoder = phases.event_encoder, phases.encoder
-        self.dtype = torch.float32 if isinstance(phases.encoder, NativeEncoder) else phases.dtype
+        self.tower, self.features, self.beside_pytorch = tower, list(features), beside_pytorch
+        self.parts = tower.module(beside_pytorch)
 
-    def forward(self, events_EnD: Tensor) -> tuple[Tensor, ...]:
-        lengths_B = _count(events_EnD.shape[1])
-        features = zip(self.event_encoder.features, events_EnD, strict=True)
-        events = self.event_encoder({name: JaggedTensor(rows, lengths=lengths_B) for name, rows in features})
-        return _to_tensors(self.encoder.encode_history(JaggedTensor(events.values().to(self.dtype), lengths=lengths_B)))
+    def forward(self, events: list[Tensor]) -> tuple[Tensor, ...]:
+        rows = {name: EmbeddingRows(rows_nW) for name, rows_nW in zip(self.features, events, strict=True)}
+        return _to_tensors(self.tower.encode(rows, _count(events[0].shape[0]), self.beside_pytorch))
 
 
 class _Request(nn.Module):
-    """A request's dense inputs [1, I_r] and slots [1, F_r, D] to its terms."""
+    """A request's dense inputs [1, I_r] and bags [1, W] to the terms of a head."""
 
-    def __init__(self, phases: ModelPhases) -> None:
+    def __init__(self, head: Head, bags: Sequence[str]) -> None:
         super().__init__()
-        self.phases, self.parts = phases, _parts(phases)
+        self.head, self.bags = head, list(bags)
 
-    def forward(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
-        return self.phases.terms(dense_BI, _unstack(slots_BFD))
+    def forward(self, dense_BI: Tensor, bags: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.head.request(dense_BI, _named(self.bags, bags))
 
 
 class _Candidates(nn.Module):
-    """State, terms, and candidates' items [m, D], dense inputs [m, I_c] and slots [m, F_c, D] to logits [m, T]."""
+    """State of each tower, terms, and candidates' dense inputs [m, I_c], bags and items [m, W] to logits [m, T].
 
-    def __init__(self, phases: ModelPhases, num_keys: int | None) -> None:
+    Without a head, the terms are a request's dense inputs and bags.
+    """
+
+    def __init__(self, phases: RankerPhases, head: Head | None, bags: Sequence[str], num_keys: Sequence[Any]) -> None:
         super().__init__()
-        self.phases, self.parts, self.num_keys = phases, _parts(phases), num_keys
+        self.phases, self.head, self.bags, self.num_keys = phases, head, list(bags), list(num_keys)
+        towers = [tower.module(beside_pytorch=head is None) for tower in phases.towers.values()]
+        self.parts = nn.ModuleList([*towers, phases.ranker if head is None else head])
 
     def forward(
-        self, state: list[Tensor], terms: list[Tensor], items_CD: Tensor, dense_CI: Tensor, slots_CFD: Tensor
+        self,
+        states: list[list[Tensor]],
+        terms: list[Tensor],
+        dense_CI: Tensor,
+        bags: list[Tensor],
+        items: list[Tensor],
     ) -> Tensor:
-        states = [_to_state(state, self.num_keys)] if state else []
-        num_candidates_B = _count(items_CD.shape[0])
-        items = EmbeddingRows(items_CD)
-        return self.phases.score(states, tuple(terms), items, num_candidates_B, dense_CI, _unstack(slots_CFD))
+        towers = list(self.phases.towers)
+        histories = {
+            name: [_to_state(state, num_keys)]
+            for name, state, num_keys in zip(towers, states, self.num_keys, strict=True)
+        }
+        of_request = dense_CI.new_empty(1, 0) if self.head is not None else terms[0]
+        batch = _dense_batch(of_request, dense_CI)
+        given = RequestTerms(tuple(terms if self.head is not None else terms[1:]), self.head)
+        return self.phases.score(given, histories, batch, _named(self.bags, bags), _named(towers, items))
 
 
-def _parts(phases: ModelPhases) -> nn.ModuleList:
-    """The modules of phases, whose weights an exported one has."""
-    return nn.ModuleList(part for part in vars(phases).values() if isinstance(part, nn.Module))
+def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> Embeddings:
+    return {name: EmbeddingRows(rows) for name, rows in zip(names, tensors, strict=True)}
 
 
-def _unstack(slots_RFD: Tensor) -> list[EmbeddingRows]:
-    return [EmbeddingRows(rows_RD) for rows_RD in slots_RFD.unbind(1)]
+def _dense_batch(request_dense: Tensor, candidate_dense: Tensor) -> RequestBatch:
+    """A batch of one request that has no ids: they are looked up already."""
+    none = KeyedJaggedTensor([], torch.zeros(0, dtype=torch.int64), lengths=torch.zeros(0, dtype=torch.int64))
+    return RequestBatch(
+        request_dense=request_dense,
+        candidate_dense=candidate_dense,
+        request_sparse=none,
+        candidate_sparse=none,
+        sequences=none,
+        num_candidates=_count(candidate_dense.shape[0]),
+    )
 
 
 def _to_tensors(state: HistoryState) -> tuple[Tensor, ...]:
@@ -140,10 +165,11 @@ def _count(rows: int) -> Tensor:
 
 
 def export_package(
-    model: AmortizedDLRM,
+    model: nn.Module,
     folder: str | Path,
     schema: RequestSchema,
     *,
+    call: Call | None = None,
     dtype: torch.dtype = torch.float32,
     tables: Tables = "int8",
     overwrite: bool = False,
@@ -151,10 +177,12 @@ def export_package(
     """Write a model as a package, whole or not at all: it has been loaded and has scored requests of the schema.
 
     Args:
-        model: an `AmortizedDLRM`, or what `attach_history` returned, on a CPU, with an amortizable encoder or none.
+        model: a ranker, or a model that is built on an `AmortizedEmbeddingBagCollection`, on a CPU, that looks ids up
+            in its collection alone.
         folder: the package to make.
         schema: of the requests.
-        dtype: `torch.float32` or `torch.bfloat16`, of dense weights and states.
+        call: how a model that is no ranker is called; see `ModelRanker`. Of the batch it may read dense inputs.
+        dtype: `torch.float32` or `torch.bfloat16`, of encoders and states.
         tables: `int8`, each row with a scale and an offset, or `float32`.
         overwrite: replace a package that is there.
 
@@ -172,21 +200,24 @@ def export_package(
     """
     if dtype not in _MOST_DIFFERENCE:
         raise InputError(f"dtype is {dtype}, not torch.float32 or torch.bfloat16")
-    if reason := why_not_served(model):
-        raise InputError(f"the model cannot be exported: {reason}")
-    if (device := next(model.parameters()).device.type) != "cpu":
-        raise InputError(f"the model is on {device}, and packages are compiled for CPUs: export model.cpu()")
-    if reason := _why_other_tables(model) or _why_not_exportable(model):
+    try:
+        own, served = serve(model, dtype, "eager", call), serve(model, dtype, "auto", call)
+    except ValueError as error:
+        raise InputError(f"the model cannot be exported: {error}") from error
+    if own.device.type != "cpu":
+        raise InputError(f"the model is on {own.device.type}, and packages are compiled for CPUs: export model.cpu()")
+    assert isinstance(served.phases, RankerPhases)
+    phases: RankerPhases = served.phases
+    collection = phases.ranker.collection
+    collections = _collections(collection)
+    if reason := _why_other_tables(phases.ranker, collections) or _why_not_exportable(collection):
         raise InputError(f"the model cannot be exported: {reason}; serve it by AmortizedScorer itself")
-    own = serve_dlrm(model, dtype, "eager")
-    _refuse_other_sides(own, schema)
-    requests = _some_requests(schema, own.history_length or CHECKED_REQUESTS)
-    in_float32 = AmortizedScorer(model, schema=schema, backend="eager").score(requests)
-    model = snapshot(model)
-    phases = ModelPhases(model, len(schema.of("request", "dense")), dtype, "auto")
+    _refuse_other_sides(served.lookups, schema)
+    requests = _some_requests(schema, served.history_length or CHECKED_REQUESTS)
+    in_float32 = AmortizedScorer(model, schema=schema, backend="eager", call=call).score(requests)
     with new_folder(folder, overwrite) as temporary, torch.no_grad():
-        shapes = _compile(model, phases, temporary)
-        table_configs = _save_tables(model, temporary / TABLES_FILE, tables)
+        program = _compile(phases, collection, schema, temporary)
+        table_configs = _save_tables(collections, temporary / TABLES_FILE, tables)
         (temporary / SCHEMA_FILE).write_text(schema.to_json(), encoding="utf-8")
         write_json(
             temporary / MANIFEST_FILE,
@@ -195,12 +226,10 @@ def export_package(
                 "versions": {"python": platform.python_version(), **installed_versions()},
                 "cpu": torch.backends.cpu.get_cpu_capability(),
                 "dtype": str(dtype).removeprefix("torch."),
-                "num_request_dense": phases.num_request_dense,
-                "num_candidate_dense": phases.num_candidate_dense,
-                "embedding_dim": phases.head.embedding_dim,
-                "event_features": [] if model.event_encoder is None else model.event_encoder.features,
-                "history_length": None if model.event_encoder is None else model.event_encoder.max_length,
-                **shapes,
+                "history_length": served.history_length,
+                "reads": {tower: asdict(reads) for tower, reads in served.lookups.reads.items()},
+                "shared": dict(served.lookups.shared),
+                **program,
                 "tables": table_configs,
                 "sha256": {path.name: _checksum(path) for path in sorted(temporary.iterdir())},
             },
@@ -208,12 +237,12 @@ def export_package(
         return _difference(_checked(temporary, requests, own, dtype), in_float32)
 
 
-def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: ServedDLRM, dtype: torch.dtype) -> Tensor:
+def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: Served, dtype: torch.dtype) -> Tensor:
     """A package's scores of some requests, given as its users do; refused if they are not its model's."""
     package = load_package(folder)
     scores = AmortizedScorer(package).score(requests)
     # What rounding of tables does to scores depends on the model; all else does not.
-    with_its_tables = AmortizedScorer(replace(package, phases_of=own.phases_of)).score(requests)
+    with_its_tables = AmortizedScorer(replace(package, phases=own.phases)).score(requests)
     difference, most = _difference(scores, with_its_tables), _MOST_DIFFERENCE[dtype]
     if difference > most:
         raise InputError(
@@ -237,41 +266,49 @@ def _some_requests(schema: RequestSchema, history_length: int) -> list[dict[str,
     return requests
 
 
-def _refuse_other_sides(served: ServedDLRM, schema: RequestSchema) -> None:
+def _refuse_other_sides(lookups: Lookups, schema: RequestSchema) -> None:
     """Refuse a schema that has on another side what the model reads, or has not."""
     side_of = {feature.name: feature.side for feature in schema.features}
-    for side, lookup in (("candidate", served.candidate_bags), ("request", served.request_bags)):
-        for feature in () if lookup is None else lookup.table_sizes:
+    for field, bags in lookups.bags.items():
+        side = field.removesuffix("_sparse")
+        for feature in bags.table_sizes:
             if (has := side_of.get(feature)) != side:
                 where = f"on the {has} side" if has else "on none"
                 raise InputError(
                     f"schema {schema.dataset!r}: the model reads {feature!r} on the {side} side, and the schema has it "
                     f"{where}: every request would be refused"
                 )
-    num_dense = {side: len(schema.of(side, "dense")) for side in ("request", "candidate")}
-    phases = served.phases_of(num_dense["request"])
-    if phases.num_candidate_dense != num_dense["candidate"]:
-        raise InputError(
-            f"schema {schema.dataset!r}: the model reads {phases.num_candidate_dense} dense features on the candidate "
-            f"side, and the schema has {num_dense['candidate']} there and {num_dense['request']} on the request side: "
-            "every request would be refused"
-        )
 
 
-def _why_other_tables(model: AmortizedDLRM) -> str | None:
-    if isinstance(model.history_embedding_collection, SequenceTables):
-        return "its table of items is managed, and packages do not hold which ids have its rows"
-    if any(model.is_weighted.values()):
-        return "its bags are weighted, and the requests of a schema have no weights"
+def _collections(collection: AmortizedEmbeddingBagCollection) -> dict[str, nn.Module]:
+    """Collections of tables by what reads them."""
+    sides = {"request": collection.request_bags, "candidate": collection.candidate_bags}
+    bags: dict[str, nn.Module] = {side: bags for side, bags in sides.items() if bags is not None}
+    return bags | {f"sequences_{place}": sequences for place, sequences in enumerate(collection.sequences)}
+
+
+def _why_other_tables(ranker: CollectionRanker, collections: Mapping[str, nn.Module]) -> str | None:
+    names = {module: name for name, module in ranker.named_modules()}
+    known = set(collections.values())
+    for module, name in names.items():
+        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection) and module not in known:
+            return f"{name} looks ids up outside of its collection"
+    for module in known:
+        if isinstance(module, SequenceTables):
+            return "its table of items is managed, and packages do not hold which ids have its rows"
+        if isinstance(module, EmbeddingBagCollection) and module.is_weighted():
+            return "its bags are weighted, and the requests of a schema have no weights"
     # Quantizing copies tables, not what else a collection does.
-    names = {module: name for name, module in model.named_modules()}
-    reasons = (PLAIN_TABLES.why_not_any(collection, names[collection]) for collection in _collections(model).values())
+    reasons = (PLAIN_TABLES.why_not_any(module, names[module]) for module in collections.values())
     return next(filter(None, reasons), None)
 
 
-def _why_not_exportable(model: AmortizedDLRM) -> str | None:
-    encoder = model.history_arch
-    if encoder is None or isinstance(encoder, MeanPooling):
+def _why_not_exportable(collection: AmortizedEmbeddingBagCollection) -> str | None:
+    return next(filter(None, (_why_other_encoder(tower.encoder) for tower in collection.towers)), None)
+
+
+def _why_other_encoder(encoder: HistoryEncoder) -> str | None:
+    if isinstance(encoder, MeanPooling):
         return None
     if not isinstance(encoder, AmortizedHistoryArch):
         return f"of history encoders, AmortizedHistoryArch and MeanPooling can be, {type(encoder).__name__} cannot"
@@ -290,60 +327,69 @@ def _checksum(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def _compile(model: AmortizedDLRM, phases: ModelPhases, folder: Path) -> dict[str, Any]:
+def _compile(
+    phases: RankerPhases, collection: AmortizedEmbeddingBagCollection, schema: RequestSchema, folder: Path
+) -> dict[str, Any]:
     """Compile the phases into a folder; what the manifest tells of them."""
-    dim, num_events, num_candidates = phases.head.embedding_dim, 6, 5
-    num_request_slots = 0 if model.request_sparse_arch is None else model.request_sparse_arch.F
-    state: tuple[Tensor, ...] = ()
-    of_one_event: tuple[Tensor, ...] = ()
-    num_keys: int | None = 0
-    programs = []
-    if phases.encoder is not None:
-        assert phases.event_encoder is not None
-        history = _History(phases)
-        events = torch.randn(len(phases.event_encoder.features), num_events, dim)
-        state, of_one_event = history(events), history(events[:, :1])
-        is_native = isinstance(phases.encoder, NativeEncoder)
-        num_keys = None if is_native else len(phases.encoder.encode_history(_no_events(dim, phases.dtype)).keys)
-        grows: Any = ({1: Dim("n", min=1, max=phases.event_encoder.max_length)},)
-        programs.append(_save(history, (events,), grows, folder / "history.pt2"))
-    request = _Request(phases)
-    of_request = torch.randn(1, phases.num_request_dense), torch.randn(1, num_request_slots, dim)
-    terms = request(*of_request)
-    programs.append(_save(request, of_request, None, folder / "request.pt2"))
-    candidates = _Candidates(phases, num_keys)
-    given = (
-        list(state),
-        list(terms),
-        torch.randn(num_candidates, dim),
-        torch.randn(num_candidates, phases.num_candidate_dense),
-        torch.randn(num_candidates, model.sparse_arch.F, dim),
-    )
-    rows, some = Dim("rows", min=1), Dim("m", min=1)
+    widths, num_events, num_candidates = collection.bags.widths, 6, 5
+    num_dense = {side: len(schema.of(side, "dense")) for side in ("request", "candidate")}
+    head = phases.head(num_dense["request"])
+    if head is not None and not head.is_cheaper(1, _USUAL_CANDIDATES):
+        head = None
+    programs, states, of_one_event, num_keys, items = [], [], [], [], []
+    for place, tower in enumerate(collection.towers):
+        served, reads = phases.towers[tower.name], collection.bags.reads[tower.name]
+        history = _History(served, list(reads.events), beside_pytorch=head is None)
+        of_tables = [_widths(collection.sequences[of], feature) for feature, of in reads.events.items()]
+        events = [torch.randn(num_events, width) for width in of_tables]
+        states.append(list(history(events)))
+        of_one_event.append(list(history([rows_nW[:1] for rows_nW in events])))
+        num_keys.append(served.num_keys())
+        grows = Dim("n", min=1, max=tower.event_encoder.max_length)
+        programs.append(_save(history, (events,), ([{0: grows} for _ in events],), folder / f"history_{place}.pt2"))
+        items.append(torch.randn(num_candidates, _widths(collection.sequences[reads.items], "candidate_item")))
+    of_request, of_candidate = phases.request_bags, [*phases.candidate_bags, *collection.bags.shared]
+    terms = [torch.randn(1, num_dense["request"]), *(torch.randn(1, widths[bag]) for bag in of_request)]
+    if head is not None:
+        request, given_request = _Request(head, of_request), (terms[0], terms[1:])
+        terms = list(request(*given_request))
+        programs.append(_save(request, given_request, None, folder / "request.pt2"))
+    candidates = _Candidates(phases, head, of_candidate, num_keys)
+    bags = [torch.randn(num_candidates, widths[bag]) for bag in of_candidate]
+    given = states, terms, torch.randn(num_candidates, num_dense["candidate"]), bags, items
+    rows, some = [Dim(f"rows_{place}", min=1) for place in range(len(states))], Dim("m", min=1)
     # A size that grows is the number of events, or that and some more.
-    states: list[dict[int, Any]] = [
-        {
-            place: rows + (size - num_events) if size > num_events else rows
-            for place, (size, of_one) in enumerate(zip(tensor.shape, one.shape, strict=True))
-            if size != of_one
-        }
-        for tensor, one in zip(state, of_one_event, strict=True)
+    grown: list[list[dict[int, Any]]] = [
+        [
+            {
+                place: of_tower + (size - num_events) if size > num_events else of_tower
+                for place, (size, of_one) in enumerate(zip(tensor.shape, one.shape, strict=True))
+                if size != of_one
+            }
+            for tensor, one in zip(state, ones, strict=True)
+        ]
+        for of_tower, state, ones in zip(rows, states, of_one_event, strict=True)
     ]
-    shapes: Any = (states, [{} for _ in terms], {0: some}, {0: some}, {0: some})
+    shapes: Any = (grown, [{} for _ in terms], {0: some}, [{0: some} for _ in bags], [{0: some} for _ in items])
     programs.append(_save(candidates, given, shapes, folder / "candidates.pt2"))
     return {
         "operators": load_library() if any(map(_has_operators, programs)) else None,
+        "num_request_dense": num_dense["request"],
+        "num_candidate_dense": num_dense["candidate"],
+        "request_bags": of_request,
+        "candidate_bags": of_candidate,
+        "has_head": head is not None,
         "num_keys": num_keys,
-        "state": [list(tensor.shape) for tensor in of_one_event],
+        "states": [[list(tensor.shape) for tensor in ones] for ones in of_one_event],
         "terms": [list(tensor.shape) for tensor in terms],
-        "num_candidate_slots": model.sparse_arch.F,
-        "num_request_slots": num_request_slots,
         "num_tasks": candidates(*given).shape[1],
     }
 
 
-def _no_events(dim: int, dtype: torch.dtype) -> JaggedTensor:
-    return JaggedTensor(torch.empty(0, dim, dtype=dtype), lengths=torch.zeros(1, dtype=torch.int64))
+def _widths(collection: nn.Module, feature: str) -> int:
+    """Width of the table of a feature."""
+    configs: Any = collection.embedding_configs
+    return next(table.embedding_dim for table in configs() if feature in table.feature_names)
 
 
 def _has_operators(program: ExportedProgram) -> bool:
@@ -358,9 +404,8 @@ def _save(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, path:
     return program
 
 
-def _save_tables(model: AmortizedDLRM, path: Path, tables: Tables) -> dict[str, Any]:
+def _save_tables(collections: dict[str, nn.Module], path: Path, tables: Tables) -> dict[str, Any]:
     """Write all tables, quantized or not; what is needed to make their collections again."""
-    collections = _collections(model)
     quantized = quantize_embeddings(
         nn.ModuleDict(collections),
         dtype=_TABLE_DTYPES[tables],
@@ -369,17 +414,7 @@ def _save_tables(model: AmortizedDLRM, path: Path, tables: Tables) -> dict[str, 
         additional_mapping={EmbeddingCollection: QuantEmbeddingCollection},
     )
     torch.save(quantized.state_dict(), path)
-    return {side: [_to_record(config) for config in _configs(quantized[side])] for side in collections}
-
-
-def _collections(model: AmortizedDLRM) -> dict[str, nn.Module]:
-    """Collections of tables by side."""
-    collections: dict[str, nn.Module] = {"candidate": model.sparse_arch.embedding_bag_collection}
-    if model.request_sparse_arch is not None:
-        collections["request"] = model.request_sparse_arch.embedding_bag_collection
-    if model.history_embedding_collection is not None:
-        collections["sequences"] = model.history_embedding_collection
-    return collections
+    return {name: [_to_record(config) for config in _configs(quantized[name])] for name in collections}
 
 
 def _configs(collection: nn.Module) -> Sequence[EmbeddingBagConfig | EmbeddingConfig]:
@@ -400,7 +435,7 @@ def _to_record(config: EmbeddingBagConfig | EmbeddingConfig) -> dict[str, Any]:
     return record | ({"pooling": config.pooling.value} if isinstance(config, EmbeddingBagConfig) else {})
 
 
-def load_package(folder: str | Path) -> ServedDLRM:
+def load_package(folder: str | Path) -> Served:
     """Open a package, to be given to `AmortizedScorer`.
 
     Its checksums tell a damaged package from a whole one, not a good one from an evil one: it is code, to be loaded
@@ -420,26 +455,28 @@ def load_package(folder: str | Path) -> ServedDLRM:
     folder = Path(folder)
     manifest = _manifest(folder)
     schema = RequestSchema.load(folder)
-    tables, bags, sequences = manifest["tables"], {}, None
-    weights = torch.load(folder / TABLES_FILE, weights_only=True)
+    tables, weights = manifest["tables"], torch.load(folder / TABLES_FILE, weights_only=True)
     device = torch.device("cpu")
+    bags = {}
     for side in tables.keys() & {"candidate", "request"}:
         configs = [_from_record(EmbeddingBagConfig, record) for record in tables[side]]
-        bags[side] = QuantEmbeddingBagCollection(tables=configs, is_weighted=False, device=device)
-        bags[side].load_state_dict(_under(weights, side))
-    if "sequences" in tables:
-        configs = [_from_record(EmbeddingConfig, record) for record in tables["sequences"]]
-        sequences = QuantEmbeddingCollection(tables=configs, device=device)
-        sequences.load_state_dict(_under(weights, "sequences"))
-    phases = _PackagedPhases(folder, manifest)
-    return ServedDLRM(
-        candidate_bags=BagLookup(bags["candidate"]),
-        request_bags=BagLookup(bags["request"]) if "request" in bags else None,
-        sequences=None if sequences is None else SequenceLookup(sequences),
-        event_features=tuple(manifest["event_features"]),
-        history_length=manifest["history_length"],
-        phases_of=lambda _: phases,
-        schema=schema,
+        collection = QuantEmbeddingBagCollection(tables=configs, is_weighted=False, device=device)
+        collection.load_state_dict(_under(weights, side))
+        bags[side] = BagLookup(collection, side)
+    sequences = []
+    for place in range(len(tables) - len(bags)):
+        name = f"sequences_{place}"
+        configs = [_from_record(EmbeddingConfig, record) for record in tables[name]]
+        collection = QuantEmbeddingCollection(tables=configs, device=device)
+        collection.load_state_dict(_under(weights, name))
+        sequences.append(SequenceLookup(collection, name))
+    reads = {tower: Reads(**of_tower) for tower, of_tower in manifest["reads"].items()}
+    return Served(
+        Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, manifest["shared"]),
+        _PackagedPhases(folder, manifest),
+        manifest["history_length"],
+        device,
+        schema,
     )
 
 
@@ -493,73 +530,75 @@ def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-@dataclass(frozen=True)
-class _Shapes:
-    """What a package's phases take and give; `state` is of one event."""
-
-    num_keys: int | None
-    state: list[list[int]]
-    dtype: torch.dtype
-
-
 class _PackagedPhases(Phases):
     """The compiled phases of a package, request by request."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        super().__init__(manifest["num_request_dense"], manifest["num_candidate_dense"], is_extendable=False)
-        dtype: torch.dtype = getattr(torch, manifest["dtype"])
-        self._shapes = _Shapes(manifest["num_keys"], manifest["state"], dtype)
-        self._features: list[str] = manifest["event_features"]
-        self._embedding_dim: int = manifest["embedding_dim"]
+        self._manifest = manifest
+        self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self._towers: dict[str, int] = {name: place for place, name in enumerate(manifest["reads"])}
         open_: Any = lambda name: torch._inductor.aoti_load_package(str(folder / name))  # noqa: E731
-        self._history = open_("history.pt2") if self._shapes.state else None
-        self._request, self._candidates = open_("request.pt2"), open_("candidates.pt2")
+        self._histories = [open_(f"history_{place}.pt2") for place in self._towers.values()]
+        self._request = open_("request.pt2") if manifest["has_head"] else None
+        self._candidates = open_("candidates.pt2")
 
-    def encode(self, events: Mapping[str, EmbeddingRows], lengths_B: Tensor) -> HistoryState:
+    def request(self, batch: RequestBatch, bags: Embeddings) -> RequestTerms:
+        """Phase one of all but histories."""
+        dense_BI, of_candidate = batch.request_dense, batch.candidate_dense.shape[1]
+        need = self._manifest["num_request_dense"], self._manifest["num_candidate_dense"]
+        if (dense_BI.shape[1], of_candidate) != need:
+            raise InputError(
+                f"batch: request_dense has {dense_BI.shape[1]} columns and candidate_dense {of_candidate}, but the "
+                f"model reads {need[0]} and {need[1]}"
+            )
+        given = [dense_BI, *(bags[bag].tensor() for bag in self._manifest["request_bags"])]
+        if self._request is None:
+            return RequestTerms(tuple(given))
+        of_each = [[tensor[row : row + 1] for tensor in given] for row in range(len(batch))]
+        terms = [self._request(dense_1I, bags_1W) for dense_1I, *bags_1W in of_each]
+        return RequestTerms(tuple(torch.cat(term) for term in zip(*terms, strict=True)))
+
+    def encode(self, terms: RequestTerms, tower: str, events: Embeddings, lengths_B: Tensor) -> HistoryState:
         """Phase one of B histories."""
-        rows = torch.stack([events[feature].tensor() for feature in self._features])
-        states = [self._encode(events_EnD) for events_EnD in rows.split(lengths_B.tolist(), dim=1)]
+        rows = [events[feature].tensor() for feature in self._manifest["reads"][tower]["events"]]
+        of_each = zip(*(rows_NW.split(lengths_B.tolist()) for rows_NW in rows), strict=True)
+        states = [self._encode(self._towers[tower], of_request) for of_request in of_each]
         return states[0] if len(states) == 1 else HistoryState.cat(states)
 
-    def _encode(self, events_EnD: Tensor) -> HistoryState:
-        if events_EnD.shape[1] > 0:
-            assert self._history is not None
-            return _to_state(self._history(events_EnD.contiguous()), self._shapes.num_keys)
+    def _encode(self, place: int, events: Sequence[Tensor]) -> HistoryState:
+        num_keys = self._manifest["num_keys"][place]
+        if events[0].shape[0] > 0:
+            return _to_state(self._histories[place]([rows_nW.contiguous() for rows_nW in events]), num_keys)
         # Compiled attention does not take zero keys: a value that is zero adds exactly zero, too.
-        shapes, dtype = self._shapes.state, self._shapes.dtype
-        return _to_state([torch.zeros(shape, dtype=dtype) for shape in shapes], self._shapes.num_keys)
+        shapes = self._manifest["states"][place]
+        return _to_state([torch.zeros(shape, dtype=self._dtype) for shape in shapes], num_keys)
 
-    def _tensors(self, state: HistoryState) -> list[Tensor]:
-        is_native = self._shapes.num_keys is None
-        return list(_to_tensors(NativeState.of(state, self._shapes.dtype) if is_native else state))
+    def is_extendable(self, tower: str) -> bool:
+        """Whether a state can be extended by the events since: none can."""
+        return False
 
-    def terms(self, dense_BI: Tensor, slots: Slots) -> Terms:
-        """Phase one of all else."""
-        slots_BFD = stack(slots, self._embedding_dim, dense_BI)
-        dense_BI = dense_BI[:, : self.num_request_dense]
-        rows = [self._request(dense_BI[row : row + 1], slots_BFD[row : row + 1]) for row in range(dense_BI.shape[0])]
-        return tuple(torch.cat(term) for term in zip(*rows, strict=True))
+    def _tensors(self, place: int, state: HistoryState) -> list[Tensor]:
+        is_native = self._manifest["num_keys"][place] is None
+        return list(_to_tensors(NativeState.of(state, self._dtype) if is_native else state))
 
     def score(
-        self,
-        states: Sequence[HistoryState],
-        terms: Terms,
-        items: EmbeddingRows | None,
-        num_candidates_B: Tensor,
-        dense_CI: Tensor,
-        slots: Slots,
+        self, terms: RequestTerms, histories: Histories, batch: RequestBatch, bags: Embeddings, items: Embeddings
     ) -> Tensor:
         """Phase two; see `Phases.score`."""
-        counts = num_candidates_B.tolist()
-        of_each = [state[row] for state in states for row in range(len(state))]
-        slots_CFD = stack(slots, self._embedding_dim, dense_CI)
-        items_CD = slots_CFD[:, 0] if items is None else items.tensor()
-        parts = zip(items_CD.split(counts), dense_CI.split(counts), slots_CFD.split(counts), strict=True)
-        logits = []
-        for row, (items_mD, dense_mI, slots_mFD) in enumerate(parts):
-            if counts[row] > 0:
-                state = self._tensors(of_each[row]) if of_each else []
-                of_request = [term[row : row + 1].contiguous() for term in terms]
-                given = (items_mD.contiguous(), dense_mI.contiguous(), slots_mFD.contiguous())
-                logits.append(self._candidates(state, of_request, *given))
+        counts = batch.num_candidates.tolist()
+        states = [[state[row] for state in histories[name] for row in range(len(state))] for name in self._towers]
+        bags_CW = [bags[bag].tensor() for bag in self._manifest["candidate_bags"]]
+        items_CW = [items[name].tensor() for name in self._towers]
+        logits, stop = [], 0
+        for row, count in enumerate(counts):
+            start, stop = stop, stop + count
+            if count == 0:
+                continue
+            of_request = [term[row : row + 1].contiguous() for term in terms.tensors]
+            of_towers = [self._tensors(place, of_tower[row]) for place, of_tower in enumerate(states)]
+            dense_mI, *rows = (
+                rows_C[start:stop].contiguous() for rows_C in (batch.candidate_dense, *bags_CW, *items_CW)
+            )
+            given = rows[: len(bags_CW)], rows[len(bags_CW) :]
+            logits.append(self._candidates(of_towers, of_request, dense_mI, *given))
         return torch.cat(logits)

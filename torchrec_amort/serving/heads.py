@@ -1,43 +1,57 @@
-"""All of a DLRM but its lookups and its history encoder, in two phases: what a request adds, and then its candidates.
+"""A DLRM after its lookups, by native code: what a request adds is worked out once, and then its candidates.
 
-A request's embeddings, its dense inputs, what its vectors make of each other, and their columns of the first layers
-are worked out once per request; candidates add their own. Same function as the model's own layers, in another order.
+A request's dense inputs, what its vectors make of each other, and their columns of the first layers are the same for
+all candidates. It is the function of the model's own modules, in another order, of which `dlrm_of` makes sure; where
+it is not known to be, or not cheaper, these modules run.
 
-Shape suffixes: B requests; C candidates, all requests together; I dense inputs; W width of the dense arch's first
-layer; D embedding dimension; F slots; R vectors of a request and U of a candidate; X coordinates of those; O width of
-the over arch's first layer; K rank of a cross layer; T tasks.
+Shape suffixes: B requests; C candidates, all requests together; I dense inputs; D embedding dimension; V vectors, the
+dense one and the slots, R of them of a request and U of a candidate; X coordinates of those; O width of the over
+arch's first layer; K rank of a cross layer; T tasks.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch, OverArch
+from torchrec.models.dlrm import (
+    DLRM,
+    DLRM_DCN,
+    DenseArch,
+    InteractionArch,
+    InteractionDCNArch,
+    OverArch,
+    SparseArch,
+)
 from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.modules.mlp import MLP, Perceptron
 
+from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.attach import (
     AttachedCrossNet,
     AttachedDLRM,
     AttachedInteractionArch,
     AttachedInteractionDCNArch,
-    AttachedOverArch,
+    AttachedLinear,
     ZeroLinear,
 )
-from torchrec_amort.models.dlrm import AmortizedDLRM
-from torchrec_amort.modules.plain import Plain, why_unlike
-from torchrec_amort.ops.jagged import expand
-from torchrec_amort.schema import InputError
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
+from torchrec_amort.models.dlrm import AmortizedDLRM, refuse_other_dense
+from torchrec_amort.models.ranker import CollectionRanker, ModelRanker, call_model
+from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.modules.plain import Plain, why_other_methods, why_unlike
+from torchrec_amort.ops import native
+from torchrec_amort.ops.native import EmbeddingRows
+from torchrec_amort.serving.lookup import Embeddings
+from torchrec_amort.serving.native_encoder import NativeEncoder, of_each
 
-Terms = tuple[Tensor, ...]
-
-_PLAIN = Plain(
+_PARTS = Plain(
     DenseArch,
     OverArch,
     MLP,
@@ -52,272 +66,340 @@ _PLAIN = Plain(
     AttachedInteractionArch,
     AttachedInteractionDCNArch,
     AttachedCrossNet,
-    AttachedOverArch,
+    AttachedLinear,
     ZeroLinear,
 )
+_MODELS = Plain(DLRM, DLRM_DCN, SparseArch, AmortizedEmbeddingBagCollection)
 
 
-def build_head(model: AmortizedDLRM, num_request_dense: int) -> Head:
-    """The head of a model, with the weights of this moment.
+@dataclass(frozen=True, eq=False)
+class Dlrm:
+    """A DLRM of any class, whose parts compute what TorchRec's do.
 
     Args:
-        model: an `AmortizedDLRM`, or what `attach_history` returned.
-        num_request_dense: dense inputs of a request, columns of `RequestBatch.request_dense`.
-
-    Raises:
-        InputError: the model has fewer dense inputs.
-
-    Example::
-
-        head = build_head(model, num_request_dense=batch.request_dense.shape[1])
+        parts: has `dense_arch`, `inter_arch` and `over_arch`.
+        dim: D.
+        bags: of the interaction's slots, in order.
+        of_request: those of the request, in the order of their lookup.
+        reads: dense inputs: of request and candidate (`both`), of the `candidate` alone, or a `constant`.
     """
-    if reason := _why_not_folded(model):
-        return ModuleHead(model, num_request_dense, reason)
-    if isinstance(model.inter_arch, InteractionDCNArch | AttachedInteractionDCNArch):
-        return CrossHead(model, num_request_dense)
-    return DotHead(model, num_request_dense)
+
+    parts: Any
+    dim: int
+    bags: Sequence[str]
+    of_request: Sequence[str]
+    reads: str
+
+    @property
+    def num_dense(self) -> int:
+        """I, dense inputs of the dense arch."""
+        inputs: int = self.parts.dense_arch.model._mlp[0]._linear.in_features
+        return inputs
+
+    @property
+    def is_crossed(self) -> bool:
+        """Whether the interaction is a cross net."""
+        return isinstance(self.parts.inter_arch, InteractionDCNArch | AttachedInteractionDCNArch)
+
+    def refuse_other_dense(self, batch: RequestBatch) -> None:
+        """Refuse a batch with more or fewer dense inputs than the model reads.
+
+        Raises:
+            InputError: it has others.
+        """
+        if self.reads == "both":
+            refuse_other_dense(batch, self.num_dense)
+
+    def head(self, num_request_dense: int, encoder: NativeEncoder | None, dtype: torch.dtype) -> Head:
+        """The head with the weights of this moment.
+
+        Args:
+            num_request_dense: dense inputs of a request.
+            encoder: makes the last bag of each candidate; None if all are given.
+            dtype: `torch.float32` or `torch.bfloat16`, of its weights; sums are float32 in either case.
+        """
+        num_of_request = {"both": num_request_dense, "candidate": 0, "constant": 1}[self.reads]
+        return (CrossHead if self.is_crossed else DotHead)(self, num_of_request, encoder, dtype)
 
 
-def _why_not_folded(model: AmortizedDLRM) -> str | None:
+def dlrm_of(ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollection, dtype: torch.dtype) -> Dlrm | str:
+    """A ranker as a DLRM that native code can serve, or why it is none.
+
+    Args:
+        ranker: any.
+        collection: the one of the ranker.
+        dtype: of the head's weights.
+    """
+    parts: Any = ranker
+    reads = "both"
+    if isinstance(ranker, AmortizedDLRM):
+        if reason := why_other_methods(type(ranker), AmortizedDLRM):
+            return reason
+        reads = "both" if ranker.dense_in_features else "constant"
+    elif isinstance(ranker, ModelRanker):
+        parts = ranker.model
+        if reason := _why_other_model(ranker, collection):
+            return reason
+        reads = "both" if ranker.call is call_model else "candidate"
+    else:
+        return f"it serves DLRMs, and this is a {type(ranker).__name__}"
+    bags = list(collection.bags.widths)
+    of_request: list[str] = []
+    if collection.request_bags is not None:
+        names = get_embedding_names_by_table(collection.request_bags.embedding_bag_configs())
+        of_request = [name for of_table in names for name in of_table]
+    dlrm = Dlrm(parts, next(iter(collection.bags.widths.values())), bags, of_request, reads)
+    return _why_other_parts(dlrm) or _why_no_kernel(dlrm, dtype) or dlrm
+
+
+def _why_other_model(ranker: ModelRanker, collection: AmortizedEmbeddingBagCollection) -> str | None:
+    """Why a model may be called or compute otherwise than DLRM's forward says, its parts aside; or None."""
+    model: Any = ranker.model
+    if type(model) not in (DLRM, DLRM_DCN):
+        return f"it serves DLRMs, and this is a {type(model).__name__}"
+    if ranker.call is not call_model and not isinstance(ranker, AttachedDLRM):
+        return "what it is called with is not known"
+    modules = {"model": model, "sparse_arch": model.sparse_arch, "its collection": collection}
+    reason = next(filter(None, (_MODELS.why_not(module, name) for name, module in modules.items())), None)
+    if reason is None and list(model.sparse_arch.sparse_feature_names) != list(collection.bags.widths):
+        return f"its slots are {model.sparse_arch.sparse_feature_names}, not its bags"
+    return reason
+
+
+def _why_other_parts(dlrm: Dlrm) -> str | None:
     """Why dense, interaction and over arch may compute something else than such modules of their sizes do, or None."""
-    names = ("dense_arch", "inter_arch", "over_arch")
-    reasons = [_PLAIN.why_not_any(model.get_submodule(name), name) for name in names]
+    parts = {name: getattr(dlrm.parts, name) for name in ("dense_arch", "inter_arch", "over_arch")}
+    reasons = [_PARTS.why_not_any(part, name) for name, part in parts.items()]
     if not any(reasons):
-        reasons = [why_unlike(model.get_submodule(name), like, name) for name, like in _as_built(model)]
+        reasons = [why_unlike(parts[name], like, name) for name, like in _as_built(dlrm).items()]
     return next(filter(None, reasons), None)
 
 
-def _as_built(model: AmortizedDLRM) -> list[tuple[str, nn.Module]]:
-    """Dense, interaction and over arch as their constructors make them for a model's sizes."""
-    dim, num_slots = model.sparse_arch.D, sum(_num_slots(model))
-    num_new = _num_slots(model)[-1] if isinstance(model, AttachedDLRM) else 0
+def _as_built(dlrm: Dlrm) -> dict[str, nn.Module]:
+    """Dense, interaction and over arch as their constructors make them for these sizes."""
+    num_slots, over_arch = len(dlrm.bags), dlrm.parts.over_arch
+    first = _perceptrons(over_arch)[0]._linear
+    is_attached = isinstance(first, AttachedLinear)
+    num_new = _num_new_slots(dlrm)
     inter: nn.Module = InteractionArch(num_slots - num_new)
     with torch.device("meta"):
-        dense, over = DenseArch(*_sizes(model.dense_arch)), OverArch(*_sizes(model.over_arch))
-        if isinstance(model.inter_arch, InteractionDCNArch | AttachedInteractionDCNArch):
-            kernels: Any = model.inter_arch.crossnet.V_kernels
-            crossnet = LowRankCrossNet((1 + num_slots - num_new) * dim, len(kernels), kernels[0].shape[0])
+        dense = DenseArch(*_sizes(dlrm.parts.dense_arch))
+        over = OverArch(*_sizes(over_arch))
+        if dlrm.is_crossed:
+            kernels: Any = dlrm.parts.inter_arch.crossnet.V_kernels
+            crossnet = LowRankCrossNet((1 + num_slots - num_new) * dlrm.dim, len(kernels), kernels[0].shape[0])
             inter = InteractionDCNArch(num_slots - num_new, crossnet)
-        if isinstance(model, AttachedDLRM):
-            over = AttachedOverArch(over, model.over_arch.history_columns.in_features)
+        if is_attached:
+            layer = _perceptrons(over)[0]
+            layer._linear = AttachedLinear(layer._linear, first.history_columns.in_features)
             if isinstance(inter, InteractionDCNArch):
-                attached = AttachedCrossNet(inter.crossnet, num_new * dim, torch.empty(0))
+                attached = AttachedCrossNet(inter.crossnet, num_new * dlrm.dim, torch.empty(0))
                 inter = AttachedInteractionDCNArch(num_slots - num_new, attached)
             else:
                 inter = AttachedInteractionArch(inter, num_new)
-    return [("dense_arch", dense), ("inter_arch", inter), ("over_arch", over)]
+    return {"dense_arch": dense, "inter_arch": inter, "over_arch": over}
+
+
+def _num_new_slots(dlrm: Dlrm) -> int:
+    """Slots that `attach_history` appended."""
+    inter_arch = dlrm.parts.inter_arch
+    if isinstance(inter_arch, AttachedInteractionDCNArch):
+        return len(dlrm.bags) - inter_arch.num_slots
+    return inter_arch.num_new_slots if isinstance(inter_arch, AttachedInteractionArch) else 0
+
+
+def _why_no_kernel(dlrm: Dlrm, dtype: torch.dtype) -> str | None:
+    """Why native code cannot serve such a DLRM here, or None if it can."""
+    dense, over = _perceptrons(dlrm.parts.dense_arch), _perceptrons(dlrm.parts.over_arch)
+    if any(layer._activation_fn is not torch.relu for layer in (*dense, *over)):
+        return "it knows ReLU only"
+    widths = [dlrm.dim, *(layer._linear.weight.shape[0] for layer in (*dense, *over))]
+    if dlrm.is_crossed:
+        widths += [kernel.shape[0] for kernel in dlrm.parts.inter_arch.crossnet.V_kernels]
+    if odd := [width for width in widths if width % 2]:
+        return f"a layer has {odd[0]} outputs, an odd number"
+    return native.why_no_build(over[0]._linear.weight, dtype)
+
+
+def _perceptrons(arch: nn.Module) -> list[Any]:
+    """The layers of a dense or over arch that have an activation."""
+    return [module for module in arch.modules() if isinstance(module, Perceptron)]
 
 
 def _sizes(arch: nn.Module) -> tuple[int, list[int]]:
     """Inputs of an arch, and outputs of each of its layers."""
-    layers = [module for module in arch.modules() if type(module) is nn.Linear]
-    return layers[0].in_features, [layer.out_features for layer in layers]
-
-
-def _num_slots(model: AmortizedDLRM) -> tuple[int, int, int]:
-    """Slots of request, candidate and history."""
-    of_request = 0 if model.request_sparse_arch is None else model.request_sparse_arch.F
-    of_history = 0 if model.history_arch is None else model.history_arch.num_slots
-    return of_request, model.sparse_arch.F, of_history
-
-
-class DenseHalves(nn.Module):
-    """A DenseArch whose first layer is a sum: what the request's inputs give, and what the candidate's do.
-
-    Args:
-        dense_arch: the model's.
-        num_of_request: its first inputs, those of the request. If it has no others, all of it is the request's.
-    """
-
-    def __init__(self, dense_arch: DenseArch, num_of_request: int) -> None:
-        super().__init__()
-        first, *others = dense_arch.model._mlp
-        self.activation = first._activation_fn
-        of_request, of_candidate = first._linear.weight.detach().tensor_split([num_of_request], dim=1)
-        self.request = _linear(of_request, first._linear.bias)
-        self.candidate = _linear(of_candidate) if of_candidate.shape[1] else None
-        self.others = nn.Sequential(*copy.deepcopy(others))
-
-    def of_requests(self, inputs_BI: Tensor) -> Tensor:
-        """The request's part of the first layer, [B, W]; or its dense vector [B, D], if candidates have no inputs."""
-        hidden_BW = self.request(inputs_BI)
-        return hidden_BW if self.candidate is not None else self.others(self.activation(hidden_BW))
-
-    def of_candidates(self, hidden_CW: Tensor, inputs_CI: Tensor) -> Tensor:
-        """Dense vectors [C, D]."""
-        assert self.candidate is not None
-        return self.others(self.activation(hidden_CW + self.candidate(inputs_CI)))
+    layers = [module for module in arch.modules() if isinstance(module, nn.Linear | AttachedLinear)]
+    layers = [layer for layer in layers if not isinstance(layer, ZeroLinear)]
+    return layers[0].in_features, [layer.weight.shape[0] for layer in layers]
 
 
 class Head(nn.Module, ABC):
-    """All of a model but its lookups and its history encoder, in two phases.
+    """A DLRM after its lookups, in two phases; for inference only.
+
+    Vectors stand in the order of kernels: the dense one, if it is a candidate's, then slots, the encoder's last. The
+    dense vector is a request's if candidates have no dense inputs.
 
     Args:
-        model: gives the weights, of this moment.
-        num_request_dense: dense inputs of a request.
+        dlrm: gives the weights, of this moment.
+        num_request_dense: the first of its dense inputs, those of a request.
+        encoder: makes the last bag of each candidate from its item; None if all are given.
+        dtype: of weights; sums and dot products are float32 in either case.
     """
 
-    def __init__(self, model: AmortizedDLRM, num_request_dense: int) -> None:
+    def __init__(self, dlrm: Dlrm, num_request_dense: int, encoder: NativeEncoder | None, dtype: torch.dtype) -> None:
         super().__init__()
-        is_attached = isinstance(model, AttachedDLRM)
-        if not is_attached and num_request_dense > model.dense_in_features:
-            raise InputError(
-                f"batch: request_dense has {num_request_dense} columns, but the model reads {model.dense_in_features} "
-                "dense inputs of request and candidate together"
-            )
-        self.reads_constant = model.dense_in_features == 0 and not is_attached
-        self.num_request_dense = 0 if is_attached else num_request_dense
-        self.num_candidate_dense = model.dense_in_features - self.num_request_dense
-        self.embedding_dim = model.sparse_arch.D
+        self.encoder = encoder
+        self._first_weight: Tensor
+        self._first_bias: Tensor
+        self._over_bias: Tensor
+        self._dim, self._reads_constant = dlrm.dim, dlrm.reads == "constant"
+        self._num_request_dense = num_request_dense
+        first, *dense = [layer._linear for layer in _perceptrons(dlrm.parts.dense_arch)]
+        of_request, of_candidate = first.weight.detach().float().tensor_split([num_request_dense], dim=1)
+        self._is_of_request = of_candidate.shape[1] == 0
+        self.register_buffer("_first_weight", of_request.contiguous())
+        self.register_buffer("_first_bias", first.bias.detach().float())
+        dense_layers = [tensor for layer in dense for tensor in (layer.weight, layer.bias)]
+        fused = dlrm.bags[-1:] if encoder is not None else []
+        self._request_bags = list(dlrm.of_request)
+        self._candidate_bags = [bag for bag in dlrm.bags if bag not in (*dlrm.of_request, *fused)]
+        place = {bag: 1 + slot for slot, bag in enumerate(dlrm.bags)}
+        requests = [place[bag] for bag in self._request_bags]
+        candidates = [place[bag] for bag in (*self._candidate_bags, *fused)]
+        (requests if self._is_of_request else candidates).insert(0, 0)
+        over_arch = dlrm.parts.over_arch
+        over = [*(layer._linear for layer in _perceptrons(over_arch)[1:]), over_arch.model[-1]]
+        over_layers = [tensor for layer in over for tensor in (layer.weight, layer.bias)]
+        self._num_tasks: int = over_layers[-1].shape[0]
+        columns = _perceptrons(over_arch)[0]._linear
+        weight_OX = columns.weight.detach()
+        if isinstance(columns, AttachedLinear):
+            weight_OX = torch.cat([weight_OX, columns.history_columns.weight.detach()], dim=1)
+        self.register_buffer("_over_bias", columns.bias.detach().to(torch.float32, copy=True))
+        self._set(dlrm, weight_OX, requests, candidates)
+        dense_of_candidate = [] if self._is_of_request else [of_candidate, *dense_layers]
+        self._layers = _Layers(dense_of_candidate, [*self._interaction_layers(), *over_layers], dtype)
+        self._set_request([of_request, *dense_layers] if self._is_of_request else [], dtype)
 
     @abstractmethod
-    def request(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
+    def _set(self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int]) -> None:
+        """Take the weights of the interaction, and of the over arch's first layer."""
+
+    @abstractmethod
+    def _interaction_layers(self) -> list[Tensor]:
+        """Weights of a candidate's interaction and of the over arch's first layer."""
+
+    @abstractmethod
+    def _set_request(self, dense: list[Tensor], dtype: torch.dtype) -> None:
+        """Take the dense layers, if the dense vector is a request's."""
+
+    @abstractmethod
+    def is_cheaper(self, num_requests: int, num_candidates: int) -> bool:
+        """Whether there is less to compute than by the model's own modules."""
+
+    @abstractmethod
+    def request(self, dense_BI: Tensor, bags: Embeddings) -> tuple[Tensor, ...]:
         """Phase one, once per request.
 
         Args:
-            dense_BI: the requests' dense inputs, [B, I_r].
-            slots_BFD: embeddings of their ids, [B, F_r, D].
+            dense_BI: the requests' dense inputs.
+            bags: of the requests.
 
         Returns:
             tuple: tensors with one row of B per request: all that its candidates need of it but its history.
         """
 
     @abstractmethod
-    def candidates(self, terms: Terms, num_candidates_B: Tensor, dense_CI: Tensor, slots_CFD: Tensor) -> Tensor:
+    def _candidates(self, terms: tuple[Tensor, ...], *given: Any) -> Tensor:
+        """Logits [C, T] of rows, counts and, with an encoder, what operators read of it."""
+
+    def candidates(
+        self,
+        terms: tuple[Tensor, ...],
+        num_candidates_B: Tensor,
+        dense_CI: Tensor,
+        bags: Embeddings,
+        states: Sequence[HistoryState],
+        items: EmbeddingRows | None,
+    ) -> Tensor:
         """Phase two.
 
         Args:
             terms: what `request` gave.
             num_candidates_B: int64 [B].
-            dense_CI: the candidates' dense inputs, [C, I_c].
-            slots_CFD: embeddings of their ids and then their history vectors, [C, F_c + S, D].
+            dense_CI: the candidates' dense inputs.
+            bags: of the candidates, but the encoder's.
+            states: of B requests together; read if there is an encoder.
+            items: embeddings of the candidates' items, if there is an encoder.
 
         Returns:
-            Tensor: logits [C, T].
+            Tensor: logits [C, T], float32.
         """
+        rows = [EmbeddingRows(dense_CI.float().contiguous()), *(bags[bag] for bag in self._candidate_bags)]
+        if self.encoder is None:
+            return self._candidates(terms, *of_each(rows), num_candidates_B)
+        assert items is not None
+        encoder = self.encoder
+        of_encoder = encoder.weights(), encoder.num_heads, encoder.epsilon, *encoder.of_states(states)
+        return self._candidates(terms, *of_each([*rows, items]), num_candidates_B, *of_encoder)
+
+    def _inputs(self, dense_BI: Tensor) -> Tensor:
+        """Dense inputs of requests, as the first layer reads them."""
+        inputs_BI = dense_BI.new_ones(dense_BI.shape[0], 1) if self._reads_constant else dense_BI
+        return inputs_BI[:, : self._num_request_dense].float().contiguous()
+
+    def _first(self, inputs_BI: Tensor) -> Tensor:
+        """What requests add to the first dense layer; candidates add theirs before the activation."""
+        return F.linear(inputs_BI, self._first_weight, self._first_bias)
 
 
-class ModuleHead(Head):
-    """Head that runs the model's own modules on candidates, a request's inputs repeated for each of its candidates.
+class DotHead(Head):
+    """Head of a DLRM that interacts all pairs of vectors by dot products; arguments are those of `Head`."""
 
-    Args:
-        model: see `Head`.
-        num_request_dense: see `Head`.
-        reason: why they cannot be put in another order.
-    """
+    def _set(self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int]) -> None:
+        of_dense_OD, of_pairs_OP = weight_OX.tensor_split([self._dim], dim=1)
+        num_vectors, num_new = 1 + len(dlrm.bags), _num_new_slots(dlrm)
+        weight_OVV = weight_OX.new_zeros(len(weight_OX), num_vectors, num_vectors)
+        for column, (one, other) in enumerate(_pairs(num_vectors - num_new, num_new)):
+            weight_OVV[:, one, other] = weight_OVV[:, other, one] = of_pairs_OP[:, column]
+        of_dense = [of_dense_OD]
+        self._of_request = [*(of_dense if self._is_of_request else []), _of_pairs(weight_OVV, requests)]
+        of_both_OUR = weight_OVV[:, candidates][:, :, requests]
+        of_candidate = [of_both_OUR.flatten(1), _of_pairs(weight_OVV, candidates)]
+        self._of_candidate = torch.cat([*([] if self._is_of_request else of_dense), *of_candidate], dim=1)
 
-    def __init__(self, model: AmortizedDLRM, num_request_dense: int, reason: str) -> None:
-        super().__init__(model, num_request_dense)
-        self.reason = reason
-        self.dense_arch, self.inter_arch, self.over_arch = (
-            copy.deepcopy(arch) for arch in (model.dense_arch, model.inter_arch, model.over_arch)
-        )
+    def _interaction_layers(self) -> list[Tensor]:
+        return [self._of_candidate]
 
-    def request(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
+    def _set_request(self, dense: list[Tensor], dtype: torch.dtype) -> None:
+        self._request_layers = _Layers(dense, [torch.cat(self._of_request, dim=1)], dtype)
+        del self._of_request, self._of_candidate
+
+    def is_cheaper(self, num_requests: int, num_candidates: int) -> bool:
+        """Whether there is less to compute than by the model's own modules: always."""
+        return True
+
+    def request(self, dense_BI: Tensor, bags: Embeddings) -> tuple[Tensor, ...]:
         """Phase one; see `Head.request`."""
-        return dense_BI[:, : self.num_request_dense], slots_BFD
+        inputs_BI = self._inputs(dense_BI)
+        first_BO, vectors_BRD = torch.ops.torchrec_amort.dot_request(
+            *self._request_layers.arguments(),
+            self._first_bias,
+            self._over_bias,
+            self._dim,
+            *of_each([EmbeddingRows(inputs_BI), *(bags[bag] for bag in self._request_bags)]),
+        )
+        return inputs_BI if self._is_of_request else self._first(inputs_BI), first_BO, vectors_BRD
 
-    def candidates(self, terms: Terms, num_candidates_B: Tensor, dense_CI: Tensor, slots_CFD: Tensor) -> Tensor:
-        """Phase two; see `Head.candidates`."""
-        of_request_CI, of_request_CFD = (expand(term, num_candidates_B, dense_CI.shape[0]) for term in terms)
-        inputs_CI = torch.cat([of_request_CI, dense_CI], dim=1)
-        if self.reads_constant:
-            inputs_CI = dense_CI.new_ones(dense_CI.shape[0], 1)
-        vectors_CFD = torch.cat([of_request_CFD, slots_CFD], dim=1)
-        logits_CT: Tensor = self.over_arch(self.inter_arch(self.dense_arch(inputs_CI), vectors_CFD))
+    def _candidates(self, terms: tuple[Tensor, ...], *given: Any) -> Tensor:
+        operators = torch.ops.torchrec_amort
+        run = operators.dot_candidates if self.encoder is None else operators.dot_history_candidates
+        logits_CT: Tensor = run(*self._layers.arguments(), self._num_tasks, *terms, *given)
         return logits_CT
 
 
-class FoldedHead(Head):
-    """What the heads have in common that work out a request's part once.
-
-    Vectors stand in the model's order: the dense one, then the slots of request, candidate and history. The dense
-    vector is a request's if candidates have no dense inputs, else a candidate's. Arguments are those of `Head`.
-    """
-
-    def __init__(self, model: AmortizedDLRM, num_request_dense: int) -> None:
-        super().__init__(model, num_request_dense)
-        self.dense = DenseHalves(model.dense_arch, 1 if self.reads_constant else self.num_request_dense)
-        num_request_slots, *others = _num_slots(model)
-        slots_of_request = list(range(1, 1 + num_request_slots))
-        self.of_request = slots_of_request if self.dense.candidate is not None else [0, *slots_of_request]
-        num_vectors = 1 + num_request_slots + sum(others)
-        self.of_candidate = [vector for vector in range(num_vectors) if vector not in self.of_request]
-        mlp, last = model.over_arch.model
-        first, *layers = mlp._mlp
-        self.activation = first._activation_fn
-        self.others = nn.Sequential(*copy.deepcopy(layers), copy.deepcopy(last))
-        columns = [first._linear.weight.detach()]
-        if isinstance(model, AttachedDLRM):
-            columns.append(model.over_arch.history_columns.weight.detach())
-        self._set_interaction(model, torch.cat(columns, dim=1), first._linear.bias.detach())
-
-    @abstractmethod
-    def _set_interaction(self, model: AmortizedDLRM, weight_OX: Tensor, bias_O: Tensor) -> None:
-        """Take the weights of the interaction and of the over arch's first layer."""
-
-    def request(self, dense_BI: Tensor, slots_BFD: Tensor) -> Terms:
-        """Phase one; see `Head.request`."""
-        inputs_BI = slots_BFD.new_ones(slots_BFD.shape[0], 1) if self.reads_constant else dense_BI
-        dense_BW = self.dense.of_requests(inputs_BI[:, : self.dense.request.in_features])
-        if self.dense.candidate is None:
-            return dense_BW, *self._request(torch.cat([dense_BW.unsqueeze(1), slots_BFD], dim=1))
-        return dense_BW, *self._request(slots_BFD)
-
-    def candidates(self, terms: Terms, num_candidates_B: Tensor, dense_CI: Tensor, slots_CFD: Tensor) -> Tensor:
-        """Phase two; see `Head.candidates`."""
-        if self.dense.candidate is not None:
-            dense_CD = self.dense.of_candidates(_to_candidates(terms[0], num_candidates_B, dense_CI.shape[0]), dense_CI)
-            slots_CFD = torch.cat([dense_CD.unsqueeze(1), slots_CFD], dim=1)
-        return self.others(self.activation(self._candidates(terms[1:], num_candidates_B, slots_CFD)))
-
-    @abstractmethod
-    def _request(self, vectors_BRD: Tensor) -> Terms:
-        """The interaction's part of phase one."""
-
-    @abstractmethod
-    def _candidates(self, terms: Terms, num_candidates_B: Tensor, vectors_CUD: Tensor) -> Tensor:
-        """What the over arch's first layer gives, before its activation: [C, O]."""
-
-
-class DotHead(FoldedHead):
-    """Head of a model whose interaction is the dot products of all pairs of vectors; arguments are those of `Head`."""
-
-    def _set_interaction(self, model: AmortizedDLRM, weight_OX: Tensor, bias_O: Tensor) -> None:
-        dim, num_vectors = self.embedding_dim, len(self.of_request) + len(self.of_candidate)
-        num_new = model.history_arch.num_slots if isinstance(model, AttachedDLRM) and model.history_arch else 0
-        of_dense_OD, of_pairs_OP = weight_OX.tensor_split([dim], dim=1)
-        weight_OVV = weight_OX.new_zeros(len(weight_OX), num_vectors, num_vectors)
-        for column, (one, other) in enumerate(_pairs(num_vectors - num_new, num_new)):
-            weight_OVV[:, one, other] = of_pairs_OP[:, column]
-        requests, candidates = self.of_request, self.of_candidate
-        # A pair of a request's and a candidate's vector stands on either side of the diagonal.
-        of_both_OUR = (weight_OVV + weight_OVV.transpose(1, 2))[:, candidates][:, :, requests]
-        self.request_pairs = _linear(weight_OVV[:, requests][:, :, requests].flatten(1), bias_O)
-        of_candidates_OX = [of_both_OUR.flatten(1), weight_OVV[:, candidates][:, :, candidates].flatten(1)]
-        is_of_request = self.dense.candidate is None
-        self.request_dense = _linear(of_dense_OD) if is_of_request else None
-        self.candidate_features = _linear(torch.cat([*([] if is_of_request else [of_dense_OD]), *of_candidates_OX], 1))
-
-    def _request(self, vectors_BRD: Tensor) -> Terms:
-        first_BO = self.request_pairs((vectors_BRD @ vectors_BRD.transpose(1, 2)).flatten(1))
-        if self.request_dense is not None:
-            first_BO = first_BO + self.request_dense(vectors_BRD[:, 0])
-        return first_BO, vectors_BRD
-
-    def _candidates(self, terms: Terms, num_candidates_B: Tensor, vectors_CUD: Tensor) -> Tensor:
-        first_BO, vectors_BRD = terms
-        num_candidates, num_vectors, _ = vectors_CUD.shape
-        features = [] if self.dense.candidate is None else [vectors_CUD[:, 0]]
-        with_request = _multiply(vectors_CUD.flatten(0, 1), vectors_BRD.transpose(1, 2), num_candidates_B * num_vectors)
-        features.append(with_request.reshape(num_candidates, -1))
-        features.append((vectors_CUD @ vectors_CUD.transpose(1, 2)).flatten(1))
-        first_CO = _to_candidates(first_BO, num_candidates_B, num_candidates)
-        return self.candidate_features(torch.cat(features, dim=1)) + first_CO
-
-
-class CrossHead(FoldedHead):
-    """Head of a model whose interaction is a low-rank cross net; arguments are those of `Head`.
+class CrossHead(Head):
+    """Head of a DLRM whose interaction is a low-rank cross net; arguments are those of `Head`.
 
     With x_0 the coordinates of all vectors and v_l = V_l x_l, a cross layer is x_(l+1) = x_0 (W_l v_l + b_l) + x_l,
     so x_l = x_0 (1 + the sum over k < l of W_k v_k + b_k): linear in the small v_k. Hence what V_l and the over arch's
@@ -325,78 +407,102 @@ class CrossHead(FoldedHead):
     net is that of Wang et al., arXiv 2008.13535, section 3.2, in TorchRec's low-rank form.)
     """
 
-    request_down: nn.ModuleList
-    request_up: nn.ModuleList
-    request_first: nn.Linear
-    candidate_down: nn.ModuleList
-    candidate_up: nn.ModuleList
-    candidate_first: nn.Linear
+    def _set(self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int]) -> None:
+        down, up, bias = _cross_layers(dlrm.parts.inter_arch.crossnet)
+        places = torch.arange(weight_OX.shape[1]).unflatten(0, (-1, self._dim))
+        mine, theirs = places[requests].flatten(), places[candidates].flatten()
+        self._num_layers, self._rank = len(down), down[0].shape[0]
+        # Of requests, down and over: what is left of x once it is multiplied; up: what x is multiplied by.
+        self._down = nn.ParameterList(_frozen(weight[:, mine]) for weight in (*down, weight_OX))
+        self._up = nn.ParameterList(_frozen(weight[mine]) for weight in up)
+        self._bias = nn.ParameterList(_frozen(vector[mine]) for vector in bias)
+        layers = zip(down, up, bias, strict=True)
+        self._of_candidate = [tensor for V, W, b in layers for tensor in (V[:, theirs], W[theirs], b[theirs])]
+        self._of_candidate.append(weight_OX[:, theirs])
 
-    def _set_interaction(self, model: AmortizedDLRM, weight_OX: Tensor, bias_O: Tensor) -> None:
-        crossnet: Any = model.inter_arch.crossnet
-        down, up = ([kernel.detach() for kernel in kernels] for kernels in (crossnet.V_kernels, crossnet.W_kernels))
-        bias = [vector.detach() for vector in crossnet.bias]
-        if isinstance(model, AttachedDLRM):
-            down = [torch.cat([old, new.weight.detach()], 1) for old, new in _zip(down, crossnet.history_V_kernels)]
-            bias = [torch.cat([old, new.bias.detach()]) for old, new in _zip(bias, crossnet.history_W_kernels)]
-            up = [torch.cat([old, new.weight.detach()]) for old, new in _zip(up, crossnet.history_W_kernels)]
-        places = torch.arange(weight_OX.shape[1]).unflatten(0, (-1, self.embedding_dim))
-        self.first_bias = nn.Parameter(bias_O.clone(), requires_grad=False)
-        for side, vectors in (("request", self.of_request), ("candidate", self.of_candidate)):
-            mine = places[vectors].flatten().to(weight_OX.device)
-            setattr(self, f"{side}_down", nn.ModuleList(_linear(kernel[:, mine]) for kernel in down))
-            setattr(self, f"{side}_up", nn.ModuleList(_linear(up[k][mine], bias[k][mine]) for k in range(len(up))))
-            setattr(self, f"{side}_first", _linear(weight_OX[:, mine]))
+    def _interaction_layers(self) -> list[Tensor]:
+        return self._of_candidate
 
-    def _request(self, vectors_BRD: Tensor) -> Terms:
-        first_BX = vectors_BRD.flatten(1)
+    def _set_request(self, dense: list[Tensor], dtype: torch.dtype) -> None:
+        del self._of_candidate
+        self._dense = nn.ParameterList(_frozen(tensor) for tensor in dense[1:])
+
+    def is_cheaper(self, num_requests: int, num_candidates: int) -> bool:
+        """Whether folding requests in costs less than it saves: multiplications of both are counted."""
+        num_outputs, width = self._down[-1].shape
+        rank, layers = self._rank, self._num_layers
+        between, to_over = rank * rank * layers * (layers - 1) // 2, rank * layers * num_outputs
+        saved = (2 * rank * layers + num_outputs) * width - between - to_over
+        return num_requests * width * (between + to_over) // rank < num_candidates * saved
+
+    def request(self, dense_BI: Tensor, bags: Embeddings) -> tuple[Tensor, ...]:
+        """Phase one; see `Head.request`."""
+        inputs_BI = self._inputs(dense_BI)
+        dense_BW = self._first(inputs_BI)
+        vectors = [bags[bag].tensor() for bag in self._request_bags]
+        if self._is_of_request:
+            dense_BD = torch.relu(dense_BW)
+            for weight, bias in zip(self._dense[0::2], self._dense[1::2], strict=True):
+                dense_BD = torch.relu(F.linear(dense_BD, weight, bias))
+            vectors.insert(0, dense_BD)
+        first_BX = torch.cat(vectors, dim=1) if vectors else dense_BI.new_empty(dense_BI.shape[0], 0)
         # For each layer, then for the over arch: what it makes of x_0 (1 + b_0 + b_1 ...) and of x_0 W_k, each k.
-        scale_BX = first_BX
-        ups_KX: list[Tensor] = []
-        terms: list[Tensor] = []
-        for layer, down in enumerate([*self.request_down, self.request_first]):
-            terms.append(down(scale_BX))
-            if ups_KX:
-                scaled_BKX = torch.cat(ups_KX) * first_BX.unsqueeze(1)
-                terms.append(down(scaled_BKX))
-            if layer < len(self.request_up):
-                up = cast(nn.Linear, self.request_up[layer])
-                scale_BX = scale_BX + first_BX * up.bias
-                ups_KX.append(up.weight.t())
+        scale_BX, terms = first_BX, [dense_BW]
+        for layer, down_OX in enumerate(self._down):
+            is_over = layer == self._num_layers
+            terms.append(F.linear(scale_BX, down_OX, self._over_bias if is_over else None))
+            if layer > 0:
+                ups_XK = torch.cat(list(self._up[:layer]), dim=1)
+                terms.append(down_OX @ (first_BX.unsqueeze(2) * ups_XK))
+            if not is_over:
+                scale_BX = scale_BX + first_BX * self._bias[layer]
         return tuple(terms)
 
-    def _candidates(self, terms: Terms, num_candidates_B: Tensor, vectors_CUD: Tensor) -> Tensor:
-        first_CX = vectors_CUD.flatten(1)
-        crossed_CX = first_CX
-        low_ranks: list[Tensor] = []
-        constant, *others = terms
-        constants, matrices = [constant, *others[0::2]], others[1::2]
-        for layer, (down, up) in enumerate(_zip(self.candidate_down, self.candidate_up)):
-            low_rank_CK = down(crossed_CX) + _to_candidates(constants[layer], num_candidates_B, first_CX.shape[0])
-            if low_ranks:
-                past = torch.cat(low_ranks, dim=1)
-                low_rank_CK = low_rank_CK + _multiply(past, matrices[layer - 1], num_candidates_B)
-            low_ranks.append(low_rank_CK)
-            crossed_CX = first_CX * up(low_rank_CK) + crossed_CX
-        first_CO = self.candidate_first(crossed_CX) + self.first_bias
-        first_CO = first_CO + _to_candidates(constants[-1], num_candidates_B, first_CX.shape[0])
-        return first_CO + _multiply(torch.cat(low_ranks, dim=1), matrices[-1], num_candidates_B)
+    def _candidates(self, terms: tuple[Tensor, ...], *given: Any) -> Tensor:
+        operators = torch.ops.torchrec_amort
+        run = operators.cross_candidates if self.encoder is None else operators.cross_history_candidates
+        logits_CT: Tensor = run(*self._layers.arguments(), self._num_layers, self._num_tasks, list(terms), *given)
+        return logits_CT
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer with a copy of these weights."""
-    with warnings.catch_warnings():
-        # A request without dense features has no columns.
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().contiguous().clone(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return layer
+class _Layers(nn.Module):
+    """Layers as operators read them.
+
+    Args:
+        dense: of the dense ones, a weight, and then weight and bias of each that follows.
+        others: of the interaction and after it, matrices and vectors.
+        dtype: of the matrices. Numbers of inputs and outputs become even, by zeros.
+    """
+
+    def __init__(self, dense: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._num_dense = (len(dense) + 1) // 2
+        for place, tensor in enumerate([*dense, *others]):
+            padding = [end for size in reversed(tensor.shape) for end in (0, size % 2)]
+            padded = F.pad(tensor.detach(), padding).to(dtype if tensor.dim() == 2 else torch.float32)
+            self.register_buffer(str(place), padded.contiguous())
+
+    def arguments(self) -> tuple[list[Tensor], int]:
+        """All of them, and the number of dense layers."""
+        return list(self._buffers.values()), self._num_dense  # type: ignore[arg-type]
 
 
-def _zip(one: Iterable[Any], other: Iterable[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(one, other, strict=True))
+def _cross_layers(crossnet: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """V [K, X], W [X, K] and b [X] of each layer."""
+    down, up, bias = (
+        [tensor.detach() for tensor in of] for of in (crossnet.V_kernels, crossnet.W_kernels, crossnet.bias)
+    )
+    if isinstance(crossnet, AttachedCrossNet):
+        new_down = [layer.weight.detach() for layer in crossnet.history_V_kernels]
+        new_up: Iterable[Any] = crossnet.history_W_kernels
+        down = [torch.cat(pair, dim=1) for pair in zip(down, new_down, strict=True)]
+        bias = [torch.cat([old, layer.bias.detach()]) for old, layer in zip(bias, new_up, strict=True)]
+        up = [torch.cat([old, layer.weight.detach()]) for old, layer in zip(up, new_up, strict=True)]
+    return down, up, bias
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().float().contiguous().clone(), requires_grad=False)
 
 
 def _pairs(num_old: int, num_new: int) -> list[tuple[int, int]]:
@@ -405,14 +511,7 @@ def _pairs(num_old: int, num_new: int) -> list[tuple[int, int]]:
     return old + [(one, other) for other in range(num_old, num_old + num_new) for one in range(other)]
 
 
-def _to_candidates(per_request: Tensor, num_candidates_B: Tensor, num_candidates: int) -> Tensor:
-    """What belongs to a request, for each of its candidates; a single request's stands for all."""
-    return per_request if per_request.shape[0] == 1 else expand(per_request, num_candidates_B, num_candidates)
-
-
-def _multiply(rows: Tensor, matrices_B: Tensor, num_rows_B: Tensor) -> Tensor:
-    """Each row times the matrix of its request."""
-    if matrices_B.shape[0] == 1:
-        return rows @ matrices_B[0]
-    parts = rows.split(num_rows_B.tolist())
-    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices_B, strict=True)])
+def _of_pairs(weight_OVV: Tensor, vectors: list[int]) -> Tensor:
+    """Columns for pairs of two different ones of some vectors."""
+    one, other = torch.triu_indices(len(vectors), len(vectors), 1)
+    return weight_OVV[:, vectors][:, :, vectors][:, one, other]

@@ -9,6 +9,7 @@ Shape suffixes: B requests; R rows of a batch; V values of a feature; F features
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,24 +17,111 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_amort.jagged_ids import JaggedIds, have_one_each, keyed, rows_of, rows_of_all, span_of
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.jagged_ids import JaggedIds, have_one_each, keyed, rows_of, span_of
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Reads
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.plain import Plain
+from torchrec_amort.modules.tower import CANDIDATE_ITEM
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import ANY_ID
 
 PLAIN_TABLES = Plain(EmbeddingBagCollection, EmbeddingCollection, nn.ModuleDict, nn.EmbeddingBag, nn.Embedding)
 
-Slots = Sequence[EmbeddingRows]
+_SEQUENCES = Plain(EmbeddingCollection, QuantEmbeddingCollection, SequenceTables)
+
+# Embeddings of bags or events, by their names.
+Embeddings = Mapping[str, EmbeddingRows]
 
 
-def stack(slots: Slots, dim: int, dense_RI: Tensor) -> Tensor:
-    """[R, F, D] of F features; if there are none, for as many rows as there are of dense inputs."""
-    if not slots:
-        return dense_RI.new_empty(dense_RI.shape[0], 0, dim)
-    return torch.stack([slot.tensor() for slot in slots], dim=1)
+@dataclass(frozen=True, eq=False)
+class Lookups:
+    """All lookups of a model, in its tables where they are.
+
+    Args:
+        request_bags: of the requests' ids; None if they have none.
+        candidate_bags: of the candidates' ids; None if they have none.
+        sequences: of events and candidates' items.
+        reads: of each tower, by its name, which of `sequences` its embeddings are in.
+        shared: of each bag whose table events share, which of `sequences` has it.
+    """
+
+    request_bags: BagLookup | None
+    candidate_bags: BagLookup | None
+    sequences: Sequence[SequenceLookup]
+    reads: Mapping[str, Reads]
+    shared: Mapping[str, int]
+
+    @classmethod
+    def of(cls, collection: AmortizedEmbeddingBagCollection, names: Mapping[nn.Module, str]) -> Lookups:
+        """The lookups of a collection that is not sharded.
+
+        Args:
+            collection: of a model.
+            names: of the model's modules.
+
+        Raises:
+            ValueError: its tables cannot be read as the model reads them.
+        """
+        request, candidate = collection.request_bags, collection.candidate_bags
+        return cls(
+            None if request is None else BagLookup(request, names[request]),
+            None if candidate is None else BagLookup(candidate, names[candidate]),
+            [SequenceLookup(sequences, names[sequences]) for sequences in collection.sequences],
+            collection.bags.reads,
+            collection.bags.shared,
+        )
+
+    @property
+    def bags(self) -> dict[str, BagLookup]:
+        """Lookups of bags by the field of a batch that they read."""
+        sides = {"request_sparse": self.request_bags, "candidate_sparse": self.candidate_bags}
+        return {field: bags for field, bags in sides.items() if bags is not None}
+
+    @property
+    def table_sizes(self) -> dict[str, int]:
+        """Rows of the table of each feature."""
+        lookups: list[BagLookup | SequenceLookup] = [*self.bags.values(), *self.sequences]
+        return {name: size for lookup in lookups for name, size in lookup.table_sizes.items()}
+
+    @property
+    def features(self) -> dict[str, list[str]]:
+        """Features that are read of each field of a batch."""
+        of_sequences = [name for lookup in self.sequences for name in lookup.table_sizes]
+        return {field: list(bags.table_sizes) for field, bags in self.bags.items()} | {"sequences": of_sequences}
+
+    @property
+    def events(self) -> dict[str, list[str]]:
+        """Features of the events of each tower."""
+        return {tower: list(reads.events) for tower, reads in self.reads.items()}
+
+    def of_requests(self, batch: RequestBatch) -> Embeddings:
+        """Bags of the requests."""
+        return {} if self.request_bags is None else self.request_bags(batch.request_sparse)
+
+    def of_candidates(self, batch: RequestBatch) -> tuple[Embeddings, Embeddings]:
+        """Bags of the candidates, and what each tower reads of them."""
+        places = {*self.shared.values(), *(reads.items for reads in self.reads.values())}
+        items = {}
+        if places:
+            ids, _ = rows_of(batch.sequences, CANDIDATE_ITEM, 0, len(batch))
+            of_item = {CANDIDATE_ITEM: (ids, batch.num_candidates)}
+            items = {place: self.sequences[place](of_item)[CANDIDATE_ITEM] for place in places}
+        bags = {} if self.candidate_bags is None else self.candidate_bags(batch.candidate_sparse)
+        bags = {**bags, **{bag: items[place] for bag, place in self.shared.items()}}
+        return bags, {tower: items[reads.items] for tower, reads in self.reads.items()}
+
+    def of_events(self, tower: str, events: Mapping[str, JaggedIds]) -> Embeddings:
+        """Embeddings of a tower's events."""
+        of_place: dict[int, dict[str, JaggedIds]] = {}
+        for feature, place in self.reads[tower].events.items():
+            of_place.setdefault(place, {})[feature] = events[feature]
+        return {name: rows for place, ids in of_place.items() for name, rows in self.sequences[place](ids).items()}
 
 
 class BagLookup:
@@ -41,22 +129,22 @@ class BagLookup:
 
     Args:
         bags: the collection; read where it is.
+        name: its name in the model.
 
     Raises:
-        ValueError: a table of a weighted collection pools by the mean.
+        ValueError: it is sharded or unknown; a table of a weighted collection pools by the mean.
 
     Example::
 
-        slots = BagLookup(model.sparse_arch.embedding_bag_collection)(batch.candidate_sparse)
-        first_RD = slots[0].tensor()
+        bags = BagLookup(model.sparse_arch.embedding_bag_collection, "bags")(batch.candidate_sparse)
+        film_RD = bags["film"].tensor()
     """
 
-    def __init__(self, bags: EmbeddingBagCollection) -> None:
+    def __init__(self, bags: EmbeddingBagCollection, name: str) -> None:
+        if not isinstance(bags, EmbeddingBagCollection | QuantEmbeddingBagCollection):
+            raise ValueError(f"{name} is a {type(bags).__name__}, sharded or unknown: score with the model itself")
         self._bags = bags
         tables = bags.embedding_bag_configs()
-        self.dim: int = tables[0].embedding_dim
-        weights = [*bags.parameters(), *bags.buffers()]
-        self.device = weights[0].device if weights else torch.device("cpu")
         # Quantized tables have buffers alone.
         self._weights_dtype = next((weight.dtype for weight in bags.parameters()), torch.float32)
         self.table_sizes = _table_sizes(tables)
@@ -64,48 +152,46 @@ class BagLookup:
         for table in tables if self.is_weighted and type(bags) is EmbeddingBagCollection else ():
             if table.pooling is not PoolingType.SUM:
                 raise ValueError(f"table {table.name!r} is weighted and pools by the mean, which PyTorch cannot: sum")
-        self._features = [name for table in tables for name in table.feature_names]
-        self._poolings: list[tuple[str, Tensor, str]] | None = None
+        names = get_embedding_names_by_table(tables)
+        self._names = [name for of_table in names for name in of_table]
+        self._poolings: list[tuple[str, str, Tensor, str]] | None = None
         if _is_plain(bags):
             self._poolings = [
                 (
                     name,
+                    feature,
                     bags.embedding_bags[table.name].weight.detach(),
                     "sum" if table.pooling is PoolingType.SUM else "mean",
                 )
-                for table in tables
-                for name in table.feature_names
+                for table, of_table in zip(tables, names, strict=True)
+                for name, feature in zip(of_table, table.feature_names, strict=True)
             ]
 
     @torch.no_grad()
-    def __call__(self, features: KeyedJaggedTensor, start: int = 0, stop: int | None = None) -> Slots:
-        """Pooled embeddings of each feature, in the order of their tables, as `SparseArch` has them.
+    def __call__(self, features: KeyedJaggedTensor) -> Embeddings:
+        """Pooled embeddings of each bag, in the order of their tables.
 
         Args:
             features: ids, with weights if the collection is weighted.
-            start: the first row that is read.
-            stop: where they end; with the last one if None.
         """
-        stop = features.stride() if stop is None else stop
         if self.is_weighted:
             features = self._with_weights_of_its_type(features)
         if self._poolings is None:
-            if stop - start < features.stride():
-                features = rows_of_all(features, start, stop)
             pooled = self._bags(features).to_dict()
-            return [EmbeddingRows(pooled[name]) for name in self._features]
+            return {name: EmbeddingRows(pooled[name]) for name in self._names}
+        num_rows = features.stride()
         if have_one_each(features) and not self.is_weighted:
-            ids = features.values().view(len(features.keys()), features.stride())[:, start:stop]
+            ids = features.values().view(len(features.keys()), num_rows)
             ids_of = dict(zip(features.keys(), ids.long().unbind(), strict=True))
-            return [EmbeddingRows(table, ids_of[name]) for name, table, _ in self._poolings]
-        slots = []
-        for name, table, mode in self._poolings:
-            ids, lengths_R = rows_of(features, name, start, stop)
+            return {name: EmbeddingRows(table, ids_of[feature]) for name, feature, table, _ in self._poolings}
+        bags = {}
+        for name, feature, table, mode in self._poolings:
+            ids, lengths_R = rows_of(features, feature, 0, num_rows)
             starts_R = torch.cumsum(lengths_R, 0) - lengths_R
-            weights = features.weights()[span_of(features, name, start, stop)] if self.is_weighted else None
+            weights = features.weights()[span_of(features, feature, 0, num_rows)] if self.is_weighted else None
             rows_RD = F.embedding_bag(ids.long(), table, starts_R, mode=mode, per_sample_weights=weights)
-            slots.append(EmbeddingRows(rows_RD))
-        return slots
+            bags[name] = EmbeddingRows(rows_RD)
+        return bags
 
     def _with_weights_of_its_type(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Sharded tables, with which a model is trained, take weights of any type."""
@@ -123,14 +209,21 @@ class SequenceLookup:
 
     Args:
         collection: read where it is.
+        name: its name in the model.
+
+    Raises:
+        ValueError: it is sharded, unknown or has hooks.
 
     Example::
 
-        lookup = SequenceLookup(model.history_embedding_collection)
+        lookup = SequenceLookup(model.history_embedding_collection, "events")
         events_ND = lookup({"history_item": (ids_N, lengths_B)})["history_item"].tensor()
     """
 
-    def __init__(self, collection: EmbeddingCollection | SequenceTables) -> None:
+    def __init__(self, collection: EmbeddingCollection | SequenceTables, name: str) -> None:
+        # Events and candidates' items are looked up one after the other: a hook would see half of each batch.
+        if reason := _SEQUENCES.why_not(collection, name):
+            raise ValueError(f"{reason}: score with the model itself")
         self._collection = collection
         tables = collection.embedding_configs()
         self.table_sizes = _table_sizes(tables)

@@ -198,6 +198,10 @@ class NativeEncoder(AmortizableEncoder):
             self.register_buffer(name, of_layers.to(dtype if is_matrix else torch.float32))
         self.register_buffer("output_norm", torch.stack([*arch.output_norm.parameters()]).detach().float())
 
+    def beside_pytorch(self) -> NativeEncoder:
+        """The same encoder, to be run between PyTorch's own operations."""
+        return self
+
     @property
     def is_extendable(self) -> bool:
         """Whether new events leave the keys and values of those before them as they are."""

@@ -23,8 +23,8 @@ from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.serving.cache import CachedHistory, HistoryCache
-from torchrec_amort.serving.ranker import serve
-from torchrec_amort.serving.served import Backend, Served
+from torchrec_amort.serving.phases import Backend, RequestTerms
+from torchrec_amort.serving.served import Served, serve
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,9 @@ class AmortizedScorer:
             self._served = model
         else:
             self._served = serve(model, dtype, backend, call)
+        lookups = self._served.lookups
+        self._features, self._table_sizes, self._events = lookups.features, lookups.table_sizes, lookups.events
+        self._is_weighted = {field: bags.is_weighted for field, bags in lookups.bags.items()}
         limit = self._served.history_length
         if history_length is not None and limit is not None and history_length > limit:
             raise ValueError(f"history_length is {history_length}, but the model knows places for {limit} events")
@@ -100,7 +103,7 @@ class AmortizedScorer:
         self.cache = cache
         self._hash_key = secrets.token_bytes(16)
         if cache is not None:
-            if not self._served.events:
+            if not self._events:
                 raise ValueError("the model reads no history: it needs no cache")
             cache.bind(self)
 
@@ -153,17 +156,17 @@ class AmortizedScorer:
                 raise InputError("requests are given as mappings: give the scorer the schema that they follow")
             batch = RequestBatch.from_requests(requests, self.schema)
         if self.validate:
-            refuse_missing_features(batch, self._served.features)
-            batch.validate(self._served.table_sizes)
+            refuse_missing_features(batch, self._features)
+            batch.validate(self._table_sizes)
         # Not only when batches are checked: weights that are left out crash nothing.
-        for field, is_weighted in self._served.is_weighted.items():
+        for field, is_weighted in self._is_weighted.items():
             refuse_weights(field, getattr(batch, field), is_weighted)
         if batch.num_candidates.device != self._served.device:
             batch = batch.to(self._served.device)
         return self._limit(batch)
 
     def _refuse_other_schema(self, schema: RequestSchema) -> None:
-        for feature, size in self._served.table_sizes.items():
+        for feature, size in self._table_sizes.items():
             if schema.table_sizes.get(feature) != size:
                 raise InputError(
                     f"schema {schema.dataset!r}: {feature} has {schema.table_sizes.get(feature)} rows, but the model's "
@@ -173,7 +176,7 @@ class AmortizedScorer:
     def _limit(self, batch: RequestBatch) -> RequestBatch:
         if self.history_length is None or batch.sequences.values().numel() <= self.history_length:
             return batch
-        for features in self._served.events.values():
+        for features in self._events.values():
             _, lengths_B = rows_of(batch.sequences, features[0], 0, len(batch))
             if int(lengths_B.max()) > self.history_length:
                 self._refuse_longer(lengths_B, self.history_length)
@@ -189,9 +192,9 @@ class AmortizedScorer:
             )
 
     def _score(self, batch: RequestBatch, cache: HistoryCache | None) -> Tensor:
-        request = self._served.request(batch)
-        histories = {tower: self._states(batch, tower, cache) for tower in self._served.events}
-        parts = (self._served.score(request, histories, part) for part in self._microbatches(batch))
+        terms = self._served.request(batch)
+        histories = {tower: self._states(batch, terms, tower, cache) for tower in self._events}
+        parts = (self._served.score(terms, histories, part) for part in self._microbatches(batch))
         logits_CT = _put_together(parts, batch.candidate_dense.shape[0])
         # The sum of what is not finite is not finite, either; the sum of numbers nearly always is.
         if not math.isfinite(float(logits_CT.sum())) and not torch.isfinite(logits_CT).all():
@@ -202,29 +205,33 @@ class AmortizedScorer:
             )
         return logits_CT
 
-    def _states(self, batch: RequestBatch, tower: str, cache: HistoryCache | None) -> list[HistoryState]:
+    def _states(
+        self, batch: RequestBatch, terms: RequestTerms, tower: str, cache: HistoryCache | None
+    ) -> list[HistoryState]:
         """States of one of the histories of all requests."""
         if cache is None:
-            return [self._served.encode(tower, self._ids(batch, tower, 0, len(batch)))]
+            return [self._served.encode(terms, tower, self._ids(batch, tower, 0, len(batch)))]
         if batch.users is None:
             raise InputError("batch: users is None: a cache needs to know whose histories they are")
-        return [self._state(batch, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())]
+        return [self._state(batch, terms, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())]
 
     def _ids(self, batch: RequestBatch, tower: str, start: int, stop: int) -> dict[str, JaggedIds]:
         """Ids of the events of some requests, feature by feature."""
-        return {name: rows_of(batch.sequences, name, start, stop) for name in self._served.events[tower]}
+        return {name: rows_of(batch.sequences, name, start, stop) for name in self._events[tower]}
 
-    def _state(self, batch: RequestBatch, row: int, user: int, tower: str, cache: HistoryCache) -> HistoryState:
+    def _state(
+        self, batch: RequestBatch, terms: RequestTerms, row: int, user: int, tower: str, cache: HistoryCache
+    ) -> HistoryState:
         """One request's state: from the cache, or extended or encoded and then put there."""
         history = _History(self._ids(batch, tower, row, row + 1), self._hash_key)
-        epoch, is_extendable = cache.epoch, self._served.is_extendable(tower)
+        epoch, is_extendable = cache.epoch, self._served.phases.is_extendable(tower)
         cached = cache.find(user, history.num_events, history.version, extendable=is_extendable, tower=tower)
         if cached is not None and cached.num_events == history.num_events:
             return cached.state
         if cached is not None:
-            state = self._served.extend(tower, cached.state, history.events(cached.num_events))
+            state = self._served.extend(terms, tower, cached.state, history.events(cached.num_events))
         else:
-            state = self._served.encode(tower, history.events(0))
+            state = self._served.encode(terms, tower, history.events(0))
         version = history.version(history.num_events)
         cache.put(user, CachedHistory(version, history.num_events, state), epoch=epoch, tower=tower)
         return state

@@ -5,84 +5,162 @@ Shape suffixes: B requests; C candidates, all requests together; T tasks.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.models.dlrm import DLRM, SparseArch
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.jagged_ids import JaggedIds
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Bags
+from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.managed import SequenceTables
+from torchrec_amort.models.ranker import Call, CollectionRanker, Ranker, ranker_of
 from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.modules.plain import Plain, why_own_method, why_patched
+from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.serving.lookup import Lookups
+from torchrec_amort.serving.phases import Backend, Histories, Phases, RankerPhases, RequestTerms
 
-Backend = Literal["auto", "native", "eager", "compiled"]
+_TABLES = (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    QuantEmbeddingBagCollection,
+    QuantEmbeddingCollection,
+    SequenceTables,
+)
+# Serving calls what they call, and not them.
+_RANKERS = Plain(AmortizedDLRM, CollectionRanker)
+_SHELLS = Plain(SparseArch, Bags, HistoryTower)
 
-Histories = Mapping[str, Sequence[HistoryState]]
 
-
-class Served(ABC):
+@dataclass(frozen=True, eq=False)
+class Served:
     """A model in two phases, lookups included, with the dense weights of one moment.
 
     Args:
-        features: features that are read of each field of a batch.
-        table_sizes: rows of the table of each feature.
-        is_weighted: of each field with ids of bags, whether its ids have weights.
-        events: features of the events of each tower, by its name.
+        lookups: in its tables, where they are.
+        phases: all else.
         history_length: events that a history may have; None if any number.
         device: where batches are read.
         schema: of the requests, if it is known.
     """
 
-    features: Mapping[str, Sequence[str]]
-    table_sizes: Mapping[str, int]
-    is_weighted: Mapping[str, bool]
-    events: Mapping[str, Sequence[str]]
+    lookups: Lookups
+    phases: Phases
     history_length: int | None
     device: torch.device
-    schema: RequestSchema | None
+    schema: RequestSchema | None = None
 
-    @abstractmethod
-    def request(self, batch: RequestBatch) -> Any:
-        """Phase one of all but histories.
+    def request(self, batch: RequestBatch) -> RequestTerms:
+        """Phase one of all but histories; see `Phases.request`."""
+        return self.phases.request(batch, self.lookups.of_requests(batch))
 
-        Args:
-            batch: B requests.
+    def encode(self, terms: RequestTerms, tower: str, events: Mapping[str, JaggedIds]) -> HistoryState:
+        """Phase one of B histories, given the ids of each of the tower's features; see `Phases.encode`."""
+        return self.phases.encode(terms, tower, self.lookups.of_events(tower, events), _lengths(events))
 
-        Returns:
-            Any: what `score` takes.
-
-        Raises:
-            InputError: the batch has other dense inputs than the model reads.
-        """
-
-    @abstractmethod
-    def encode(self, tower: str, events: Mapping[str, JaggedIds]) -> HistoryState:
-        """Phase one of B histories.
-
-        Args:
-            tower: its name.
-            events: ids of each of its features.
-        """
-
-    @abstractmethod
-    def is_extendable(self, tower: str) -> bool:
-        """Whether a state can be extended by the events since."""
-
-    @abstractmethod
-    def extend(self, tower: str, state: HistoryState, events: Mapping[str, JaggedIds]) -> HistoryState:
+    def extend(
+        self, terms: RequestTerms, tower: str, state: HistoryState, events: Mapping[str, JaggedIds]
+    ) -> HistoryState:
         """Phase one of the events since, where states are extendable."""
+        return self.phases.extend(terms, tower, state, self.lookups.of_events(tower, events), _lengths(events))
 
-    @abstractmethod
-    def score(self, request: Any, histories: Histories, batch: RequestBatch) -> Tensor:
-        """Phase two.
+    def score(self, terms: RequestTerms, histories: Histories, batch: RequestBatch) -> Tensor:
+        """Phase two: logits [C, T]; see `Phases.score`."""
+        return self.phases.score(terms, histories, batch, *self.lookups.of_candidates(batch))
 
-        Args:
-            request: what `request` gave for the batch's requests.
-            histories: states of each tower, of B requests together.
-            batch: of the requests with C candidates, all or some; a request may have none.
 
-        Returns:
-            Tensor: logits [C, T], float32 at least.
-        """
+def _lengths(events: Mapping[str, JaggedIds]) -> Tensor:
+    return next(iter(events.values()))[1]
+
+
+def serve(model: nn.Module, dtype: torch.dtype, backend: Backend, call: Call | None = None) -> Served:
+    """A model in two phases, with the dense weights of this moment, and its tables where they are.
+
+    Args:
+        model: a ranker, or built on an `AmortizedEmbeddingBagCollection`; not sharded.
+        dtype: `torch.float32` or `torch.bfloat16`, of encoders, states and what native code does after them.
+        backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
+        call: how a model that is no ranker is called.
+
+    Raises:
+        ValueError: the model, or a part of it, may compute something else than what is served.
+
+    Example::
+
+        served = serve(model, torch.float32, "auto")
+    """
+    ranker = _ranker_of(model, call)
+    collection = ranker.collection
+    names = {module: name or "the model" for name, module in ranker.named_modules()}
+    if reason := _why_not_served(ranker, collection, names):
+        raise ValueError(f"{reason}: score with the model itself")
+    lookups = Lookups.of(collection, names)
+    ranker = _snapshot(ranker)
+    return Served(
+        lookups,
+        RankerPhases(ranker, ranker.collection, dtype, backend),
+        ranker.history_length,
+        next((weight.device for weight in [*model.parameters(), *model.buffers()]), torch.device("cpu")),
+    )
+
+
+def _ranker_of(model: nn.Module, call: Call | None) -> CollectionRanker:
+    is_built_on_one = any(isinstance(module, AmortizedEmbeddingBagCollection) for module in model.modules())
+    if not isinstance(model, Ranker) and not is_built_on_one:
+        hint = "attach_history makes one of a DLRM" if isinstance(model, DLRM) else "unwrap it, or build it on"
+        hint += "" if isinstance(model, DLRM) else " an AmortizedEmbeddingBagCollection"
+        raise ValueError(f"the model is a {type(model).__name__}, which is no ranker: {hint}")
+    ranker = ranker_of(model, call)
+    if not isinstance(ranker, CollectionRanker):
+        raise ValueError(
+            f"the model is a {type(ranker).__name__}, a ranker of no known kind: score with the model itself"
+        )
+    return ranker
+
+
+def _why_not_served(
+    ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollection, names: Mapping[nn.Module, str]
+) -> str | None:
+    """Why a ranker may compute something else than what is served, or None."""
+    base = AmortizedDLRM if isinstance(ranker, AmortizedDLRM) else CollectionRanker
+    reasons = [_RANKERS.why_replaced(base), _why_other_phases(type(ranker), base), why_patched(ranker, "the model")]
+    shells = [collection.bags, *collection.towers]
+    if isinstance(ranker, AmortizedDLRM):
+        shells = [arch for arch in (ranker.sparse_arch, ranker.request_sparse_arch) if arch is not None]
+    reasons += [_SHELLS.why_not(shell, names[shell]) for shell in shells]
+    of_tables = {module for table in _tables(ranker) for module in table.modules()}
+    # A method that a module has of its own is most often a function of that very module, and would be of no copy.
+    reasons += [why_own_method(module, name) for module, name in names.items() if module not in of_tables]
+    return next(filter(None, reasons), None)
+
+
+def _why_other_phases(kind: type[Ranker], base: type[CollectionRanker]) -> str | None:
+    others = ("collection", "score_rows") if base is AmortizedDLRM else ()
+    for name in ("forward", "encode_request", "score_candidates", *others):
+        if getattr(kind, name) is not getattr(base, name):
+            return f"{kind.__name__} overrides {base.__name__}.{name}"
+    return None
+
+
+def _tables(ranker: nn.Module) -> list[nn.Module]:
+    return [module for module in ranker.modules() if isinstance(module, _TABLES)]
+
+
+def _snapshot(ranker: CollectionRanker) -> CollectionRanker:
+    """The ranker with copies of all weights but its tables, for inference."""
+    tables = _tables(ranker)
+    copied = copy.deepcopy(ranker, {id(table): table for table in tables})
+    of_tables = {module for table in tables for module in table.modules()}
+    for module in copied.modules():
+        if module not in of_tables:
+            module.training = False
+    return copied
