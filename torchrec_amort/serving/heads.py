@@ -27,7 +27,6 @@ from torchrec_amort.models.attach import (
     AttachedDLRM,
     AttachedInteractionArch,
     AttachedInteractionDCNArch,
-    AttachedOverArch,
     ZeroLinear,
 )
 from torchrec_amort.models.dlrm import AmortizedDLRM
@@ -52,7 +51,6 @@ _PLAIN = Plain(
     AttachedInteractionArch,
     AttachedInteractionDCNArch,
     AttachedCrossNet,
-    AttachedOverArch,
     ZeroLinear,
 )
 
@@ -99,7 +97,6 @@ def _as_built(model: AmortizedDLRM) -> list[tuple[str, nn.Module]]:
             crossnet = LowRankCrossNet((1 + num_slots - num_new) * dim, len(kernels), kernels[0].shape[0])
             inter = InteractionDCNArch(num_slots - num_new, crossnet)
         if isinstance(model, AttachedDLRM):
-            over = AttachedOverArch(over, model.over_arch.history_columns.in_features)
             if isinstance(inter, InteractionDCNArch):
                 attached = AttachedCrossNet(inter.crossnet, num_new * dim, torch.empty(0))
                 inter = AttachedInteractionDCNArch(num_slots - num_new, attached)

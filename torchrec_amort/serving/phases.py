@@ -23,7 +23,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.jagged_ids import JaggedIds, rows_of
-from torchrec_amort.models.attach import AttachedDLRM
 from torchrec_amort.models.dlrm import HISTORY, AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState
@@ -41,9 +40,7 @@ from torchrec_amort.serving.served import Backend, Histories, Served
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = Plain(
-    AmortizedDLRM, AttachedDLRM, SparseArch, EventEncoder, EmbeddingCollection, SequenceTables, nn.Embedding, nn.Dropout
-)
+_PLAIN = Plain(AmortizedDLRM, SparseArch, EventEncoder, EmbeddingCollection, SequenceTables, nn.Embedding, nn.Dropout)
 
 
 class Phases(ABC):
@@ -240,9 +237,8 @@ def why_not_served(model: nn.Module) -> str | None:
     if not isinstance(model, AmortizedDLRM):
         hint = ", which attach_history makes of a DLRM" if isinstance(model, DLRM) else ", neither wrapped nor sharded"
         return f"the model is a {type(model).__name__}, not an AmortizedDLRM{hint}"
-    base = AttachedDLRM if isinstance(model, AttachedDLRM) else AmortizedDLRM
     reasons = (
-        why_other_methods(type(model), base) or _PLAIN.why_replaced(base),
+        why_other_methods(type(model), AmortizedDLRM) or _PLAIN.why_replaced(AmortizedDLRM),
         why_patched(model, "the model"),
         *(_why_other_bags(name, arch) for name, arch in _sparse_archs(model)),
         _why_other_sequences(model.history_embedding_collection),
