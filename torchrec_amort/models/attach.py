@@ -45,7 +45,7 @@ _AROUND_BRANCH = (InteractionProjectionArch, DenseArch, MLP, nn.Sequential, Perc
 _BAGS = "sparse_arch.embedding_bag_collection"
 
 _CROSSNET = (InteractionDCNArch, LowRankCrossNet, nn.ParameterList)
-_PLAIN = Plain(SparseArch, *_CROSSNET, *_AROUND_OVER, *_AROUND_BRANCH, hooks=ALL_HOOKS)
+_PLAIN = Plain(SparseArch, EmbeddingBagCollection, *_CROSSNET, *_AROUND_OVER, *_AROUND_BRANCH, hooks=ALL_HOOKS)
 
 
 def attach_history(
@@ -272,9 +272,8 @@ def _refuse_other_models(dlrm: nn.Module) -> None:
         raise ValueError(
             f"dlrm is a {type(dlrm).__name__}, not a DLRM or DLRM_DCN: attach once, and before sharding or wrapping"
         )
-    _refuse_unknown(dlrm, "sparse_arch", SparseArch)
-    _refuse(_PLAIN.why_not(dlrm.sparse_arch, "sparse_arch"))
-    _refuse_unknown(dlrm, _BAGS, EmbeddingBagCollection)
+    _refuse_changed(dlrm, "sparse_arch", SparseArch)
+    _refuse_changed(dlrm, _BAGS, EmbeddingBagCollection)
     _refuse_unknown(dlrm, "dense_arch", DenseArch)
     _refuse_unknown(dlrm, "inter_arch", InteractionArch, InteractionDCNArch, InteractionProjectionArch)
     if isinstance(dlrm.inter_arch, InteractionDCNArch):
@@ -298,13 +297,16 @@ def _refuse_unknown(dlrm: DLRM, path: str, *known: type[nn.Module]) -> None:
         )
 
 
+def _refuse_changed(dlrm: DLRM, path: str, known: type[nn.Module]) -> None:
+    _refuse_unknown(dlrm, path, known)
+    _refuse(_PLAIN.why_not(dlrm.get_submodule(path), path))
+
+
 def _refuse_changed_around(dlrm: DLRM, path: str, known: Sequence[type[nn.Module]]) -> None:
     """Refuse other modules than those known around a linear layer."""
     *names, _ = path.split(".")
     for depth, kind in enumerate(known, 1):
-        around = ".".join(names[:depth])
-        _refuse_unknown(dlrm, around, kind)
-        _refuse(_PLAIN.why_not(dlrm.get_submodule(around), around))
+        _refuse_changed(dlrm, ".".join(names[:depth]), kind)
     if not isinstance(layer := dlrm.get_submodule(path), nn.Linear):
         _refuse(f"{path} is a {type(layer).__name__}, not a linear layer")
 
