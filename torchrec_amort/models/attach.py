@@ -96,10 +96,9 @@ def attach_history(
         logits_CT = model(batch)  # = dlrm(batch.candidate_dense, batch.candidate_sparse)
     """
     _refuse_other_models(dlrm)
-    if history_arch.embedding_dim != dlrm.sparse_arch.D:
+    if history_arch.embedding_dim != (dim := dlrm.sparse_arch.D):
         raise ValueError(
-            f"history_arch has embedding_dim {history_arch.embedding_dim}, but the DLRM's tables have "
-            f"{dlrm.sparse_arch.D}"
+            f"history_arch has embedding_dim {history_arch.embedding_dim}, but the DLRM's tables have {dim}"
         )
     tower = HistoryTower(
         _free_name(dlrm.sparse_arch.embedding_bag_collection, history_arch.num_slots),
@@ -153,7 +152,7 @@ class AttachedDLRM(ModelRanker):
             f"{_FIRST_OF_OVER}.history_columns.": "over_arch.history_columns.",
             **{f"{path}.linear.": f"{path}." for path in layers},
         }
-        self._renamed = {_renamed(name.removeprefix("model."), former): name for name in self.state_dict()}
+        self._renamed = {_with_former_prefix(name.removeprefix("model."), former): name for name in self.state_dict()}
         of_dlrm = dlrm.state_dict()
         self._names_of_history = [name for old, name in self._renamed.items() if old not in of_dlrm]
         self._register_load_state_dict_pre_hook(self._load_old)
@@ -187,9 +186,7 @@ class AttachedDLRM(ModelRanker):
         """Refuse a forward that reads more of the parts that have grown than TorchRec's does."""
         if any(weight.is_meta for weight in self.parameters()):
             return
-        # The caller's random numbers go on as if nothing had been drawn.
-        with torch.random.fork_rng():
-            batch = _some_batch(dlrm, self.collection)
+        batch = _some_batch(dlrm, self.collection)
         with evaluating(self), evaluating(dlrm):
             logits_CT, expected_CT = self(batch), dlrm(batch.dense, batch.sparse)
         if not torch.allclose(logits_CT, expected_CT, rtol=0, atol=0, equal_nan=True):
@@ -206,11 +203,9 @@ def _call_with_dense_of_candidates(model: nn.Module, batch: RequestBatch, rows: 
     return logits_CT
 
 
-def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    for prefix, other in prefixes.items():
-        if name.startswith(prefix):
-            return other + name.removeprefix(prefix)
-    return name
+def _with_former_prefix(name: str, former: Mapping[str, str]) -> str:
+    prefix = next((prefix for prefix in former if name.startswith(prefix)), "")
+    return former.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _grown_layers(dlrm: DLRM, num_new_slots: int) -> dict[str, nn.Module]:
@@ -239,6 +234,8 @@ def _replaced(module: Any, path: str, new: nn.Module) -> Any:
 
 def _some_batch(dlrm: DLRM, collection: AmortizedEmbeddingBagCollection) -> RequestBatch:
     """Two random requests with two candidates and two events each, for all features."""
+    # The caller's random numbers go on as if nothing had been drawn.
+    random = torch.Generator()
     dense = next(module for module in dlrm.dense_arch.modules() if isinstance(module, nn.Linear))
     tables: list[Any] = [*collection.embedding_bag_configs()]
     tables += [table for sequences in collection.sequences for table in sequences.embedding_configs()]  # type: ignore[operator]
@@ -246,20 +243,20 @@ def _some_batch(dlrm: DLRM, collection: AmortizedEmbeddingBagCollection) -> Requ
 
     def ids(field: str, num_rows: int) -> KeyedJaggedTensor:
         names = collection.features[field]
-        values = [torch.randint(sizes[name], (2 * num_rows,)) for name in names]
-        weights = torch.rand(2 * num_rows * len(names)) if collection.is_weighted() and field != "sequences" else None
         lengths = torch.full((num_rows * len(names),), 2)
+        values = [torch.randint(sizes[name], (2 * num_rows,), generator=random) for name in names]
+        is_weighted = collection.is_weighted() and field != "sequences" and names
+        weights = torch.rand(2 * len(lengths), generator=random) if is_weighted else None
         return KeyedJaggedTensor(names, torch.cat([lengths[:0], *values]), weights, lengths, stride=num_rows)
 
-    with torch.device(dense.weight.device):
-        return RequestBatch(
-            request_dense=torch.zeros(2, 0, dtype=dense.weight.dtype),
-            candidate_dense=torch.randn(4, dense.in_features, dtype=dense.weight.dtype),
-            request_sparse=ids("request_sparse", 2),
-            candidate_sparse=ids("candidate_sparse", 4),
-            sequences=ids("sequences", 2),
-            num_candidates=torch.tensor([2, 2]),
-        )
+    return RequestBatch(
+        request_dense=torch.zeros(2, 0, dtype=dense.weight.dtype),
+        candidate_dense=torch.randn(4, dense.in_features, generator=random, dtype=dense.weight.dtype),
+        request_sparse=ids("request_sparse", 2),
+        candidate_sparse=ids("candidate_sparse", 4),
+        sequences=ids("sequences", 2),
+        num_candidates=torch.tensor([2, 2]),
+    ).to(dense.weight.device)
 
 
 def _refuse_other_models(dlrm: nn.Module) -> None:
