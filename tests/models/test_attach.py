@@ -183,7 +183,8 @@ def test_it_shares_all_weights_of_the_dlrm_and_has_its_mode(kind: str) -> None:
 
 def widened(attached: AttachedDLRM, kind: str) -> AmortizedDLRM:
     """The usual model with the history among its slots, its matrices put together of the attached one's."""
-    dlrm, (tower,) = attached.model, attached.collection.towers
+    dlrm: Any = attached.model
+    (tower,) = attached.collection.towers
     first, bags = dlrm.over_arch.model[0]._mlp[0]._linear, attached.collection.candidate_bags
     assert bags is not None
     dim, num_slots = tower.encoder.embedding_dim, len(bags.embedding_bag_configs())
@@ -464,6 +465,12 @@ def compiled() -> DLRM:
     return dlrm
 
 
+def with_a_backward_hook() -> DLRM:
+    dlrm = make_dlrm()
+    dlrm.sparse_arch.embedding_bag_collection.register_full_backward_hook(lambda *_: None)
+    return dlrm
+
+
 def other(kind: str = "dot", cls: type[DLRM] = Other) -> DLRM:
     dlrm = make_dlrm(kind)
     dlrm.__class__ = cls
@@ -563,8 +570,18 @@ def test_a_checkpoint_of_any_dlrm_loads_and_leaves_the_history(what: str) -> Non
         assert torch.equal(fresh.get_parameter(name), weight), name
     for name, weight in before.items():
         assert torch.equal(attached.get_parameter(name), weight), name
+    # A state dict whose grown layers are the DLRM's own, with the new columns beside their weights.
+    former = {name.replace("._linear.linear.", "._linear."): w.clone() for name, w in attached.state_dict().items()}
+    assert former.keys() != attached.state_dict().keys()
+    disturb(attached.parameters())
+    assert attached.load_state_dict(former) == ([], [])
+    for name, weight in trained.named_parameters():
+        assert torch.equal(fresh.get_parameter(name), weight), name
+    bias = "dense_arch.model._mlp.0._linear.bias"
     with pytest.raises(RuntimeError, match="size mismatch"):
-        attached.load_state_dict({**trained.state_dict(), "dense_arch.model._mlp.0._linear.bias": torch.zeros(1)})
+        attached.load_state_dict({**trained.state_dict(), bias: torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=f"Missing key.*model.{bias}"):
+        attached.load_state_dict({name: w for name, w in trained.state_dict().items() if name != bias})
 
 
 @pytest.mark.parametrize(
@@ -577,6 +594,7 @@ def test_a_checkpoint_of_any_dlrm_loads_and_leaves_the_history(what: str) -> Non
             lambda: other(cls=OfPart),
             "a OfPart scores otherwise, by .*: its forward reads its parts",
         ),
+        (with_a_backward_hook, r"^sparse_arch\.embedding_bag_collection has a backward hook"),
         (with_other_crossnet, "has a CrossNet where LowRankCrossNet is known"),
         (compiled, "has a OptimizedModule where .* attach before sharding, compiling"),
     ],

@@ -85,9 +85,9 @@ def attach_history(
 
     Raises:
         ValueError: `dlrm` is not a DLRM, is sharded, or has history already; hooks, patched methods or a subclass
-            change what a part computes that the result replaces; its scores would be others; embedding dimensions
-            differ; `history_embedding_collection` lacks `candidate_item` or event features, or shares a table with the
-            DLRM.
+            change what a part computes that the result replaces; its scores would be others, which is found by
+            running both, unless some weights are on meta; embedding dimensions differ; `history_embedding_collection`
+            lacks `candidate_item` or event features, or shares a table with the DLRM.
 
     Example::
 
@@ -186,7 +186,9 @@ class AttachedDLRM(ModelRanker):
         """Refuse a forward that reads more of the parts that have grown than TorchRec's does."""
         if any(weight.is_meta for weight in self.parameters()):
             return
-        batch = _some_batch(dlrm, self.collection)
+        # Whatever the caller's default device.
+        with torch.device("cpu"):
+            batch = _some_batch(dlrm, self.collection)
         with evaluating(self), evaluating(dlrm):
             logits_CT, expected_CT = self(batch), dlrm(batch.dense, batch.sparse)
         if not torch.allclose(logits_CT, expected_CT, rtol=0, atol=0, equal_nan=True):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.models.dlrm import DLRM, SparseArch
+from torchrec.models.dlrm import SparseArch
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -235,8 +235,7 @@ def why_not_served(model: nn.Module) -> str | None:
         assert why_not_served(model) is None
     """
     if not isinstance(model, AmortizedDLRM):
-        hint = ", which attach_history makes of a DLRM" if isinstance(model, DLRM) else ", neither wrapped nor sharded"
-        return f"the model is a {type(model).__name__}, not an AmortizedDLRM{hint}"
+        return f"the model is a {type(model).__name__}, not an AmortizedDLRM, neither wrapped nor sharded"
     reasons = (
         why_other_methods(type(model), AmortizedDLRM) or _PLAIN.why_replaced(AmortizedDLRM),
         why_patched(model, "the model"),
