@@ -44,6 +44,7 @@ from torchrec_amort import (
     RequestBatch,
     RequestSchema,
     Rollout,
+    attach_history,
     build_model,
 )
 from torchrec_amort.data.writer import write_requests
@@ -292,6 +293,15 @@ def _of_a_graft() -> dict[str, Any]:
     return {"trained": trained, "tower": tower, "model": model, "batch": given["batch"], "DLRM": DLRM}
 
 
+def _of_an_attached() -> dict[str, Any]:
+    """A DLRM with history attached, and a checkpoint under the names of version 0.1."""
+    given = _of_a_dlrm()
+    model = attach_history(given["dlrm"], given["history_embedding_collection"], AmortizedHistoryArch(32))
+    saved = {old: model.state_dict()[new] for old, new in model.renamed().items()}
+    torch.distributed.checkpoint.save({"model": saved}, checkpoint_id="old", no_dist=True)
+    return {"model": model}
+
+
 def _of_actions() -> dict[str, Any]:
     """Events with an action each."""
     keys = ["history_item", "history_action"]
@@ -320,6 +330,7 @@ SPECIAL = {
     "torchrec_amort.batch.RequestBatch.from_impressions": _of_impressions,
     "torchrec_amort.batch.RequestBatch.impression_order": _of_impressions,
     "torchrec_amort.models.attach.attach_history": _of_a_dlrm,
+    "torchrec_amort.models.attach.AttachedDLRM.renamed": _of_an_attached,
     "torchrec_amort.models.collection.AmortizedEmbeddingBagCollection": _of_a_collection,
     "torchrec_amort.models.ranker.ModelRanker": _of_a_model,
     "torchrec_amort.models.residual.ResidualHistory": _of_a_dlrm,

@@ -1,3 +1,4 @@
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -35,6 +37,9 @@ from torchrec_amort.training.sharding import OptimizerConfig, shard
 KINDS = ["dot", "dcn"]
 NUM_ITEMS = 30
 SIZES = [(5, 3), (0, 2), (8, 1), (2, 4)]
+
+# The over arch's first layer, and the collection.
+FIRST, COLLECTION = "model.over_arch.model.0._mlp.0._linear", "model.sparse_arch.embedding_bag_collection"
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -74,9 +79,7 @@ def make_collection(
 
 def attach(dlrm: DLRM, **options: Any) -> AttachedDLRM:
     dim = dlrm.sparse_arch.D
-    attached = attach_history(dlrm, make_collection(dim), AmortizedHistoryArch(dim, num_heads=1, **options))
-    assert isinstance(attached, AttachedDLRM)
-    return attached
+    return attach_history(dlrm, make_collection(dim), AmortizedHistoryArch(dim, num_heads=1, **options))
 
 
 def keyed(lists: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
@@ -127,7 +130,7 @@ def disturb(parameters: Any) -> None:
 
 
 def history_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if "history" in name}
+    return {name: p for name, p in model.named_parameters() if "history" in name or "sequences" in name}
 
 
 @given(
@@ -164,47 +167,50 @@ def test_scores_are_those_of_the_dlrm_to_the_last_bit(
 
 
 @kinds
-def test_it_is_an_amortized_dlrm_with_the_old_names_shapes_and_weights(kind: str) -> None:
+def test_it_shares_all_weights_of_the_dlrm_and_has_its_mode(kind: str) -> None:
     dlrm = make_dlrm(kind).eval()
     old = {name: value.clone() for name, value in dlrm.state_dict().items()}
     attached = attach(dlrm)
-    assert isinstance(attached, AmortizedDLRM)
     assert [name for name, module in attached.named_modules() if module.training] == []
-    parameters = dict(attached.named_parameters())
+    names = attached.renamed()
     for name, parameter in dlrm.named_parameters():
-        assert parameters[name] is parameter, name
+        assert attached.get_parameter(names[name]) is parameter, name
         assert torch.equal(parameter, old[name]), name
-    assert set(old) <= set(attached.state_dict())
+    assert set(old) <= set(names)
+    assert list(names.values()) == list(attached.state_dict())
     assert all(module.training for module in attach(make_dlrm(kind).train()).modules())
 
 
 def widened(attached: AttachedDLRM, kind: str) -> AmortizedDLRM:
     """The usual model with the history among its slots, its matrices put together of the attached one's."""
-    first = attached.over_arch.model[0]._mlp[0]._linear
-    dim, num_slots = attached.sparse_arch.D, attached.sparse_arch.F
+    dlrm: Any = attached.model
+    (tower,) = attached.collection.towers
+    first, bags = dlrm.over_arch.model[0]._mlp[0]._linear, attached.collection.candidate_bags
+    assert bags is not None
+    dim, num_slots = tower.encoder.embedding_dim, len(bags.embedding_bag_configs())
     wide = AmortizedDLRM(
-        candidate_embedding_bag_collection=attached.sparse_arch.embedding_bag_collection,
+        candidate_embedding_bag_collection=bags,
         request_embedding_bag_collection=None,
-        dense_in_features=attached.dense_in_features,
+        dense_in_features=3,
         dense_arch_layer_sizes=[7, dim],
         over_arch_layer_sizes=[16, 2],
-        history_embedding_collection=attached.history_embedding_collection,
-        event_encoder=attached.event_encoder,
-        history_arch=attached.history_arch,
+        history_embedding_collection=tower.events,
+        event_encoder=tower.event_encoder,
+        history_arch=tower.encoder,
         interaction=kind,
         dcn_low_rank_dim=3,
     )
-    state = {name: value for name, value in attached.state_dict().items() if name in wide.state_dict()}
-    columns = torch.cat([first.weight, attached.over_arch.history_columns.weight], dim=1)
+    weights = attached.state_dict()
+    state = {old: weights[new] for old, new in attached.renamed().items() if old in wide.state_dict()}
+    columns = torch.cat([first.weight, first.history_columns.weight], dim=1)
     if kind == "dot":
-        assert attached.history_arch is not None
-        num_vectors = 1 + num_slots + attached.history_arch.num_slots
+        num_vectors = 1 + num_slots + tower.encoder.num_slots
         pairs = [(i, j) for i in range(1 + num_slots) for j in range(i + 1, 1 + num_slots)]
         pairs += [(i, j) for j in range(1 + num_slots, num_vectors) for i in range(j)]
         order = [pairs.index((int(i), int(j))) for i, j in torch.triu_indices(num_vectors, num_vectors, 1).T]
         columns = columns[:, [*range(dim), *(dim + place for place in order)]]
     else:
-        crossnet: Any = attached.inter_arch.crossnet
+        crossnet: Any = dlrm.inter_arch.crossnet
         for layer in range(2):
             W, V = crossnet.history_W_kernels[layer], crossnet.history_V_kernels[layer]
             prefix = "inter_arch.crossnet"
@@ -261,13 +267,97 @@ def test_a_checkpoint_of_the_attached_model_loads_whole_or_not_at_all(kind: str)
     batch = make_batch(SIZES)
     assert torch.equal(second(batch), first(batch))
     damaged = first.state_dict()
-    del damaged["over_arch.history_columns.weight"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*over_arch.history_columns.weight"):
+    del damaged[f"{FIRST}.history_columns.weight"]
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{FIRST}.history_columns.weight"):
         second.load_state_dict(damaged)
     without_old = first.state_dict()
-    del without_old["over_arch.model.1.bias"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*over_arch.model.1.bias"):
+    del without_old["model.over_arch.model.1.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*model.over_arch.model.1.bias"):
         second.load_state_dict(without_old)
+
+
+def old_names(kind: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of `attach(make_dlrm(kind))` in version 0.1."""
+    layer = {
+        "attention_norm.weight": (8,),
+        "attention_norm.bias": (8,),
+        "query.weight": (8, 8),
+        "key_value.weight": (16, 8),
+        "output.weight": (8, 8),
+        "feedforward_norm.weight": (8,),
+        "feedforward_norm.bias": (8,),
+        "feedforward.0.weight": (16, 8),
+        "feedforward.0.bias": (16,),
+        "feedforward.2.weight": (8, 16),
+        "feedforward.2.bias": (8,),
+    }
+    names: dict[str, tuple[int, ...]] = {
+        "sparse_arch.embedding_bag_collection.embedding_bags.item.weight": (30, 8),
+        "sparse_arch.embedding_bag_collection.embedding_bags.t1.weight": (30, 8),
+        "history_embedding_collection.embeddings.item.weight": (30, 8),
+        "history_embedding_collection.embeddings.action.weight": (4, 8),
+        "event_encoder.recency.weight": (20, 8),
+        **{f"history_arch.layers.{place}.{name}": shape for place in range(2) for name, shape in layer.items()},
+        "history_arch.output_norm.weight": (8,),
+        "history_arch.output_norm.bias": (8,),
+        "dense_arch.model._mlp.0._linear.weight": (7, 3),
+        "dense_arch.model._mlp.0._linear.bias": (7,),
+        "dense_arch.model._mlp.1._linear.weight": (8, 7),
+        "dense_arch.model._mlp.1._linear.bias": (8,),
+        "over_arch.model.0._mlp.0._linear.bias": (16,),
+        "over_arch.model.1.weight": (2, 16),
+        "over_arch.model.1.bias": (2,),
+    }
+    if kind == "dot":
+        of_over: dict[str, tuple[int, ...]] = {
+            "over_arch.model.0._mlp.0._linear.weight": (16, 11),
+            "over_arch.history_columns.weight": (16, 3),
+        }
+        return names | of_over
+    for place in range(2):
+        names |= {
+            f"inter_arch.crossnet.W_kernels.{place}": (24, 3),
+            f"inter_arch.crossnet.V_kernels.{place}": (3, 24),
+            f"inter_arch.crossnet.bias.{place}": (24,),
+            f"inter_arch.crossnet.history_W_kernels.{place}.weight": (8, 3),
+            f"inter_arch.crossnet.history_W_kernels.{place}.bias": (8,),
+            f"inter_arch.crossnet.history_V_kernels.{place}.weight": (3, 8),
+        }
+    return names | {
+        "over_arch.model.0._mlp.0._linear.weight": (16, 24),
+        "over_arch.history_columns.weight": (16, 8),
+    }
+
+
+@kinds
+def test_weights_of_version_0_1_load_strictly_by_state_dict_and_by_distributed_checkpoint(
+    kind: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    saved = {name: torch.randn(shape) for name, shape in old_names(kind).items()}
+    around = {f"model.{name}": weight for name, weight in saved.items()}
+    events = EventEncoder(["history_item", "history_action"], 8, max_length=20)
+
+    def fresh() -> AttachedDLRM:
+        arch = AmortizedHistoryArch(8, num_heads=1)
+        return attach_history(make_dlrm(kind).eval(), make_collection(), arch, event_encoder=copy.deepcopy(events))
+
+    first, second, by_checkpoint = fresh(), fresh(), fresh()
+    assert first.load_state_dict(saved) == ([], [])
+    assert AmortizedDLRMTrain(second).load_state_dict(around) == ([], [])
+    dcp.save({"model": saved}, checkpoint_id=tmp_path, no_dist=True)
+    weights = by_checkpoint.state_dict()
+    state = {"model": {old: weights[new] for old, new in by_checkpoint.renamed().items()}}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    for model in (first, second, by_checkpoint):
+        assert model.renamed().keys() == saved.keys()
+        for old, new in model.renamed().items():
+            assert torch.equal(model.state_dict()[new], saved[old]), old
+    without = {name: weight for name, weight in saved.items() if name != "history_arch.output_norm.bias"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*towers\.history\.encoder\.output_norm\.bias"):
+        fresh().load_state_dict(without)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*history_arch\.other"):
+        fresh().load_state_dict({**saved, "history_arch.other": torch.zeros(1)})
 
 
 @kinds
@@ -287,8 +377,8 @@ def test_training_moves_first_the_new_columns_then_the_history(kind: str) -> Non
         optimizer.step()
         losses.append(loss.item())
         moved.append({name for name, p in history_parameters(model).items() if not torch.equal(p, start[name])})
-    assert "over_arch.history_columns.weight" in moved[0]
-    assert not any(name.startswith(("history_arch", "history_embedding")) for name in moved[0])
+    assert f"{FIRST}.history_columns.weight" in moved[0]
+    assert not any("towers" in name or "sequences" in name for name in moved[0])
     assert moved[-1] == set(start)
     assert losses[-1] < 0.8 * losses[0]
     assert not torch.allclose(old_scores(dlrm, batch), before)
@@ -326,8 +416,7 @@ def test_events_are_the_sum_of_all_features_unless_an_encoder_is_given() -> None
     parts = make_dlrm().eval(), make_collection(), AmortizedHistoryArch(8, num_heads=1)
     both, items = attach_history(*parts), attach_history(*parts, event_encoder=EventEncoder(["history_item"], 8))
     for model in (both, items):
-        assert isinstance(model, AttachedDLRM)
-        nn.init.ones_(model.over_arch.history_columns.weight)
+        nn.init.ones_(model.get_parameter(f"{FIRST}.history_columns.weight"))
     batch = make_batch([(5, 3)])
     other_actions = make_batch([(5, 3)])
     other_actions.sequences["history_action"].values().add_(1).remainder_(4)
@@ -373,6 +462,12 @@ def with_other_crossnet() -> DLRM:
 def compiled() -> DLRM:
     dlrm = make_dlrm()
     dlrm.dense_arch = torch.compile(dlrm.dense_arch)
+    return dlrm
+
+
+def with_a_backward_hook() -> DLRM:
+    dlrm = make_dlrm()
+    dlrm.sparse_arch.embedding_bag_collection.register_full_backward_hook(lambda *_: None)
     return dlrm
 
 
@@ -425,6 +520,35 @@ def test_any_dlrm_scores_to_the_last_bit_until_the_history_moves_it(
     torch.testing.assert_close(attached(batch.to_impressions()), moved, rtol=0, atol=1e-5)
 
 
+def test_tables_of_another_width_are_fitted_and_names_of_the_dlrm_are_left_to_it() -> None:
+    torch.manual_seed(0)
+    tables = [
+        EmbeddingBagConfig(name=name, feature_names=[name], num_embeddings=NUM_ITEMS, embedding_dim=8)
+        for name in ("history", "history_1")
+    ]
+    dlrm = DLRM(EmbeddingBagCollection(tables=tables), 3, [7, 8], [16, 2]).eval()
+    batch = make_batch(SIZES)
+    ids = batch.candidate_sparse.to_dict()
+    bags = KeyedJaggedTensor.from_jt_dict({"history": ids["f0"], "history_1": ids["f1"]})
+    batch = replace(batch, candidate_sparse=bags, request_sparse=batch.request_sparse.split([0, 1])[0])
+    attached = attach_history(dlrm, make_collection(12), AmortizedHistoryArch(8, num_heads=1))
+    assert torch.equal(attached(batch), old_scores(dlrm, batch))
+    disturb(history_parameters(attached).values())
+    assert not torch.allclose(attached(batch), old_scores(dlrm, batch), atol=1e-3)
+
+
+def test_tables_may_be_on_meta_until_they_are_sharded() -> None:
+    dlrm = make_dlrm()
+    dlrm.sparse_arch.to("meta")
+    attached = attach_history(dlrm, make_collection(device=torch.device("meta")), AmortizedHistoryArch(8, num_heads=1))
+    assert {name for name, weight in attached.named_parameters() if weight.is_meta} == {
+        f"{COLLECTION}.candidate_bags.embedding_bags.item.weight",
+        f"{COLLECTION}.candidate_bags.embedding_bags.t1.weight",
+        f"{COLLECTION}.sequences.0.embeddings.item.weight",
+        f"{COLLECTION}.sequences.0.embeddings.action.weight",
+    }
+
+
 def test_attaching_draws_no_random_number_of_its_caller() -> None:
     dlrm, collection, arch = other().eval(), make_collection(), AmortizedHistoryArch(8, num_heads=1)
     events = EventEncoder(["history_item"], 8)
@@ -439,15 +563,25 @@ def test_a_checkpoint_of_any_dlrm_loads_and_leaves_the_history(what: str) -> Non
     torch.manual_seed(0)
     trained, fresh = ANY_KINDS[what]().eval(), ANY_KINDS[what]().eval()
     attached = attach_history(fresh, make_collection(), AmortizedHistoryArch(8, num_heads=1), request_features=["f1"])
-    disturb([p for name, p in attached.named_parameters() if "history" in name])
-    before = {name: p.clone() for name, p in attached.named_parameters() if "history" in name or "sequences" in name}
+    disturb(history_parameters(attached).values())
+    before = {name: p.clone() for name, p in history_parameters(attached).items()}
     attached.load_state_dict(trained.state_dict())
     for name, weight in trained.named_parameters():
         assert torch.equal(fresh.get_parameter(name), weight), name
     for name, weight in before.items():
         assert torch.equal(attached.get_parameter(name), weight), name
+    # A state dict whose grown layers are the DLRM's own, with the new columns beside their weights.
+    former = {name.replace("._linear.linear.", "._linear."): w.clone() for name, w in attached.state_dict().items()}
+    assert former.keys() != attached.state_dict().keys()
+    disturb(attached.parameters())
+    assert attached.load_state_dict(former) == ([], [])
+    for name, weight in trained.named_parameters():
+        assert torch.equal(fresh.get_parameter(name), weight), name
+    bias = "dense_arch.model._mlp.0._linear.bias"
     with pytest.raises(RuntimeError, match="size mismatch"):
-        attached.load_state_dict({**trained.state_dict(), "dense_arch.model._mlp.0._linear.bias": torch.zeros(1)})
+        attached.load_state_dict({**trained.state_dict(), bias: torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=f"Missing key.*model.{bias}"):
+        attached.load_state_dict({name: w for name, w in trained.state_dict().items() if name != bias})
 
 
 @pytest.mark.parametrize(
@@ -460,6 +594,7 @@ def test_a_checkpoint_of_any_dlrm_loads_and_leaves_the_history(what: str) -> Non
             lambda: other(cls=OfPart),
             "a OfPart scores otherwise, by .*: its forward reads its parts",
         ),
+        (with_a_backward_hook, r"^sparse_arch\.embedding_bag_collection has a backward hook"),
         (with_other_crossnet, "has a CrossNet where LowRankCrossNet is known"),
         (compiled, "has a OptimizedModule where .* attach before sharding, compiling"),
     ],
@@ -473,11 +608,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     arch = AmortizedHistoryArch(8)
     with pytest.raises(ValueError, match="history_arch has embedding_dim 12, but the DLRM's tables have 8"):
         attach_history(make_dlrm(), make_collection(), AmortizedHistoryArch(12))
-    with pytest.raises(ValueError, match="'item' has embedding_dim 12.* 8"):
-        attach_history(make_dlrm(), make_collection(12), arch)
-    with pytest.raises(ValueError, match=r"features \['history_item', 'history_action'\]: it needs 'candidate_item'"):
+    with pytest.raises(ValueError, match=r"has \['history_item', 'history_action'\]: it needs 'candidate_item'"):
         attach_history(make_dlrm(), make_collection(features=("history_item",)), arch)
-    with pytest.raises(ValueError, match=r"features \['candidate_item'\]: .* at least one feature of events"):
+    with pytest.raises(ValueError, match="no feature but 'candidate_item': it needs one of events"):
         attach_history(make_dlrm(), make_collection(features=("candidate_item",)), arch)
 
 
@@ -487,8 +620,8 @@ def test_a_table_that_two_collections_share_is_refused(device: torch.device) -> 
     collection.embeddings["item"].weight = dlrm.sparse_arch.embedding_bag_collection.embedding_bags["item"].weight
     with pytest.raises(
         ValueError,
-        match=r"sparse_arch\.embedding_bag_collection\.embedding_bags\.item\.weight and history_embedding_collection"
-        r"\.embeddings\.item\.weight are one table, and sharding would make two",
+        match=r"candidate_bags\.embedding_bags\.item\.weight and sequences\.0\.embeddings\.item\.weight are one table, "
+        "and sharding would make two",
     ):
         attach_history(dlrm, collection, AmortizedHistoryArch(8, num_heads=1, device=device))
 
@@ -509,13 +642,13 @@ def train_on_this_rank(kind: str, device: torch.device) -> list[dict[str, Tensor
     module = sharded.module
     with pytest.raises(ValueError, match="is a DistributedModelParallel, .* before sharding"):
         attach_history(module, make_collection(), AmortizedHistoryArch(8))
-    with pytest.raises(ValueError, match="is a DistributedModelParallel, which is no ranker: unwrap it"):
+    with pytest.raises(ValueError, match=r"a ShardedEmbeddingBagCollection, sharded .*: score with the model"):
         AmortizedScorer(module)
-    with pytest.raises(ValueError, match=r"embedding_bag_collection is a ShardedEmbeddingBagCollection, sharded or"):
+    with pytest.raises(ValueError, match=r"a ShardedEmbeddingBagCollection, sharded .*: score with the model"):
         AmortizedScorer(attached)
     refuse_other_inputs_of_collections(attached)
     unwired = DistributedModelParallel(AmortizedDLRMTrain(attach(make_dlrm(kind))), device=device)
-    with pytest.raises(ValueError, match=r"of history_embedding_collection were sharded without an optimizer"):
+    with pytest.raises(ValueError, match=rf"of {COLLECTION}\.sequences\.0 were sharded without an optimizer"):
         unwired(batch)
 
     def scores() -> Tensor:
@@ -566,8 +699,8 @@ def refuse_other_inputs_of_collections(model: nn.Module) -> None:
     inputs = {node.target: node.args[0] for node in graph.nodes if node.op == "call_module" and node.target in sharded}
     (batch,) = [node for node in graph.nodes if node.op == "placeholder"]
     assert {name: (node.target, node.args) for name, node in inputs.items()} == {
-        "sparse_arch.embedding_bag_collection": (getattr, (batch, "candidate_sparse")),
-        "history_embedding_collection": (getattr, (batch, "sequences")),
+        f"{COLLECTION}.candidate_bags": (getattr, (batch, "candidate_sparse")),
+        f"{COLLECTION}.sequences.0": (getattr, (batch, "sequences")),
     }
 
 

@@ -206,7 +206,6 @@ def test_attach_history_keeps_the_scores_or_refuses_the_part(
 def test_a_model_as_it_was_built_keeps_its_fast_head(interaction: str) -> None:
     kind = DotHead if interaction == "dot" else CrossHead
     assert isinstance(build_head(make_model(interaction=interaction), 1), kind)
-    assert isinstance(build_head(attach(make_dlrm(interaction).eval(), num_vectors=2), 0), kind)
 
 
 def test_an_activation_may_be_any() -> None:

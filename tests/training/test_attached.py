@@ -24,14 +24,16 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from tests.models.test_attach import SIZES, attach, make_batch, make_dlrm
-from torchrec_amort import AmortizedDLRM, AmortizedDLRMTrain, ModelConfig, RequestBatch, build_model
+from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestBatch, build_model
+from torchrec_amort.models.tables import tables_of
 from torchrec_amort.training.sharding import OptimizerConfig, shard
 
 CPU = torch.device("cpu")
 # TorchRec changes what it is given: a copy for each call.
 ADAGRAD = {"lr": 0.05, "eps": 1e-8}
 STEPS = 6
-NO_OPTIMIZER = r"tables \['action', 'item'\] of history_embedding_collection were sharded without an optimizer"
+SEQUENCES = r"model\.sparse_arch\.embedding_bag_collection\.sequences"
+NO_OPTIMIZER = rf"tables \['action', 'item'\] of {SEQUENCES}\.0 were sharded without an optimizer"
 
 
 @pytest.fixture
@@ -69,9 +71,9 @@ def distributed(
 def golden_training(
     train: AmortizedDLRMTrain, more: Callable[[AmortizedDLRMTrain], Iterable[nn.Parameter]] = lambda _: []
 ) -> tuple[DistributedModelParallel, KeyedOptimizerWrapper]:
-    """The wiring: a fused optimizer of the sparse arch, another one of what is left, and tables of `more` if wanted."""
-    assert isinstance(train.model, AmortizedDLRM)
-    apply_optimizer_in_backward(RowWiseAdagrad, train.model.sparse_arch.parameters(), {**ADAGRAD})
+    """The wiring: a fused optimizer of the first bags, another one of what is left, and tables of `more` if wanted."""
+    first = next(module for module in train.modules() if isinstance(module, EmbeddingBagCollection))
+    apply_optimizer_in_backward(RowWiseAdagrad, first.parameters(), {**ADAGRAD})
     apply_optimizer_in_backward(RowWiseAdagrad, more(train), {**ADAGRAD})
     model = distributed(train)
     optimizer = KeyedOptimizerWrapper(
@@ -82,9 +84,8 @@ def golden_training(
 
 
 def history_tables(train: AmortizedDLRMTrain) -> Iterable[nn.Parameter]:
-    assert isinstance(train.model, AmortizedDLRM)
-    assert train.model.history_embedding_collection is not None
-    return train.model.history_embedding_collection.parameters()
+    (sequences,) = (module for module in train.modules() if isinstance(module, EmbeddingCollection))
+    return sequences.parameters()
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 def test_the_wiring_of_golden_training_trains_history_tables_as_the_bags_or_not_at_all(pipeline: Any) -> None:
     model, optimizer = golden_training(make_train())
     before = whole(model)
-    with pytest.raises(ValueError, match=NO_OPTIMIZER + r".*RowWiseAdagrad, model.history_embedding_collection.param"):
+    with pytest.raises(ValueError, match=NO_OPTIMIZER + rf".*RowWiseAdagrad, model\.{SEQUENCES}\[0\]\.param"):
         pipeline(model, optimizer, CPU).progress(batches())
     after = whole(model)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -108,8 +109,8 @@ def test_the_wiring_of_golden_training_trains_history_tables_as_the_bags_or_not_
     reference = make_train()
     model, optimizer = golden_training(copy.deepcopy(reference), history_tables)
     reference.load_state_dict(before := whole(model))
-    tables = [weight for name, weight in reference.named_parameters() if "embedding_" in name]
-    others = [weight for name, weight in reference.named_parameters() if "embedding_" not in name]
+    tables = tables_of(reference)
+    others = [weight for weight in reference.parameters() if all(weight is not table for table in tables)]
     optimizers = [RowWiseAdagrad(tables, **ADAGRAD), torch.optim.Adagrad(others, lr=0.02)]
     steps, given = pipeline(model, optimizer, CPU), batches()
     for batch in batches():
@@ -122,7 +123,8 @@ def test_the_wiring_of_golden_training_trains_history_tables_as_the_bags_or_not_
     after, expected = whole(model), whole(reference)
     for name, weight in after.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
-    moved = {name: float((after[name] - before[name]).abs().max()) for name in after if "embedding_" in name}
+    names = [name for name in after if ".embeddings." in name or ".embedding_bags." in name]
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in names}
     assert len(moved) == 4
     assert min(moved.values()) > 0.1, moved
 
