@@ -15,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.models.dlrm import DLRM, DLRM_DCN
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.conftest import HASHED, MAX_HISTORY, NUM_ITEMS, SCHEMA, make_requests, spread_ids, with_weights
 from torchrec_amort import (
@@ -104,33 +104,6 @@ def test_scores_are_those_of_the_model_on_impressions(
 def test_every_option_of_the_encoder_is_served(sizes: list[tuple[int, int]], options: Any, seed: int) -> None:
     model, batch = make_model(**options), make_batch(sizes, seed)
     assert_same(AmortizedScorer(model, 2).score(batch), by_impressions(model, batch))
-
-
-@pytest.mark.parametrize("interaction", ["dot", "dcn"])
-@pytest.mark.parametrize("sizes", [[(5, 4)], [(3, 2), (0, 1), (8, 3)]])
-def test_in_float64_the_other_order_of_the_sums_changes_nothing(interaction: str, sizes: list[tuple[int, int]]) -> None:
-    # Tables hold float32 numbers, and an event of one feature is a row of its table: all after them is in float64.
-    model = make_model(interaction=interaction, leave_out=["history_action", "history_age"], positions="none")
-    batch = RequestBatch.from_requests(make_requests(sizes), SCHEMA.without(["history_action", "history_age"]))
-    scorer = AmortizedScorer(model, dtype=torch.float64)
-    double: Any = lambda _, args, output: output.double()  # noqa: E731
-    for name, module in model.named_children():
-        if name in ("sparse_arch", "request_sparse_arch"):
-            module.register_forward_hook(double)
-        elif name != "history_embedding_collection":
-            module.double()
-    assert model.event_encoder is not None
-    model.event_encoder.register_forward_hook(
-        lambda _, args, events: JaggedTensor(events.values().double(), lengths=events.lengths())
-    )
-    assert model.history_embedding_collection is not None
-    model.history_embedding_collection.register_forward_hook(
-        lambda _, args, output: {
-            key: JaggedTensor(rows.values().double(), lengths=rows.lengths()) for key, rows in output.items()
-        }
-    )
-    batch.request_dense, batch.candidate_dense = batch.request_dense.double(), batch.candidate_dense.double()
-    assert_same(scorer.score(batch), by_impressions(model, batch), 1e-12)
 
 
 @pytest.mark.parametrize("kind", [DLRM, DLRM_DCN])
@@ -274,12 +247,9 @@ def test_weighted_bags_are_sums_of_rows_times_weights(
         expected.append(sum(terms, torch.zeros(4)).float())
     if quantized is not None:
         collection = quantize_embeddings(nn.ModuleDict({"bags": collection}), dtype=quantized, inplace=True)["bags"]
-    start = data.draw(st.integers(0, rows - 1))
-    stop = data.draw(st.integers(start + 1, rows))
     features = KeyedJaggedTensor(["f", "g"], ids, weights, lengths, stride=rows)
-    slots = BagLookup(collection)(features, start, stop)
-    for slot, first in zip(slots, (0, rows), strict=True):
-        assert_same(slot.tensor().detach(), torch.stack(expected[first + start : first + stop]))
+    for slot, first in zip(BagLookup(collection, "bags")(features).values(), (0, rows), strict=True):
+        assert_same(slot.tensor().detach(), torch.stack(expected[first : first + rows]))
 
 
 def unweighted(batch: RequestBatch, *names: str) -> RequestBatch:
@@ -352,7 +322,7 @@ def test_a_mean_cannot_be_weighted() -> None:
     table = EmbeddingBagConfig(name="t", feature_names=["f"], num_embeddings=5, embedding_dim=4)
     bags = EmbeddingBagCollection(tables=[replace(table, pooling=PoolingType.MEAN)], is_weighted=True)
     with pytest.raises(ValueError, match="table 't' is weighted and pools by the mean"):
-        BagLookup(bags)
+        BagLookup(bags, "bags")
 
 
 def copy_of(batch: RequestBatch, given_by: str) -> RequestBatch:

@@ -227,10 +227,16 @@ def _perceptrons(arch: nn.Module) -> list[Any]:
 
 
 def _sizes(arch: nn.Module) -> tuple[int, list[int]]:
-    """Inputs of an arch, and outputs of each of its layers."""
-    layers = [module for module in arch.modules() if isinstance(module, nn.Linear | AttachedLinear)]
-    layers = [layer for layer in layers if not isinstance(layer, ZeroLinear)]
+    """Inputs of a dense or over arch, and outputs of each of its layers."""
+    layers = _linears(arch)
     return layers[0].in_features, [layer.weight.shape[0] for layer in layers]
+
+
+def _linears(arch: nn.Module) -> list[Any]:
+    """The linear layers of a dense or over arch."""
+    model: Any = arch.model
+    last = [model[-1]] if isinstance(arch, OverArch) else []
+    return [*(layer._linear for layer in _perceptrons(arch)), *last]
 
 
 class Head(nn.Module, ABC):
@@ -254,7 +260,7 @@ class Head(nn.Module, ABC):
         self._over_bias: Tensor
         self._dim, self._reads_constant = dlrm.dim, dlrm.reads == "constant"
         self._num_request_dense = num_request_dense
-        first, *dense = [layer._linear for layer in _perceptrons(dlrm.parts.dense_arch)]
+        first, *dense = _linears(dlrm.parts.dense_arch)
         of_request, of_candidate = first.weight.detach().float().tensor_split([num_request_dense], dim=1)
         self._is_of_request = of_candidate.shape[1] == 0
         self.register_buffer("_first_weight", of_request.contiguous())
@@ -267,11 +273,9 @@ class Head(nn.Module, ABC):
         requests = [place[bag] for bag in self._request_bags]
         candidates = [place[bag] for bag in (*self._candidate_bags, *fused)]
         (requests if self._is_of_request else candidates).insert(0, 0)
-        over_arch = dlrm.parts.over_arch
-        over = [*(layer._linear for layer in _perceptrons(over_arch)[1:]), over_arch.model[-1]]
+        columns, *over = _linears(dlrm.parts.over_arch)
         over_layers = [tensor for layer in over for tensor in (layer.weight, layer.bias)]
         self._num_tasks: int = over_layers[-1].shape[0]
-        columns = _perceptrons(over_arch)[0]._linear
         weight_OX = columns.weight.detach()
         if isinstance(columns, AttachedLinear):
             weight_OX = torch.cat([weight_OX, columns.history_columns.weight.detach()], dim=1)

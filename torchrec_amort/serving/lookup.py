@@ -80,7 +80,7 @@ class Lookups:
     @property
     def bags(self) -> dict[str, BagLookup]:
         """Lookups of bags by the field of a batch that they read."""
-        sides = {"request_sparse": self.request_bags, "candidate_sparse": self.candidate_bags}
+        sides = {"candidate_sparse": self.candidate_bags, "request_sparse": self.request_bags}
         return {field: bags for field, bags in sides.items() if bags is not None}
 
     @property
