@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from torchrec_amort.apps.command import parse, run_command
-from torchrec_amort.apps.train import load_model
 from torchrec_amort.serving.export import CHECKED_REQUESTS, Tables, export_package
+from torchrec_amort.training.run import load_model
 
 
 @dataclass(kw_only=True)

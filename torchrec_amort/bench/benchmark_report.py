@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrec_amort.apps.busy import busy_lines
+from torchrec_amort.bench.busy import busy_lines
 from torchrec_amort.files import new_file
 
 

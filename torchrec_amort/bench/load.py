@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_amort.apps.timing import threads
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bench.timing import threads
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.ops.cores import usable_cores

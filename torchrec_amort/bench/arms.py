@@ -10,13 +10,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from torchrec_amort.apps.train import load_model
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, refuse_out_of_bounds
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.training.loop import Precision
+from torchrec_amort.training.run import load_model
 
 Serving = Literal["amortized", "model", "impressions"]
 

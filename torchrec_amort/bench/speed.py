@@ -13,18 +13,19 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from torchrec_amort.apps.timing import Times, threads
-from torchrec_amort.apps.train import TrainConfig, sharded_model
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bench.timing import Times, threads
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
+from torchrec_amort.jobs.train import sharded_model
 from torchrec_amort.models.build import build_model
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.processes import is_first
+from torchrec_amort.training.run import TrainConfig
 from torchrec_amort.training.sharding import ShardedModel
 
 
