@@ -38,8 +38,7 @@ def test_one_word_chooses_the_encoder_and_training_moves_all_of_it(word: Encoder
 )
 def test_options_keep_the_score_a_function_of_history_and_candidate(options: dict[str, Any], slots: int) -> None:
     model = build_model(SCHEMA, ModelConfig(**SIZES, **options), seed=0).eval()
-    assert model.history_arch is not None
-    assert model.history_arch.num_slots == slots
+    assert [encoder.num_slots for encoder in model.encoders] == [slots]
     batch = RequestBatch.from_requests(make_requests(SHAPES), SCHEMA)
     torch.testing.assert_close(model(batch), model(batch.to_impressions()), rtol=0, atol=1e-6)
 

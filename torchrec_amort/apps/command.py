@@ -50,6 +50,9 @@ def run_command(command: Callable[[], None], *extras: str) -> None:
         command: what to run.
         extras: what it needs, of `EXTRAS`: refused before it works for hours.
     """
+    # As `python -m` has it: the module of model.build may be there.
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
     # What TorchRec and torch deprecate of each other is not for who runs a command.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -55,7 +55,12 @@ def _export(config: ExportConfig) -> None:
     print(f"compiling {config.run_folder} for {config.dtype}: three phases, about 10 seconds each", flush=True)
     dtype: torch.dtype = getattr(torch, config.dtype)
     difference = export_package(
-        model, config.out, schema, dtype=dtype, tables=config.tables, overwrite=config.overwrite
+        model,  # type: ignore[arg-type, unused-ignore]
+        config.out,
+        schema,
+        dtype=dtype,
+        tables=config.tables,
+        overwrite=config.overwrite,
     )
     size = sum(path.stat().st_size for path in Path(config.out).iterdir()) / 1e6
     print(

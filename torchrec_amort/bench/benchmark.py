@@ -18,11 +18,11 @@ from torchrec_amort.bench.benchmark_source import BenchmarkConfig, Source, sourc
 from torchrec_amort.bench.busy import measure_busy
 from torchrec_amort.bench.cost import encoder_flops, fit
 from torchrec_amort.bench.load import measure_load
-from torchrec_amort.bench.methods import SLOW, Methods
+from torchrec_amort.bench.methods import SLOW, Methods, amortized_arch
 from torchrec_amort.bench.timing import Times, machine, peak_memory
 from torchrec_amort.files import write_json
 from torchrec_amort.models.dlrm import AmortizedDLRM
-from torchrec_amort.modules.history import AmortizedHistoryArch
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.progress import progress
 from torchrec_amort.serving.scorer import AmortizedScorer
 
@@ -71,10 +71,11 @@ def _measure(source: Source, config: BenchmarkConfig) -> list[dict[str, Any]]:
             batches = [source.batch(count, events, candidates, config.seed + i) for i in range(min(5, config.turns))]
             too_slow = count * events * candidates > config.most_pairs
             wanted = [method for method in config.methods if not (too_slow and method in SLOW)]
-            calls = [methods.calls(batch, wanted) for batch in batches]
+            calls, reasons = zip(*(methods.calls(batch, wanted) for batch in batches), strict=True)
+            left_out = reasons[0]
             shape = {"batch": count, "history_length": events, "candidates": candidates}
             times = _take(calls, config, bar)
-            cases.append(_case(source, shape, times, calls[0], config))
+            cases.append(_case(source, shape, times, calls[0], config) | {"left_out": left_out})
     return cases
 
 
@@ -124,12 +125,12 @@ def _case(
             rate = flops * shape["batch"] / times.median(name) / 1e9
             result |= {"gflops": rate, "share_of_gemm": rate / rates["gemm_bf16" if "bf16" in name else "gemm"]}
         methods[name] = result
-    arch = source.model.history_arch
-    layers = len(arch.layers) if isinstance(arch, AmortizedHistoryArch) else 0
+    model, arch = source.model, amortized_arch(source.model)
     return {
         **shape,
-        "embedding_dim": source.model.sparse_arch.D,
-        "layers": layers,
+        "model": type(getattr(model, "model", model)).__name__,
+        "embedding_dim": model.sparse_arch.D if isinstance(model, AmortizedDLRM) else None,
+        "layers": 0 if arch is None else len(arch.layers),
         **{f"{name}_gflops": rate for name, rate in rates.items()},
         "methods": methods,
     }
@@ -139,9 +140,9 @@ def _difference(expected_CT: Tensor, logits_CT: Tensor) -> float:
     return float((torch.sigmoid(logits_CT) - expected_CT).abs().max())
 
 
-def _flops(model: AmortizedDLRM, method: str, shape: Mapping[str, int]) -> int | None:
-    arch = model.history_arch
-    if not isinstance(arch, AmortizedHistoryArch) or not method.startswith("encoder") or method == "encoder_extended":
+def _flops(model: Ranker, method: str, shape: Mapping[str, int]) -> int | None:
+    arch = amortized_arch(model)
+    if arch is None or not method.startswith("encoder") or method == "encoder_extended":
         return None
     width = arch.layers[0].feedforward[0].out_features
     assert isinstance(width, int)
@@ -159,20 +160,21 @@ def _flops(model: AmortizedDLRM, method: str, shape: Mapping[str, int]) -> int |
 
 def _cost(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The cost model of each method that was measured on enough lengths of one model, one request at a time."""
-    points: dict[tuple[str, int, int], list[tuple[int, int, float]]] = {}
+    points: dict[tuple[str, str, int | None, int], list[tuple[int, int, float]]] = {}
     for case in cases:
         for method, result in case["methods"].items():
             if case["batch"] == 1 and not method.startswith("encoder"):
-                key = (method, case["embedding_dim"], case["layers"])
+                key = (method, case["model"], case["embedding_dim"], case["layers"])
                 points.setdefault(key, []).append((case["history_length"], case["candidates"], result["p50_ms"]))
     models = []
-    for (method, dim, layers), measured in points.items():
+    for (method, model_name, dim, layers), measured in points.items():
         if len(measured) >= 6 and min(len({p[side] for p in measured}) for side in (0, 1)) > 1:
             n, m, _ = measured[len(measured) // 2]
             model = fit(measured)
             models.append(
                 {
                     "method": method,
+                    "model": model_name,
                     "embedding_dim": dim,
                     "layers": layers,
                     "coefficients": model.by_term,

@@ -14,7 +14,7 @@ from torchrec_amort.bench.methods import METHODS, Method
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.sample import first_requests, random_requests, sample_requests
 from torchrec_amort.models.build import ModelConfig, build_model
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.schema import Feature, InputError, RequestSchema
 from torchrec_amort.training.run import load_model, load_run
 
@@ -118,7 +118,7 @@ class Source:
         usual: so many requests of the shapes that there are, one a batch.
     """
 
-    model: AmortizedDLRM
+    model: Ranker
     schema: RequestSchema
     batch: Callable[[int, int, int, int], RequestBatch]
     usual: Callable[[int], Sequence[RequestBatch]]

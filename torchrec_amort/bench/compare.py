@@ -19,7 +19,7 @@ from torchrec_amort.config import CONFIG_FILE, load_config, with_overrides
 from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.jobs.evaluate import EvaluateConfig, evaluate_run
 from torchrec_amort.jobs.train import train_run
-from torchrec_amort.models.build import ENCODERS, Encoder, ModelConfig, build_encoder
+from torchrec_amort.models.build import ENCODERS, Encoder, ModelConfig, build_model
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.training.bootstrap import UserWeightedMetrics, paired_differences
 from torchrec_amort.training.lock import run_lock
@@ -27,6 +27,8 @@ from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.processes import is_first, process_group
 from torchrec_amort.training.run import TrainConfig
 from torchrec_amort.training.sharding import OptimizerConfig
+
+META = torch.device("meta")
 
 
 @dataclass(kw_only=True)
@@ -95,6 +97,7 @@ def run_comparison(config: CompareConfig) -> None:
         results = {name: [_results(run, "test", device) for run in _runs(chosen[name], config)] for name in arms}
         speed = measure_speed(chosen, requests, config.speed, device)
         if is_first():
+            schema = RequestSchema.load(config.data)
             record = {
                 "data": config.data,
                 "seeds": config.seeds,
@@ -103,14 +106,14 @@ def run_comparison(config: CompareConfig) -> None:
                 "arms": {
                     name: {
                         "setting": _difference(arms[name][0], chosen[name]),
-                        "is_amortizable": _is_amortizable(chosen[name].model),
+                        "is_amortizable": build_model(schema, chosen[name].model, device=META).is_amortizable,
                         "validation_ne": tuning[name],
                         "test": results[name],
                     }
                     for name in arms
                 },
                 "differences": _differences(chosen, config),
-                "unknown_ids": unknown_ids(config.data, "test", RequestSchema.load(config.data)),
+                "unknown_ids": unknown_ids(config.data, "test", schema),
                 "speed": speed,
             }
             write_report(Path(config.out), record)
@@ -129,6 +132,11 @@ def _arms(config: CompareConfig) -> dict[str, list[TrainConfig]]:
         num_workers=config.num_workers,
         resume=True,
     )
+    if config.model.build is not None and config.encoders:
+        raise InputError(
+            f"model.build is {config.model.build!r}, and encoders differ in model.history, which it does not "
+            "read: give encoders [], and model.build in variants"
+        )
     arms: dict[str, dict[str, Any]] = {word: {"model.history": word} for word in config.encoders}
     if twice := sorted(arms.keys() & config.variants.keys()):
         raise InputError(f"variants: {twice[0]!r} is an encoder's name: choose another one")
@@ -154,10 +162,6 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in record.items():
         fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return fields
-
-
-def _is_amortizable(model: ModelConfig) -> bool:
-    return model.history == "none" or build_encoder(model, torch.device("meta")).is_amortizable
 
 
 def _tune(

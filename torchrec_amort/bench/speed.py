@@ -20,7 +20,7 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.jobs.train import sharded_model
 from torchrec_amort.models.build import build_model
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
@@ -138,16 +138,16 @@ def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torc
 def ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callable[[], object]]:
     """Ways to make one training step: by `requests`, and where that is not the same, `impressions` and `padded`."""
     ways: dict[str, Callable[[], object]] = {"requests": partial(_step, model, batch)}
-    encoder = _of(model).history_arch
-    if encoder is not None and encoder.is_amortizable:
+    ranker = _of(model)
+    if ranker.encoders and ranker.is_amortizable:
         ways["impressions"] = partial(_step, model, batch.to_impressions())
-    if hasattr(encoder, "backend"):
+    if any(hasattr(encoder, "backend") for encoder in ranker.encoders):
         ways["padded"] = partial(_step, model, batch, "padded")
     return ways
 
 
-def _of(model: ShardedModel) -> AmortizedDLRM:
-    return next(module for module in model.module.modules() if isinstance(module, AmortizedDLRM))
+def _of(model: ShardedModel) -> Ranker:
+    return next(module for module in model.module.modules() if isinstance(module, Ranker))
 
 
 def _step(model: ShardedModel, batch: RequestBatch, backend: Backend = "packed") -> None:
@@ -159,7 +159,7 @@ def _step(model: ShardedModel, batch: RequestBatch, backend: Backend = "packed")
 
 
 @contextmanager
-def _attention_backend(model: AmortizedDLRM, backend: Backend) -> Iterator[None]:
+def _attention_backend(model: Ranker, backend: Backend) -> Iterator[None]:
     encoders: Sequence[Any] = [module for module in model.modules() if hasattr(module, "backend")]
     for encoder in encoders:
         encoder.backend = backend
@@ -187,7 +187,7 @@ def _scoring(
             for name, model in models.items():
                 seen = batch.keep_latest(arms[name].model.history_length)
                 methods[f"{name}/requests_ms"] = partial(model, seen)
-                if model.history_arch is not None and model.history_arch.is_amortizable:
+                if model.encoders and model.is_amortizable:
                     methods[f"{name}/impressions_ms"] = partial(model, seen.to_impressions())
             times.take(methods)
             bar.update()

@@ -95,7 +95,7 @@ def _report(config: ThroughputConfig, rates: dict[str, float], device: torch.dev
         "candidates_per_second": rates,
         "batch_size": config.batch_size,
         "history_length": config.model.history_length,
-        "embedding_dim": config.model.embedding_dim,
+        "embedding_dim": None if config.model.build else config.model.embedding_dim,
         "world_size": ranks,
         "threads_per_rank": threads,
         "num_workers": config.num_workers,

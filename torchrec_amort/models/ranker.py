@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows, RequestState
+from torchrec_amort.modules.encoder import HistoryEncoder
 
 # How a model is called: with a batch, and what stands where its KeyedJaggedTensor stood; what it returns is [C, T].
 Call = Callable[[nn.Module, RequestBatch, RequestBatch | CandidateRows], Tensor]
@@ -26,6 +27,16 @@ class Ranker(nn.Module, ABC):
     @abstractmethod
     def history_length(self) -> int | None:
         """Events that a history may have; None if any number."""
+
+    @property
+    def encoders(self) -> list[HistoryEncoder]:
+        """Encoders of all its histories."""
+        return [module for module in self.modules() if isinstance(module, HistoryEncoder)]
+
+    @property
+    def is_amortizable(self) -> bool:
+        """Whether it can score in two phases: each history encoded once and read by every candidate."""
+        return all(encoder.is_amortizable for encoder in self.encoders)
 
     @abstractmethod
     def encode_request(self, batch: RequestBatch) -> RequestState:

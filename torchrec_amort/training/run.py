@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.config import load_config
 from torchrec_amort.models.build import ModelConfig, build_model
-from torchrec_amort.models.dlrm import AmortizedDLRM, AmortizedDLRMTrain
+from torchrec_amort.models.dlrm import AmortizedDLRMTrain
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.schema import RequestSchema, TableConfig
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.loop import LoopConfig
@@ -73,7 +74,7 @@ def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, Reque
     return trained, data, schema
 
 
-def load_model(run_folder: str) -> tuple[AmortizedDLRM, TrainConfig, RequestSchema]:
+def load_model(run_folder: str) -> tuple[Ranker, TrainConfig, RequestSchema]:
     """A run's model with the weights of its last checkpoint, for inference in this process.
 
     Args:
