@@ -20,7 +20,7 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.jobs.train import sharded_model
 from torchrec_amort.models.build import build_model
-from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.models.ranker import Ranker, encoders_of
 from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
@@ -139,9 +139,10 @@ def ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callabl
     """Ways to make one training step: by `requests`, and where that is not the same, `impressions` and `padded`."""
     ways: dict[str, Callable[[], object]] = {"requests": partial(_step, model, batch)}
     ranker = _of(model)
-    if ranker.encoders and ranker.is_amortizable:
+    encoders = encoders_of(ranker)
+    if encoders and ranker.is_amortizable:
         ways["impressions"] = partial(_step, model, batch.to_impressions())
-    if any(hasattr(encoder, "backend") for encoder in ranker.encoders):
+    if any(hasattr(encoder, "backend") for encoder in encoders):
         ways["padded"] = partial(_step, model, batch, "padded")
     return ways
 
@@ -187,7 +188,7 @@ def _scoring(
             for name, model in models.items():
                 seen = batch.keep_latest(arms[name].model.history_length)
                 methods[f"{name}/requests_ms"] = partial(model, seen)
-                if model.encoders and model.is_amortizable:
+                if encoders_of(model) and model.is_amortizable:
                     methods[f"{name}/impressions_ms"] = partial(model, seen.to_impressions())
             times.take(methods)
             bar.update()

@@ -29,14 +29,9 @@ class Ranker(nn.Module, ABC):
         """Events that a history may have; None if any number."""
 
     @property
-    def encoders(self) -> list[HistoryEncoder]:
-        """Encoders of all its histories."""
-        return [module for module in self.modules() if isinstance(module, HistoryEncoder)]
-
-    @property
     def is_amortizable(self) -> bool:
-        """Whether it can score in two phases: each history encoded once and read by every candidate."""
-        return all(encoder.is_amortizable for encoder in self.encoders)
+        """Whether it can score in two phases, each history encoded once and read by every candidate."""
+        return all(encoder.is_amortizable for encoder in encoders_of(self))
 
     @abstractmethod
     def encode_request(self, batch: RequestBatch) -> RequestState:
@@ -171,6 +166,19 @@ def ranker_of(model: nn.Module, call: Call | None = None) -> Ranker:
     if call is not None:
         raise ValueError(f"a {type(model).__name__} is called with a batch: leave call out")
     return model
+
+
+def encoders_of(model: nn.Module) -> list[HistoryEncoder]:
+    """The encoders of all histories of a model; none if it reads no history.
+
+    Args:
+        model: any.
+
+    Example::
+
+        assert len(encoders_of(model)) == 1
+    """
+    return [module for module in model.modules() if isinstance(module, HistoryEncoder)]
 
 
 def call_model(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows | KeyedJaggedTensor) -> Tensor:
