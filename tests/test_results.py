@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
-from torchrec_amort.apps.benchmark_report import table
-from torchrec_amort.apps.compare_report import markdown
+from torchrec_amort.bench.benchmark_report import table
+from torchrec_amort.bench.compare_report import markdown
 
 PAGE = (ROOT / "docs" / "results.md").read_text()
 RECORDS = sorted((ROOT / "docs" / "results").glob("*.json"))

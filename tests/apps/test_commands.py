@@ -9,7 +9,7 @@ import torch
 
 from tests.launch import launch, torchrun
 from torchrec_amort.apps import benchmark, cli, evaluate, pilot, prepare, train
-from torchrec_amort.apps.methods import METHODS
+from torchrec_amort.bench.methods import METHODS
 from torchrec_amort.data.counts import unknown_in_words
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -51,7 +51,7 @@ from torchrec_amort.data.writer import write_requests
 from torchrec_amort.training.bootstrap import UserWeightedMetrics
 
 PUBLISHED = "needs the data set's published files; its tests read them"
-COMMAND = "a command, which takes minutes; tests/test_readme.py and tests/apps run it on small data"
+COMMAND = "a command, which takes minutes; tests/test_readme.py, tests/apps and tests/bench run it on small data"
 TRAINING = "needs a training run; the tests of its module make one"
 LOG = "needs a log of impressions; the tests of its module write one"
 RANKS = "needs a process group; the tests of its module make one"
@@ -89,8 +89,8 @@ def _not_run() -> dict[str, str]:
         "serving.native_head": NATIVE,
     }
     names = {
-        "apps.arms.load_arm": TRAINING,
-        "apps.load.measure_load": COMMAND,
+        "bench.arms.load_arm": TRAINING,
+        "bench.load.measure_load": COMMAND,
         "data.impressions.to_requests": LOG,
         "data.log.ImpressionLog": LOG,
         "serving.export.export_package": COMPILES,

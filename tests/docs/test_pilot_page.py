@@ -8,7 +8,7 @@ import pytest
 
 from tests.launch import ROOT, launch
 from tests.pages import blocks, commands, small_clone
-from torchrec_amort.apps.pilot_report import page, summary
+from torchrec_amort.bench.pilot_report import page, summary
 
 pytestmark = pytest.mark.docs
 

@@ -6,6 +6,7 @@ import torch
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from torchrec_amort import AmortizedDLRMTrain, InputError, ModelConfig, RequestBatch, build_model
 from torchrec_amort.models.build import ENCODERS, Encoder, build_encoder
+from torchrec_amort.models.ranker import encoders_of
 
 SIZES: dict[str, Any] = {"embedding_dim": 8, "history_length": MAX_HISTORY, "dense_layers": [6], "over_layers": [16]}
 SHAPES = [(5, 3), (0, 2), (MAX_HISTORY, 1)]
@@ -38,8 +39,7 @@ def test_one_word_chooses_the_encoder_and_training_moves_all_of_it(word: Encoder
 )
 def test_options_keep_the_score_a_function_of_history_and_candidate(options: dict[str, Any], slots: int) -> None:
     model = build_model(SCHEMA, ModelConfig(**SIZES, **options), seed=0).eval()
-    assert model.history_arch is not None
-    assert model.history_arch.num_slots == slots
+    assert [encoder.num_slots for encoder in encoders_of(model)] == [slots]
     batch = RequestBatch.from_requests(make_requests(SHAPES), SCHEMA)
     torch.testing.assert_close(model(batch), model(batch.to_impressions()), rtol=0, atol=1e-6)
 

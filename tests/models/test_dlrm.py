@@ -28,6 +28,7 @@ def make_model(**changes: Any) -> AmortizedDLRM:
     sizes: dict[str, Any] = {"embedding_dim": 8, "dense_layers": [6], "over_layers": [16]}
     config = ModelConfig(**sizes, history_length=MAX_HISTORY, **changes)
     model = build_model(SCHEMA, config, seed=0).double().eval()
+    assert isinstance(model, AmortizedDLRM)
     # TorchRec's collections return float32 whatever the tables are: the arithmetic after them is in float64.
     for arch in (model.sparse_arch, model.request_sparse_arch):
         assert arch is not None

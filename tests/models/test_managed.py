@@ -59,6 +59,7 @@ def test_ids_get_rows_and_lose_them_to_ids_that_come_more_often() -> None:
 
 def trained_model() -> AmortizedDLRM:
     model = build_model(MANAGED, ModelConfig(history_length=MAX_HISTORY, eviction_interval=1), seed=0)
+    assert isinstance(model, AmortizedDLRM)
     for seed in range(3):
         model(RequestBatch.from_requests(make_requests([(8, 3), (8, 2)], seed), MANAGED))
     return model.eval()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch
-from torchrec_amort.apps.timing import threads
+from torchrec_amort.bench.timing import threads
 from torchrec_amort.ops.cores import usable_cores
 from torchrec_amort.ops.native import load_library
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native

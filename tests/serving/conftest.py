@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from torchrec_amort.apps.timing import threads
+from torchrec_amort.bench.timing import threads
 
 
 @pytest.fixture(scope="module", autouse=True)

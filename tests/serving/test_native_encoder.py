@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch, HistoryState
-from torchrec_amort.apps.timing import threads
+from torchrec_amort.bench.timing import threads
 from torchrec_amort.modules.rivals import MeanPooling
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 

@@ -48,6 +48,7 @@ def make_model(seed: int = 0, schema: RequestSchema = SCHEMA, **changes: Any) ->
     sizes: dict[str, Any] = {"embedding_dim": 8, "dense_layers": [6], "over_layers": [16, 10]}
     config = ModelConfig(**(sizes | {"history_length": MAX_HISTORY} | changes))
     model = build_model(schema, config, seed=seed).eval()
+    assert isinstance(model, AmortizedDLRM)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or ".bias." in name:

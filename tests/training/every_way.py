@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
-from torchrec_amort.apps.train import TrainConfig, train_run
+from torchrec_amort.jobs.train import train_run
 from torchrec_amort.models.build import ModelConfig
 from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.processes import process_group
+from torchrec_amort.training.run import TrainConfig
 from torchrec_amort.training.sharding import ShardingConfig, ShardingWay, TableSharding
 
 # Of the tables of bags, and of those of sequences, which are not told apart by a name.

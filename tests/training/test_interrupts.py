@@ -18,6 +18,7 @@ from torchrec_amort.apps import migrate, train
 from torchrec_amort.apps.command import run_command
 from torchrec_amort.data.impressions import to_impressions
 from torchrec_amort.files import new_file, new_folder
+from torchrec_amort.jobs import train as train_job
 from torchrec_amort.training.processes import ignore_stop_signals, stop_signals
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
@@ -143,7 +144,7 @@ def test_ctrl_c_in_a_training_with_workers_saves_and_ends_with_one_line(data_fol
 def test_ctrl_c_while_data_is_read_ends_with_one_line(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "read_train_split", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(train_job, "read_train_split", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert ends_with(lambda: train.main(arguments(data_folder, tmp_path / "runs" / "first"))) == 130
     assert capfd.readouterr().err == "interrupted: by SIGINT\n"
     assert list(tmp_path.iterdir()) == []

@@ -16,9 +16,9 @@ from tests.models.test_managed import MANAGED
 from tests.training.test_training import arguments, checkpoints, cut_back, losses, refused
 from torchrec_amort import AmortizedScorer, ModelConfig, RequestBatch, build_model
 from torchrec_amort.apps import evaluate, train
-from torchrec_amort.apps.train import load_model
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.run import load_model
 from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
 
 # 40 items compete for 18 rows.

@@ -2,55 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.data import DataLoader
 
 from torchrec_amort.apps.command import parse, run_command
-from torchrec_amort.apps.environment import track
-from torchrec_amort.apps.train import load_run
-from torchrec_amort.bounds import AT_LEAST_ONE, refuse_out_of_bounds
-from torchrec_amort.data.counts import unknown_ids, unknown_in_words
-from torchrec_amort.data.reader import RequestDataset
-from torchrec_amort.files import write_json
-from torchrec_amort.models.build import build_model
-from torchrec_amort.schema import InputError
-from torchrec_amort.training.checkpoint import load_weights
-from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
+from torchrec_amort.jobs.evaluate import EvaluateConfig, evaluate_run
 from torchrec_amort.training.processes import process_group
-from torchrec_amort.training.sharding import shard
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig:
-    """AUC, GAUC (per user, weighted by impressions) and NE of a run's last good checkpoint on a split.
-
-    Args:
-        run_folder: folder of a training run.
-        data: prepared data folder; the one it was trained on unless given.
-        split: `train`, `validation` or `test`.
-        batch_size: requests in a global batch, all ranks together.
-        history_length: keep at most this many events of each history, the latest ones; the length it was trained
-            with unless given.
-        save_predictions: leave logits, labels and users of all candidates in `predictions-SPLIT.npz`, too.
-    """
-
-    run_folder: str
-    data: str | None = None
-    split: str = "test"
-    batch_size: int = 256
-    history_length: int | None = None
-    save_predictions: bool = False
-
-    def __post_init__(self) -> None:
-        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("batch_size",)})
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -71,113 +29,6 @@ def main(args: Sequence[str] | None = None) -> None:
 def _evaluate(config: EvaluateConfig) -> None:
     with process_group() as device:
         evaluate_run(config, device)
-
-
-def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
-    """Evaluate, and leave the results in the run's folder. All ranks call it together.
-
-    Args:
-        config: what to evaluate on what.
-        device: of this rank.
-
-    Raises:
-        InputError: as `predict_split`.
-    """
-    started = time.perf_counter()
-    predictions, checkpoint = predict_split(
-        config.run_folder,
-        config.split,
-        device,
-        data=config.data,
-        batch_size=config.batch_size,
-        history_length=config.history_length,
-    )
-    if predictions is not None:
-        _report(config, predictions, checkpoint.name, time.perf_counter() - started)
-
-
-def predict_split(
-    run_folder: str,
-    split: str,
-    device: torch.device,
-    *,
-    data: str | None = None,
-    batch_size: int = 256,
-    history_length: int | None = None,
-) -> tuple[Predictions | None, Path]:
-    """Score a split by a run's last good checkpoint. All ranks call it together.
-
-    Args:
-        run_folder: folder of a training run.
-        split: `train`, `validation` or `test`.
-        device: of this rank.
-        data: prepared data folder; the one it was trained on unless given.
-        batch_size: requests in a global batch, all ranks together.
-        history_length: keep at most this many events of each history; the length it was trained with unless given.
-
-    Returns:
-        tuple: the predictions of all ranks on rank 0, None on the others; and the checkpoint's folder.
-
-    Raises:
-        InputError: it is no such folder, the data does not fit, or `history_length` is above the model's.
-    """
-    trained, data, schema = load_run(run_folder, data)
-    if history_length is not None and not 0 <= history_length <= trained.model.history_length:
-        raise InputError(
-            f"history_length is {history_length}, but the model of {run_folder} was trained with up to "
-            f"{trained.model.history_length} events: ask for 0 to {trained.model.history_length}"
-        )
-    dataset = RequestDataset(
-        data,
-        split,
-        batch_size=batch_size,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        history_length=trained.model.history_length if history_length is None else history_length,
-        schema=schema,
-    )
-    model = shard(
-        GlobalBatchTrain(build_model(schema, trained.model), trained.loop.precision),
-        device=device,
-        optimizer=trained.optimizer,
-        batch_size=batch_size,
-        sharding=trained.sharding,
-    ).module
-    checkpoint = load_weights(run_folder, model)
-    return predict(model, DataLoader(dataset, batch_size=None), device), checkpoint
-
-
-def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, seconds: float) -> None:
-    trained, data, schema = load_run(config.run_folder, config.data)
-    tasks = predictions.metrics(schema.labels)
-    unknown = unknown_ids(data, config.split, schema.without(trained.model.leave_out))
-    results = {
-        "run": config.run_folder,
-        "checkpoint": checkpoint,
-        "data": data,
-        "split": config.split,
-        "history_length": trained.model.history_length if config.history_length is None else config.history_length,
-        "requests": predictions.requests,
-        "candidates": len(predictions.labels),
-        "users": len(np.unique(predictions.users)),
-        "unknown_ids": unknown,
-        "world_size": dist.get_world_size(),
-        "seconds": seconds,
-        "tasks": tasks,
-    }
-    if config.save_predictions:
-        predictions.save(Path(config.run_folder) / f"predictions-{config.split}.npz")
-    path = Path(config.run_folder) / f"evaluate-{config.split}.json"
-    write_json(path, results)
-    track(config.run_folder, results)
-    for task, values in tasks.items():
-        print(
-            f"{config.run_folder} on {data}/{config.split} ({predictions.requests:,} requests, "
-            f"{len(predictions.labels):,} candidates), {task}: AUC {values['auc']:.4f}, "
-            f"GAUC {values['gauc']:.4f}, NE {values['ne']:.4f}"
-        )
-    print(f"unknown ids: {unknown_in_words(unknown)}")
-    print(f"written to {path}")
 
 
 if __name__ == "__main__":

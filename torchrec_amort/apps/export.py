@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from torchrec_amort.apps.command import parse, run_command
-from torchrec_amort.apps.train import load_model
 from torchrec_amort.serving.export import CHECKED_REQUESTS, Tables, export_package
+from torchrec_amort.training.run import load_model
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,12 @@ def _export(config: ExportConfig) -> None:
     print(f"compiling {config.run_folder} for {config.dtype}: three phases, about 10 seconds each", flush=True)
     dtype: torch.dtype = getattr(torch, config.dtype)
     difference = export_package(
-        model, config.out, schema, dtype=dtype, tables=config.tables, overwrite=config.overwrite
+        model,  # type: ignore[arg-type, unused-ignore]
+        config.out,
+        schema,
+        dtype=dtype,
+        tables=config.tables,
+        overwrite=config.overwrite,
     )
     size = sum(path.stat().st_size for path in Path(config.out).iterdir()) / 1e6
     print(

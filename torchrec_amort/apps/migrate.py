@@ -9,7 +9,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from torchrec_amort.apps.command import parser_of, run_command
+from torchrec_amort.apps.command import run_command
+from torchrec_amort.config import parser_of
 from torchrec_amort.data.impressions import REPORT_FILE, to_impressions, to_requests
 from torchrec_amort.schema import InputError, RequestSchema
 

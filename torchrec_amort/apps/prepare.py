@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torchrec_amort.apps.command import parser_of, run_command
+from torchrec_amort.apps.command import run_command
+from torchrec_amort.config import parser_of
 from torchrec_amort.data import kuairand, mind, movielens
 from torchrec_amort.data.counts import read_counts, split_table
 from torchrec_amort.schema import InputError

@@ -1,20 +1,22 @@
-"""From a request schema and a few numbers to an AmortizedDLRM."""
+"""From a request schema and a few numbers to an AmortizedDLRM, or to the ranker that a user's function makes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
-from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import ManagedCollection, SequenceTables
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
@@ -36,9 +38,12 @@ ENCODERS = get_args(Encoder)
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The size and kind of an AmortizedDLRM.
+    """The size and kind of an AmortizedDLRM, or the function that makes another ranker.
 
     Args:
+        build: `package.module.function` of a function of yours that makes a ranker for a `RequestSchema`, in place of
+            the sizes below, of which it goes with `history_length` and `leave_out` alone. Its module is found on
+            PYTHONPATH, or in the current folder.
         embedding_dim: D, of all tables and of the history encoder.
         history: the history encoder. Candidates appended to the history, with cross-attention to it: `append_cross`,
             or `append_cross_causal` if events read older ones only; with a candidate that reads itself, too:
@@ -66,6 +71,7 @@ class ModelConfig:
         eviction_interval: steps after which a table with vocabulary `managed` gives rows to other ids.
     """
 
+    build: str | None = None
     embedding_dim: int = 32
     history: Encoder = "append_cross"
     leave_out: list[str] = field(default_factory=list)
@@ -92,6 +98,21 @@ class ModelConfig:
         of_events = ("recent_events", "summary_tokens", "eviction_interval")
         at_least_one = (*sizes, *(f"history_{name}" for name in of_history), *of_events)
         refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, BELOW_ONE: ("dropout",)}, "model.")
+        if self.build is not None:
+            self._refuse_sizes()
+
+    def _refuse_sizes(self) -> None:
+        """Refuse sizes that a function of the user's does not read."""
+        usual = asdict(ModelConfig())
+        for name, value in asdict(self).items():
+            if name not in _OF_ANY_MODEL and value != usual[name]:
+                raise InputError(
+                    f"model.build is {self.build!r}, which does not read model.{name}={value}: leave one of the two out"
+                )
+
+
+# What a function of the user's goes with: it says what the reader reads.
+_OF_ANY_MODEL = ("build", "history_length", "leave_out")
 
 
 def build_model(
@@ -100,7 +121,7 @@ def build_model(
     *,
     device: torch.device | None = None,
     seed: int | None = None,
-) -> AmortizedDLRM:
+) -> Ranker:
     """Build the model that reads the requests of a schema.
 
     Args:
@@ -110,17 +131,88 @@ def build_model(
         seed: makes the initial weights, the same for the same seed; the global generator's if None.
 
     Returns:
-        AmortizedDLRM: untrained.
+        Ranker: untrained; an `AmortizedDLRM`, or what the function of `config.build` makes.
 
     Raises:
         InputError: the config asks for a history, or leaves out a feature, that the schema does not have; no id of the
-            candidate is left beside its item; or sizes do not fit each other.
+            candidate is left beside its item; sizes do not fit each other; or the function of `config.build` is not
+            there, or makes a model of other requests.
 
     Example::
 
         model = build_model(RequestSchema.load("data/movielens-1m"), ModelConfig(), seed=0)
     """
     schema = schema.without(config.leave_out)
+    make = partial(_build, config=config, device=device) if config.build is None else _function(config.build)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            ranker = make(schema)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"model: {one_line(error)}") from error
+    if config.build is not None:
+        _refuse_other_ranker(ranker, schema, config)
+    return ranker if device is None else ranker.to(device)
+
+
+def _function(path: str) -> Callable[[RequestSchema], Any]:
+    """What an import path names."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise InputError(f"model.build is {path!r}: give package.module.function")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, SyntaxError) as error:
+        raise InputError(
+            f"model.build is {path!r}, and {module} cannot be imported: {one_line(error)}: start in the folder that "
+            "has it, or put that folder on PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise InputError(f"model.build is {path!r}, but {module} has no function {name!r}")
+    return found
+
+
+def _refuse_other_ranker(ranker: object, schema: RequestSchema, config: ModelConfig) -> None:
+    """Refuse what a function of the user's made, if it is no ranker of these requests."""
+    if not isinstance(ranker, Ranker):
+        raise InputError(
+            f"model.build: {config.build} returned a {type(ranker).__name__}, which is no Ranker: return "
+            "ModelRanker(model, call), or an AmortizedDLRM"
+        )
+    if ranker.history_length is not None and ranker.history_length < config.history_length:
+        raise InputError(
+            f"model.history_length is {config.history_length}, but the model of {config.build} has places for "
+            f"{ranker.history_length} events: give {ranker.history_length} or less"
+        )
+    managed = {feature.name for feature in schema.features if feature.vocabulary == "managed"}
+    if managed and not any(isinstance(module, ManagedCollection) for module in ranker.modules()):
+        raise InputError(
+            f"schema {schema.dataset!r}: {sorted(managed)[0]} is managed, but the model of {config.build} has no "
+            "ManagedCollection: train with another vocabulary"
+        )
+    for name, rows in _rows_of_tables(ranker).items():
+        if name not in managed and schema.table_sizes.get(name) != rows:
+            raise InputError(
+                f"schema {schema.dataset!r}: {name} has {schema.table_sizes.get(name)} rows, but the table for it of "
+                f"{config.build} has {rows}: give it the feature's table_size"
+            )
+
+
+def _rows_of_tables(ranker: Ranker) -> dict[str, int]:
+    """Rows of the table of each feature that a ranker looks up."""
+    tables: list[BaseEmbeddingConfig] = []
+    for module in ranker.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            tables += module.embedding_bag_configs()
+        elif isinstance(module, EmbeddingCollection):
+            tables += module.embedding_configs()
+    return {name: table.num_embeddings for table in tables for name in table.feature_names}
+
+
+def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> AmortizedDLRM:
     if config.history != "none" and not schema.of("event"):
         raise InputError(
             f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
@@ -131,18 +223,6 @@ def build_model(
             f"schema {schema.dataset!r}: the candidate has no feature of kind 'id' or 'ids', and the model reads 1 or "
             "more: add one, such as Feature('item_id', 'candidate', 'id', table_size, column='candidate_item')"
         )
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        try:
-            return _build(schema, config, device)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"model: {one_line(error)}") from error
-
-
-def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> AmortizedDLRM:
     dim = config.embedding_dim
     has_history = config.history != "none"
     request_ids = schema.of("request", "id", "ids")

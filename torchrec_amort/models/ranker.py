@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows, RequestState
+from torchrec_amort.modules.encoder import HistoryEncoder
 
 # How a model is called: with a batch, and what stands where its KeyedJaggedTensor stood; what it returns is [C, T].
 Call = Callable[[nn.Module, RequestBatch, RequestBatch | CandidateRows], Tensor]
@@ -26,6 +27,11 @@ class Ranker(nn.Module, ABC):
     @abstractmethod
     def history_length(self) -> int | None:
         """Events that a history may have; None if any number."""
+
+    @property
+    def is_amortizable(self) -> bool:
+        """Whether it can score in two phases, each history encoded once and read by every candidate."""
+        return all(encoder.is_amortizable for encoder in encoders_of(self))
 
     @abstractmethod
     def encode_request(self, batch: RequestBatch) -> RequestState:
@@ -160,6 +166,19 @@ def ranker_of(model: nn.Module, call: Call | None = None) -> Ranker:
     if call is not None:
         raise ValueError(f"a {type(model).__name__} is called with a batch: leave call out")
     return model
+
+
+def encoders_of(model: nn.Module) -> list[HistoryEncoder]:
+    """The encoders of all histories of a model; none if it reads no history.
+
+    Args:
+        model: any.
+
+    Example::
+
+        assert len(encoders_of(model)) == 1
+    """
+    return [module for module in model.modules() if isinstance(module, HistoryEncoder)]
 
 
 def call_model(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows | KeyedJaggedTensor) -> Tensor:

@@ -13,18 +13,19 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from torchrec_amort.apps.timing import Times, threads
-from torchrec_amort.apps.train import TrainConfig, sharded_model
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bench.timing import Times, threads
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
+from torchrec_amort.jobs.train import sharded_model
 from torchrec_amort.models.build import build_model
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker, encoders_of
 from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.processes import is_first
+from torchrec_amort.training.run import TrainConfig
 from torchrec_amort.training.sharding import ShardedModel
 
 
@@ -137,16 +138,17 @@ def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torc
 def ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callable[[], object]]:
     """Ways to make one training step: by `requests`, and where that is not the same, `impressions` and `padded`."""
     ways: dict[str, Callable[[], object]] = {"requests": partial(_step, model, batch)}
-    encoder = _of(model).history_arch
-    if encoder is not None and encoder.is_amortizable:
+    ranker = _of(model)
+    encoders = encoders_of(ranker)
+    if encoders and ranker.is_amortizable:
         ways["impressions"] = partial(_step, model, batch.to_impressions())
-    if hasattr(encoder, "backend"):
+    if any(hasattr(encoder, "backend") for encoder in encoders):
         ways["padded"] = partial(_step, model, batch, "padded")
     return ways
 
 
-def _of(model: ShardedModel) -> AmortizedDLRM:
-    return next(module for module in model.module.modules() if isinstance(module, AmortizedDLRM))
+def _of(model: ShardedModel) -> Ranker:
+    return next(module for module in model.module.modules() if isinstance(module, Ranker))
 
 
 def _step(model: ShardedModel, batch: RequestBatch, backend: Backend = "packed") -> None:
@@ -158,7 +160,7 @@ def _step(model: ShardedModel, batch: RequestBatch, backend: Backend = "packed")
 
 
 @contextmanager
-def _attention_backend(model: AmortizedDLRM, backend: Backend) -> Iterator[None]:
+def _attention_backend(model: Ranker, backend: Backend) -> Iterator[None]:
     encoders: Sequence[Any] = [module for module in model.modules() if hasattr(module, "backend")]
     for encoder in encoders:
         encoder.backend = backend
@@ -186,7 +188,7 @@ def _scoring(
             for name, model in models.items():
                 seen = batch.keep_latest(arms[name].model.history_length)
                 methods[f"{name}/requests_ms"] = partial(model, seen)
-                if model.history_arch is not None and model.history_arch.is_amortizable:
+                if encoders_of(model) and model.is_amortizable:
                     methods[f"{name}/impressions_ms"] = partial(model, seen.to_impressions())
             times.take(methods)
             bar.update()

@@ -13,8 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrec_amort.apps.cost import TERMS, CostModel
-from torchrec_amort.apps.pilot_analysis import CONTROL, TREATMENT, held_back
+from torchrec_amort.bench.cost import TERMS, CostModel
+from torchrec_amort.bench.pilot_analysis import CONTROL, TREATMENT, held_back
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import write_json, write_text
 
@@ -303,7 +303,7 @@ def page(record: Mapping[str, Any]) -> str:
     import jinja2  # noqa: PLC0415 - of the extra `report`
 
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("torchrec_amort.apps").joinpath("pilot.html.jinja").read_text(encoding="utf-8")
+        files("torchrec_amort.bench").joinpath("pilot.html.jinja").read_text(encoding="utf-8")
     )
     return template.render(
         replayed=what_was_replayed(record),

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from torchrec_amort.apps.cost import CostModel, fit
-from torchrec_amort.apps.replay import Log, Replayed
+from torchrec_amort.bench.cost import CostModel, fit
+from torchrec_amort.bench.replay import Log, Replayed
 from torchrec_amort.training.bootstrap import (
     UserWeightedCosts,
     UserWeightedMetrics,

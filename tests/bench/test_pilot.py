@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import SCHEMA, make_table
 from torchrec_amort.apps import evaluate, pilot, train
-from torchrec_amort.apps.pilot_analysis import by_size, cost_model, held_back, quality, sizing
-from torchrec_amort.apps.pilot_report import summary, tables
-from torchrec_amort.apps.replay import Log, Replayed
+from torchrec_amort.bench.pilot_analysis import by_size, cost_model, held_back, quality, sizing
+from torchrec_amort.bench.pilot_report import summary, tables
+from torchrec_amort.bench.replay import Log, Replayed
 from torchrec_amort.schema import InputError
 
 SMALL = ["--candidates=[2,3,4]", "--turns=3", "--warmup=2", "--bootstrap_samples=50", "--rates=[100]"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrec_amort.apps.busy import busy_lines
+from torchrec_amort.bench.busy import busy_lines
 from torchrec_amort.files import new_file
 
 
@@ -16,7 +16,7 @@ def table(record: Mapping[str, Any]) -> str:
     for case in record["cases"]:
         lines += ["", _heading(case), f"  {'method':<18}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'faster':>9}" + _COLUMNS]
         lines += [_row(name, result, case) for name, result in case["methods"].items()]
-    lines += _cost_lines(record)
+    lines += _left_out_lines(record) + _cost_lines(record)
     if "busy" in record:
         lines += busy_lines(record["busy"])
     if "load" in record:
@@ -29,11 +29,23 @@ _COLUMNS = f"{'cores':>7}{'MB':>8}{'GEMM':>7}{'differs':>10}"
 
 def _heading(case: Mapping[str, Any]) -> str:
     requests = "one request" if case["batch"] == 1 else f"{case['batch']} requests"
-    size = f"D {case['embedding_dim']}, {case['layers']} layers"
     roof = f"GEMM {case['gemm_gflops']:.0f} GFLOP/s"
     if "gemm_bf16_gflops" in case:
         roof += f", bf16 {case['gemm_bf16_gflops']:.0f}"
-    return f"{requests} of {case['history_length']} events and {case['candidates']} candidates, {size} ({roof})"
+    return f"{requests} of {case['history_length']} events and {case['candidates']} candidates, {_size(case)} ({roof})"
+
+
+def _size(case: Mapping[str, Any]) -> str:
+    if case["embedding_dim"] is None:
+        return str(case["model"])
+    return f"D {case['embedding_dim']}, {case['layers']} layers"
+
+
+def _left_out_lines(record: Mapping[str, Any]) -> list[str]:
+    # Records of before have none.
+    reasons = [item for case in record["cases"] for item in case.get("left_out", {}).items()]
+    lines = [f"  {method:<18}{reason}" for method, reason in dict.fromkeys(reasons)]
+    return ["", "Left out:", *lines] if lines else []
 
 
 def _row(name: str, result: Mapping[str, Any], case: Mapping[str, Any]) -> str:
@@ -54,7 +66,7 @@ def _cost_lines(record: Mapping[str, Any]) -> list[str]:
     for cost in record["cost"]:
         at = cost["at"]
         lines.append(
-            f"  {cost['method']:<18}D {cost['embedding_dim']}, {cost['layers']} layers: at n {at['history_length']}, m "
+            f"  {cost['method']:<18}{_size(cost)}: at n {at['history_length']}, m "
             f"{at['candidates']} twice n costs {cost['times_when_n_doubles']:.2f} times as much, twice m "
             f"{cost['times_when_m_doubles']:.2f} times (median error {cost['median_relative_error']:.0%})"
         )

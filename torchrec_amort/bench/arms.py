@@ -10,13 +10,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from torchrec_amort.apps.train import load_model
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, refuse_out_of_bounds
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.schema import InputError, RequestSchema
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.training.loop import Precision
+from torchrec_amort.training.run import load_model
 
 Serving = Literal["amortized", "model", "impressions"]
 
@@ -51,7 +51,7 @@ class Arm:
 
     Args:
         config: what it was made by.
-        history: the kind of its encoder, or `none`.
+        history: the kind of its encoder, or `none`; the function that built it, if it is of another class.
         schema: of the requests that it reads.
         history_length: events that it reads of a history, the latest ones.
         device: where it is.
@@ -99,7 +99,7 @@ def load_arm(config: ArmConfig) -> Arm:
     parameters = [*model.parameters(), *model.buffers()]
     return Arm(
         config=config,
-        history=trained.model.history,
+        history=trained.model.build or trained.model.history,
         schema=read,
         history_length=trained.model.history_length,
         device=device,
@@ -108,10 +108,10 @@ def load_arm(config: ArmConfig) -> Arm:
     )
 
 
-def _way_to_score(model: AmortizedDLRM, config: ArmConfig, schema: RequestSchema) -> Callable[[RequestBatch], Tensor]:
+def _way_to_score(model: Ranker, config: ArmConfig, schema: RequestSchema) -> Callable[[RequestBatch], Tensor]:
     if config.serving != "amortized":
         return model
-    if model.history_arch is not None and not model.history_arch.is_amortizable:
+    if not model.is_amortizable:
         raise InputError(
             f"{config.run_folder}: its encoder reads the candidate beside every event and cannot be amortized: use "
             "serving: model, or impressions"

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort import AmortizedHistoryArch
-from torchrec_amort.apps.cost import encoder_flops, fit
-from torchrec_amort.apps.timing import Times, peak_memory
+from torchrec_amort.bench.cost import encoder_flops, fit
+from torchrec_amort.bench.timing import Times, peak_memory
 
 
 def rows(count: int) -> JaggedTensor:

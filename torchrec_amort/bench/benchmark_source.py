@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from torchrec_amort.apps.load import LoadConfig
-from torchrec_amort.apps.methods import METHODS, Method
-from torchrec_amort.apps.train import load_model, load_run
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bench.load import LoadConfig
+from torchrec_amort.bench.methods import METHODS, Method
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.sample import first_requests, random_requests, sample_requests
 from torchrec_amort.models.build import ModelConfig, build_model
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.schema import Feature, InputError, RequestSchema
+from torchrec_amort.training.run import load_model, load_run
 
 NUM_IDS, NUM_REQUEST_DENSE, NUM_CANDIDATE_DENSE = 8, 5, 8
 TABLE_ROWS, NUM_ITEMS = 20_000, 100_000
@@ -118,7 +118,7 @@ class Source:
         usual: so many requests of the shapes that there are, one a batch.
     """
 
-    model: AmortizedDLRM
+    model: Ranker
     schema: RequestSchema
     batch: Callable[[int, int, int, int], RequestBatch]
     usual: Callable[[int], Sequence[RequestBatch]]

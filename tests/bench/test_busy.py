@@ -3,7 +3,7 @@ import subprocess
 
 import pytest
 
-from torchrec_amort.apps import busy
+from torchrec_amort.bench import busy
 
 
 def state(process: subprocess.Popen[bytes]) -> str:

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from torchrec_amort.apps.arms import Arm
-from torchrec_amort.apps.timing import Times, peak_memory, threads
+from torchrec_amort.bench.arms import Arm
+from torchrec_amort.bench.timing import Times, peak_memory, threads
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import InputError, RequestSchema

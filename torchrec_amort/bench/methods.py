@@ -15,10 +15,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.modules.encoder import AmortizableEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import Concatenation
-from torchrec_amort.schema import RequestSchema
+from torchrec_amort.schema import RequestSchema, one_line
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.export import export_package, load_package
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
@@ -46,6 +47,14 @@ SLOW: tuple[Method, ...] = ("impressions", "concatenation")
 NEW_EVENTS = 8
 
 Call = Callable[[], Any]
+# A method as a call, or why there is none.
+CallOrReason = Call | str
+
+
+def amortized_arch(model: Ranker) -> AmortizedHistoryArch | None:
+    """The encoder that the methods of an encoder alone are of; None if the model has no such, or several."""
+    arch = model.history_arch if isinstance(model, AmortizedDLRM) else None
+    return arch if isinstance(arch, AmortizedHistoryArch) else None
 
 
 class Methods:
@@ -57,66 +66,66 @@ class Methods:
         microbatch_size: candidates that `microbatched` scores at a time.
     """
 
-    def __init__(self, model: AmortizedDLRM, schema: RequestSchema, microbatch_size: int) -> None:
+    def __init__(self, model: Ranker, schema: RequestSchema, microbatch_size: int) -> None:
         self.model = model
         self.schema = schema
         self._microbatch_size = microbatch_size
-        self._scorers: dict[str, AmortizedScorer] = {}
+        self._scorers: dict[str, AmortizedScorer | str] = {}
         self._encoders: dict[str, AmortizableEncoder] = {}
 
-    def calls(self, batch: RequestBatch, methods: Sequence[Method]) -> dict[str, Call]:
+    def calls(self, batch: RequestBatch, methods: Sequence[Method]) -> tuple[dict[str, Call], dict[str, str]]:
         """Each method as a call without arguments that scores a batch.
 
         Args:
             batch: B requests of one number of events and candidates each.
-            methods: which ones; those that this model or processor does not have are left out.
+            methods: which ones.
 
         Returns:
-            dict: calls by method; those of whole models return logits [C, T].
+            tuple: calls by method, those of whole models return logits [C, T]; and of each method that is left out,
+            since this model or processor does not have it, why.
         """
-        calls: dict[str, Call] = {}
         of_encoder = self._encoder_calls(batch) if any(method.startswith("encoder") for method in methods) else {}
-        for method in methods:
-            if method.startswith("encoder"):
-                if method in of_encoder:
-                    calls[method] = of_encoder[method]
-            elif method == "impressions":
-                calls[method] = partial(self.model, batch.to_impressions())
-            elif method == "model":
-                calls[method] = partial(self.model, batch)
-            elif method == "concatenation":
-                if self._concatenation is not None:
-                    calls[method] = partial(self._concatenation, batch)
-            elif method == "exported" and next(self.model.parameters()).device.type != "cpu":
-                continue  # Packages are compiled for CPUs.
-            else:
-                calls[method] = partial(self._scorer(method).score, batch)
-        return calls
+        found: dict[str, CallOrReason] = {
+            method: of_encoder[method] if method in of_encoder else self._call(batch, method) for method in methods
+        }
+        calls = {method: call for method, call in found.items() if not isinstance(call, str)}
+        return calls, {method: reason for method, reason in found.items() if isinstance(reason, str)}
 
-    def _scorer(self, method: Method) -> AmortizedScorer:
+    def _call(self, batch: RequestBatch, method: Method) -> CallOrReason:
+        if method == "impressions":
+            return partial(self.model, batch.to_impressions())
+        if method == "model":
+            return partial(self.model, batch)
+        if method == "concatenation":
+            rival = self._concatenation
+            return rival if isinstance(rival, str) else partial(rival, batch)
         if method not in self._scorers:
             self._scorers[method] = self._new_scorer(method)
-        return self._scorers[method]
+        scorer = self._scorers[method]
+        return scorer if isinstance(scorer, str) else partial(scorer.score, batch)
 
-    def _new_scorer(self, method: Method) -> AmortizedScorer:
-        if method == "exported":
-            with tempfile.TemporaryDirectory() as folder:
-                export_package(self.model, Path(folder) / "package", self.schema, tables="float32")
-                return AmortizedScorer(load_package(Path(folder) / "package"))
+    def _new_scorer(self, method: Method) -> AmortizedScorer | str:
         options: dict[str, dict[str, Any]] = {
             "amortized_bf16": {"dtype": torch.bfloat16},
             "microbatched": {"microbatch_size": self._microbatch_size},
             "cached": {"cache": HistoryCache(2**32)},
             "compiled": {"backend": "compiled"},
         }
-        return AmortizedScorer(self.model, **options.get(method, {}))
+        try:
+            if method != "exported":
+                return AmortizedScorer(self.model, **options.get(method, {}))
+            with tempfile.TemporaryDirectory() as folder:
+                export_package(self.model, Path(folder) / "package", self.schema, tables="float32")  # type: ignore[arg-type, unused-ignore]
+                return AmortizedScorer(load_package(Path(folder) / "package"))
+        except ValueError as error:
+            return one_line(error)
 
     @cached_property
-    def _concatenation(self) -> AmortizedDLRM | None:
+    def _concatenation(self) -> AmortizedDLRM | str:
         """The model with a candidate beside every event; of other weights, since it has other layers."""
-        arch = self.model.history_arch
-        if not isinstance(arch, AmortizedHistoryArch) or arch.num_slots != 1:
-            return None
+        arch = amortized_arch(self.model)
+        if not isinstance(self.model, AmortizedDLRM) or arch is None or arch.num_slots != 1:
+            return "it puts another encoder into an AmortizedDLRM with an AmortizedHistoryArch of one vector"
         model = copy.copy(self.model)
         width = arch.layers[0].feedforward[0].out_features
         assert isinstance(width, int)
@@ -125,32 +134,34 @@ class Methods:
         model._modules = dict(self.model._modules) | {"history_arch": rival.eval()}
         return model
 
-    def _encoder_calls(self, batch: RequestBatch) -> dict[str, Call]:
+    def _encoder_calls(self, batch: RequestBatch) -> dict[str, CallOrReason]:
         """The encoder alone, from the vectors of events and candidates."""
-        arch = self.model.history_arch
-        if not isinstance(arch, AmortizedHistoryArch):
-            return {}
+        arch = amortized_arch(self.model)
+        if not isinstance(self.model, AmortizedDLRM) or arch is None:
+            reason = "it is of the AmortizedHistoryArch of an AmortizedDLRM alone"
+            return {method: reason for method in METHODS if method.startswith("encoder")}
         assert self.model.history_embedding_collection is not None
         assert self.model.event_encoder is not None
         embeddings = self.model.history_embedding_collection(batch.sequences)
         history, candidates = self.model.event_encoder(embeddings), embeddings["candidate_item"]
-        calls: dict[str, Call] = {"encoder_torch": partial(arch, history, candidates)}
-        encoder = self._encoder("full")
-        calls["encoder"] = partial(encoder, history, candidates)
-        calls["encoder_cached"] = partial(encoder.score_candidates, encoder.encode_history(history), candidates)
-        if why_not_native(arch, torch.bfloat16) is None:
-            calls["encoder_bf16"] = partial(self._encoder("bf16"), history, candidates)
-        causal = self._encoder("causal")
-        calls["encoder_causal"] = partial(causal.encode_history, history)
-        if len(batch) == 1 and history.values().shape[0] > NEW_EVENTS:
-            calls["encoder_extended"] = _Growing(causal, history)
-        return calls
+        encoder, causal = self._encoder("full"), self._encoder("causal")
+        is_long = len(batch) == 1 and history.values().shape[0] > NEW_EVENTS
+        return {
+            "encoder_torch": partial(arch, history, candidates),
+            "encoder": partial(encoder, history, candidates),
+            "encoder_cached": partial(encoder.score_candidates, encoder.encode_history(history), candidates),
+            "encoder_bf16": why_not_native(arch, torch.bfloat16) or partial(self._encoder("bf16"), history, candidates),
+            "encoder_causal": partial(causal.encode_history, history),
+            "encoder_extended": _Growing(causal, history)
+            if is_long
+            else f"it extends the history of one request, which needs more than {NEW_EVENTS} events",
+        }
 
     def _encoder(self, kind: Literal["full", "bf16", "causal"]) -> AmortizableEncoder:
         """The encoder as it is served; `causal` has the same weights and reads older events only."""
         if kind not in self._encoders:
-            arch = copy.deepcopy(self.model.history_arch)
-            assert isinstance(arch, AmortizedHistoryArch)
+            arch = copy.deepcopy(amortized_arch(self.model))
+            assert arch is not None
             arch.is_causal = arch.is_causal or kind == "causal"
             dtype = torch.bfloat16 if kind == "bf16" else torch.float32
             self._encoders[kind] = arch if why_not_native(arch, dtype) else NativeEncoder(arch, dtype)

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from torchrec_amort.apps.timing import Times, threads
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bench.timing import Times, threads
 from torchrec_amort.serving.scorer import AmortizedScorer
 
 NUM_THREADS = (1, 2)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_amort.apps.timing import threads
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.bench.timing import threads
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
-from torchrec_amort.models.dlrm import AmortizedDLRM
+from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.ops.cores import usable_cores
 from torchrec_amort.progress import progress
 from torchrec_amort.serving.scorer import AmortizedScorer
@@ -112,9 +112,7 @@ class _Clients:
             self.seconds.append(seconds)
 
 
-def measure_load(
-    model: AmortizedDLRM, batches: Sequence[RequestBatch], config: LoadConfig, seed: int
-) -> dict[str, Any]:
+def measure_load(model: Ranker, batches: Sequence[RequestBatch], config: LoadConfig, seed: int) -> dict[str, Any]:
     """Latency under load, and what became of every request.
 
     Args:

@@ -1,0 +1,58 @@
+"""Imports only go down the floors of the house, which docs/contributing.md draws."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "torchrec_amort"
+FLOORS = {
+    "schema": 0,
+    "hashing": 0,
+    "jagged_ids": 0,
+    "progress": 0,
+    "versions": 0,
+    "bounds": 1,
+    "files": 1,
+    "grouping": 1,
+    "columns": 1,
+    "config": 2,
+    "rows": 2,
+    "batch": 3,
+    "data": 4,
+    "ops": 4,
+    "modules": 5,
+    "models": 6,
+    "training": 7,
+    "serving": 7,
+    "jobs": 8,
+    "bench": 9,
+    "apps": 10,
+}
+STRANGERS = [{"data", "ops"}, {"data", "models"}, {"data", "modules"}, {"data", "training"}, {"training", "serving"}]
+
+
+def imports_of(path: Path) -> set[str]:
+    """The rooms of this package that a file imports from."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchrec_amort"):
+            module = node.module or ""
+            names |= {module} if "." in module else {f"{module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("torchrec_amort.")}
+    return {name.split(".")[1] for name in names}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_the_floors(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for other in imports_of(path) - {room}:
+        assert FLOORS[other] < FLOORS[room], f"{room} imports {other}"
+        assert {room, other} not in STRANGERS, f"{room} imports {other}"
+
+
+def test_torchx_components_import_no_sibling() -> None:
+    assert imports_of(PACKAGE.parent / "torchx_components" / "amort.py") == set()

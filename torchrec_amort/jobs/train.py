@@ -1,0 +1,153 @@
+"""Trains a run on the train split of a prepared data folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from torchrec_amort.config import CONFIG_FILE, load_config, save_config
+from torchrec_amort.data.counts import TRAIN, read_counts
+from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.files import utc_now, write_json, write_text
+from torchrec_amort.models.build import build_model
+from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
+from torchrec_amort.training.environment import is_restart_of, track, write_environment
+from torchrec_amort.training.lock import FolderLock, run_lock
+from torchrec_amort.training.loop import GlobalBatchTrain, TrainResult, train
+from torchrec_amort.training.processes import ignore_stop_signals, is_first
+from torchrec_amort.training.run import TrainConfig
+from torchrec_amort.training.sharding import ShardedModel, shard
+
+
+def train_run(config: TrainConfig, device: torch.device) -> None:
+    """Train, and leave all there is to know in the run's folder. All ranks call it together.
+
+    Args:
+        config: what and how to train.
+        device: of this rank.
+
+    Raises:
+        InputError: the data is missing or does not fit, the run cannot go on, or another process writes into its
+            folder.
+    """
+    with run_lock(config.run_folder, device) as lock:
+        _train_locked(config, device, lock)
+
+
+def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | None) -> None:
+    run = Path(config.run_folder)
+    resume = _refuse_or_resume(config, run, device)
+    schema = RequestSchema.load(run) if resume else RequestSchema.load(config.data).with_tables(config.tables)
+    dataset = read_train_split(config, schema)
+    model = sharded_model(config, schema, device)
+    # No rank may write before all have looked at what is there.
+    dist.barrier()
+    if is_first():
+        _write_run(config, run, schema, model, device)
+    dist.barrier()
+    # Dropout differs from rank to rank.
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, dist.get_rank()]).generate_state(1)[0]))
+    data = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        # Of its own: what dropout draws must not depend on where an epoch was started from.
+        generator=torch.Generator(),
+        worker_init_fn=ignore_stop_signals,
+    )
+    result = train(model, data, config.loop, run, resume=resume, lock=lock)
+    if is_first():
+        _write_result(run, result, device)
+
+
+def _write_result(run: Path, result: TrainResult, device: torch.device) -> None:
+    """Leave what the training did in `train.json`, on the screen, and with the job's TorchX trackers."""
+    speed = result.candidates / max(result.seconds, 1e-9)
+    results = {
+        **asdict(result),
+        "candidates_per_second": speed,
+        "world_size": dist.get_world_size(),
+        "threads_per_rank": torch.get_num_threads(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "finished": utc_now(),
+    }
+    write_json(run / "train.json", results)
+    track(run, results)
+    last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
+    print(
+        f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {dist.get_world_size()} ranks of "
+        f"{torch.get_num_threads()} threads ({device.type}), {result.seconds:.0f} s; checkpoints in {run / CHECKPOINTS}"
+    )
+
+
+def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> bool:
+    """Whether the run goes on; refuses to mix it with another run or another model."""
+    if not ((run / CONFIG_FILE).exists() and has_checkpoint(run)):
+        return False
+    if not config.resume and not is_restart_of(run, device):
+        raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
+    saved = load_config(run, TrainConfig, "train")
+    for name, value in asdict(saved.model).items():
+        if value != getattr(config.model, name):
+            raise InputError(
+                f"{run}: its checkpoint is of a model with model.{name}={value}, the config says "
+                f"{getattr(config.model, name)}: use the same, or choose another run folder"
+            )
+    if saved.tables != config.tables:
+        raise InputError(
+            f"{run}: its checkpoint is of a model with tables={saved.tables}, the config says {config.tables}: use the "
+            "same, or choose another run folder"
+        )
+    return True
+
+
+def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDataset:
+    """This rank's part of the training requests, read by a schema."""
+    return RequestDataset(
+        config.data,
+        "train",
+        batch_size=config.batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        seed=config.seed,
+        history_length=config.model.history_length,
+        unknown_rate=config.unknown_rate,
+        schema=schema,
+    )
+
+
+def sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
+    """The untrained model, its tables spread over all ranks."""
+    world_size = dist.get_world_size()
+    counts = read_counts(config.data)[TRAIN]
+    events = {feature.name: float(config.model.history_length) for feature in schema.of("event")}
+    candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
+    return shard(
+        GlobalBatchTrain(build_model(schema, config.model, seed=config.seed), config.loop.precision),
+        device=device,
+        optimizer=config.optimizer,
+        batch_size=-(-config.batch_size // world_size),
+        sharding=config.sharding,
+        average_decay=config.loop.average_decay,
+        ids_per_request=events | candidates | {"item": float(config.model.history_length)},
+    )
+
+
+def _write_run(
+    config: TrainConfig, run: Path, schema: RequestSchema, model: ShardedModel, device: torch.device
+) -> None:
+    save_config(run, config, "train")
+    write_text(run / SCHEMA_FILE, schema.to_json())
+    write_text(run / "plan.txt", f"{model.plan}\n")
+    write_environment(run, device)
+    # Before any step: a tracker that cannot be written must not be found out after hours of training.
+    track(run, {"started": utc_now()})
+    print(model.plan)

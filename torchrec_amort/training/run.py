@@ -1,0 +1,92 @@
+"""What a run is trained with, and its model, read back from its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
+from torchrec_amort.config import load_config
+from torchrec_amort.models.build import ModelConfig, build_model
+from torchrec_amort.models.dlrm import AmortizedDLRMTrain
+from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.schema import RequestSchema, TableConfig
+from torchrec_amort.training.checkpoint import load_weights
+from torchrec_amort.training.loop import LoopConfig
+from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Train a model on the train split of a prepared data folder.
+
+    Args:
+        data: prepared data folder.
+        run_folder: folder for config, plan, checkpoints, metrics and TensorBoard events.
+        model: size and kind of the model.
+        optimizer: learning rates.
+        loop: how long and how.
+        sharding: how tables are spread over ranks.
+        batch_size: requests in a global batch, all ranks together.
+        seed: of the initial weights and the order of the data.
+        tables: other sizes and vocabularies of tables of ids than the data's, by the name of the table: the feature's,
+            or `item` for the one that history and candidates share. `docs/data.md` tells of vocabularies.
+        unknown_rate: for a request id, the share of training requests in which it is replaced by 0, the
+            unknown id.
+        num_workers: processes of each rank that read data.
+        resume: go on from the run's last good checkpoint if it has one; without it, a run that has one is refused,
+            unless torchrun started this job's ranks again.
+    """
+
+    data: str
+    run_folder: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    batch_size: int = 32
+    seed: int = 0
+    tables: dict[str, TableConfig] = field(default_factory=dict)
+    unknown_rate: dict[str, float] = field(default_factory=dict)
+    num_workers: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("batch_size",), NOT_NEGATIVE: ("seed", "num_workers")})
+
+
+def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, RequestSchema]:
+    """What a run was trained with, and the data folder to use it on.
+
+    Args:
+        run_folder: folder of a training run.
+        data: prepared data folder; the one it was trained on if None.
+
+    Returns:
+        tuple: the run's config, the data folder and the schema of both.
+
+    Raises:
+        InputError: it is no such folder, or the data has other features.
+    """
+    trained = load_config(run_folder, TrainConfig, "train")
+    data = data or trained.data
+    schema = RequestSchema.load(run_folder)
+    schema.refuse_other_data(RequestSchema.load(data), data)
+    return trained, data, schema
+
+
+def load_model(run_folder: str) -> tuple[Ranker, TrainConfig, RequestSchema]:
+    """A run's model with the weights of its last checkpoint, for inference in this process.
+
+    Args:
+        run_folder: folder of a training run.
+
+    Returns:
+        tuple: the model, the run's config and its schema.
+
+    Raises:
+        InputError: it is no such folder.
+    """
+    trained, schema = load_config(run_folder, TrainConfig, "train"), RequestSchema.load(run_folder)
+    model = build_model(schema, trained.model)
+    load_weights(run_folder, AmortizedDLRMTrain(model))
+    return model.eval(), trained, schema
