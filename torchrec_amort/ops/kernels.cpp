@@ -272,14 +272,16 @@ class Workspace {
       const long inputs = head->num_dense_layers > 0 ? head->dense[0].inputs : 0;
       const long widest_input = most(head->over[0].inputs, inputs);
       reserve(&vectors, ((head->num_dense_layers > 0) + head->num_slots + (encoder != nullptr)) * head->dim);
-      reserve(&features, widest_input), reserve(&narrowed, widest_input);
+      const long rank = head->num_cross_layers > 0 ? head->cross[0].outputs : 0;
+      reserve(&features, widest_input), reserve(&narrowed, most(widest_input, rank));
       reserve(&layers[0], widest), reserve(&layers[1], widest);
+      reserve(&low_ranks, head->num_cross_layers * rank);
     }
   }
   size_t floats() const { return ROWS * (total_ + total_ % 2); }
 
   float *rows, *factor, *queries, *read, *hidden, *logits, *weights, *sums;
-  float *vectors, *features, *narrowed, *layers[2];
+  float *vectors, *features, *narrowed, *layers[2], *low_ranks;
 
  private:
   void reserve(float** tile, long rows) {
@@ -290,6 +292,22 @@ class Workspace {
   float* memory_;
   long total_ = 0;
 };
+
+// What becomes of pairs of rows: they go to a tile, or are added to it.
+template <int ROWS>
+inline auto save_to(float* tile) {
+  return [tile](long row, auto first, auto second) {
+    save(tile + row * ROWS, first);
+    save(tile + (row + 1) * ROWS, second);
+  };
+}
+template <int ROWS>
+inline auto add_to(float* tile) {
+  return [tile](long row, auto first, auto second) {
+    save(tile + row * ROWS, load<ROWS>(tile + row * ROWS) + first);
+    save(tile + (row + 1) * ROWS, load<ROWS>(tile + (row + 1) * ROWS) + second);
+  };
+}
 
 template <int ROWS, class Take>
 inline void norm(const float* tile, long dim, double epsilon, const float* weight, const float* bias,
@@ -324,10 +342,7 @@ void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T
     const long count = least(KEYS, end - begin);
     Row<ROWS> now_highest = highest;
     multiply<ROWS>(keys + begin * state.key_stride, state.key_stride, count, queries, head_dim,
-                   [&](long key, auto first, auto second) {
-                     save(space.logits + key * ROWS, first);
-                     save(space.logits + (key + 1) * ROWS, second);
-                   });
+                   save_to<ROWS>(space.logits));
     for (long key = 0; key < count; ++key) {
       float* logits = space.logits + key * ROWS;
       if (reach.is_causal)
@@ -364,10 +379,7 @@ void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& la
                  const Reach& reach) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
   const auto as_factor = [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); };
-  const auto add = [&](long d, auto first, auto second) {
-    save(space.rows + d * ROWS, load<ROWS>(space.rows + d * ROWS) + first);
-    save(space.rows + (d + 1) * ROWS, load<ROWS>(space.rows + (d + 1) * ROWS) + second);
-  };
+  const auto add = add_to<ROWS>(space.rows);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
   multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim, [&](long d, auto first, auto second) {
@@ -503,25 +515,29 @@ void encode(const void* job, float* memory, Pieces& pieces) {
   }
 }
 
-// Layers one after the other, ReLU between them; the first one's bias is given if it has none of its own.
+// The product of a layer's weights with a tile, and a bias.
 template <int ROWS, class T, class Take>
-void feed_forward(Workspace<ROWS>& space, const Linear* layers, long num_layers, const float* first_bias,
+inline void apply_linear(const Linear& layer, const float* bias, const float* input, const Take& take) {
+  multiply<ROWS>(static_cast<const T*>(layer.weight), layer.inputs, layer.outputs, input, layer.inputs,
+                 [&](long row, auto first, auto second) { take(row, first + bias[row], second + bias[row + 1]); });
+}
+
+// Layers one after the other, ReLU between them. The first one has no bias of its own: one is given, and a tile that is
+// added to it, or null.
+template <int ROWS, class T, class Take>
+void feed_forward(Workspace<ROWS>& space, const Linear* layers, long num_layers, const float* bias, const float* added,
                   const float* input, const Take& take) {
-  for (long i = 0; i < num_layers; ++i) {
-    const Linear& layer = layers[i];
-    const float* bias = layer.bias != nullptr ? layer.bias : first_bias;
-    const T* weight = static_cast<const T*>(layer.weight);
-    if (i + 1 == num_layers) {
-      multiply<ROWS>(weight, layer.inputs, layer.outputs, input, layer.inputs,
-                     [&](long row, auto first, auto second) { take(row, first + bias[row], second + bias[row + 1]); });
-    } else {
-      float* output = space.layers[i % 2];
-      multiply<ROWS>(weight, layer.inputs, layer.outputs, input, layer.inputs, [&](long row, auto first, auto second) {
-        Factor<T>::store(output, row, maximum(same<ROWS>(0.0f), first + bias[row]),
-                         maximum(same<ROWS>(0.0f), second + bias[row + 1]));
-      });
-      input = output;
-    }
+  for (long i = 0; i < num_layers; ++i, added = nullptr) {
+    float* output = space.layers[i % 2];
+    apply_linear<ROWS, T>(layers[i], i == 0 ? bias : layers[i].bias, input, [&](long row, auto first, auto second) {
+      if (added != nullptr) {
+        first = first + load<ROWS>(added + row * ROWS);
+        second = second + load<ROWS>(added + (row + 1) * ROWS);
+      }
+      if (i + 1 == num_layers) return take(row, first, second);
+      Factor<T>::store(output, row, maximum(same<ROWS>(0.0f), first), maximum(same<ROWS>(0.0f), second));
+    });
+    input = output;
   }
 }
 
@@ -534,23 +550,17 @@ const float* narrow(const float* tile, long rows, float* narrowed) {
   return narrowed;
 }
 
-// Logits of the tile whose vectors, but the dense one, are in place.
-template <int ROWS, class T, class Take>
-void apply_head(Workspace<ROWS>& space, const Head& head, const Request& request, long num_vectors, const Take& take) {
+// Features are the dot products of the tile's vectors, after the dense one.
+template <int ROWS>
+void multiply_pairs(Workspace<ROWS>& space, const Head& head, const float* request_vectors, long num_vectors) {
   const long dim = head.dim;
   float* features = space.features;
   if (head.num_dense_layers > 0) {
-    const float* inputs = narrow<ROWS, T>(features, head.dense[0].inputs, space.narrowed);
-    feed_forward<ROWS, T>(space, head.dense, head.num_dense_layers, request.dense, inputs,
-                          [&](long d, auto first, auto second) {
-                            save(space.vectors + d * ROWS, maximum(same<ROWS>(0.0f), first));
-                            save(space.vectors + (d + 1) * ROWS, maximum(same<ROWS>(0.0f), second));
-                          });
     memcpy(features, space.vectors, sizeof(float) * dim * ROWS);
     features += dim * ROWS;
   }
   for (long one = 0; one < num_vectors; ++one, features += head.num_request_vectors * ROWS)
-    multiply<ROWS>(request.vectors, dim, head.num_request_vectors, space.vectors + one * dim * ROWS, dim,
+    multiply<ROWS>(request_vectors, dim, head.num_request_vectors, space.vectors + one * dim * ROWS, dim,
                    [&](long row, auto first, auto second) {
                      save(features + row * ROWS, first);
                      if (row + 1 < head.num_request_vectors) save(features + (row + 1) * ROWS, second);
@@ -564,8 +574,57 @@ void apply_head(Workspace<ROWS>& space, const Head& head, const Request& request
       save(features, sums[0] + sums[1]);
     }
   if (features < space.features + head.over[0].inputs * ROWS) save(features, same<ROWS>(0.0f));
-  const float* inputs = narrow<ROWS, T>(space.features, head.over[0].inputs, space.narrowed);
-  feed_forward<ROWS, T>(space, head.over, head.num_over_layers, request.first, inputs, take);
+}
+
+// Features are what the cross net makes of the tile's vectors; low ranks are those of all its layers.
+template <int ROWS, class T>
+void cross(Workspace<ROWS>& space, const Head& head, const Requests& requests, long request) {
+  const long size = head.over[0].inputs, rank = head.cross[0].outputs;
+  memcpy(space.features, space.vectors, sizeof(float) * size * ROWS);
+  float* low_rank = space.low_ranks;
+  for (long i = 0; i < head.num_cross_layers; ++i, low_rank += rank * ROWS) {
+    const Linear &down = head.cross[2 * i], &up = head.cross[2 * i + 1];
+    apply_linear<ROWS, T>(down, requests.constants[i] + request * rank,
+                          narrow<ROWS, T>(space.features, size, space.narrowed), save_to<ROWS>(low_rank));
+    if (i > 0)
+      multiply<ROWS>(requests.matrices[i] + request * rank * i * rank, i * rank, rank, space.low_ranks, i * rank,
+                     add_to<ROWS>(low_rank));
+    apply_linear<ROWS, T>(up, up.bias, narrow<ROWS, T>(low_rank, rank, space.narrowed),
+                          [&](long row, auto first, auto second) {
+                            add_to<ROWS>(space.features)(row, load<ROWS>(space.vectors + row * ROWS) * first,
+                                                         load<ROWS>(space.vectors + (row + 1) * ROWS) * second);
+                          });
+  }
+}
+
+// Logits of the tile whose vectors, but the dense one, are in place.
+template <int ROWS, class T, class Take>
+void apply_head(Workspace<ROWS>& space, const Head& head, const Requests& requests, long request, long num_vectors,
+                const Take& take) {
+  if (head.num_dense_layers > 0) {
+    const Linear& first = head.dense[0];
+    feed_forward<ROWS, T>(space, head.dense, head.num_dense_layers, requests.dense + request * first.outputs, nullptr,
+                          narrow<ROWS, T>(space.features, first.inputs, space.narrowed),
+                          [&](long d, auto one, auto other) {
+                            save(space.vectors + d * ROWS, maximum(same<ROWS>(0.0f), one));
+                            save(space.vectors + (d + 1) * ROWS, maximum(same<ROWS>(0.0f), other));
+                          });
+  }
+  const Linear& first = head.over[0];
+  const long depth = head.num_cross_layers;
+  float* added = nullptr;
+  if (depth > 0) {
+    cross<ROWS, T>(space, head, requests, request);
+    // The first layer after it writes to the other tile.
+    added = space.layers[1];
+    const long rows = depth * head.cross[0].outputs;
+    multiply<ROWS>(requests.matrices[depth] + request * first.outputs * rows, rows, first.outputs, space.low_ranks,
+                   rows, save_to<ROWS>(added));
+  } else {
+    multiply_pairs<ROWS>(space, head, requests.vectors + request * head.num_request_vectors * head.dim, num_vectors);
+  }
+  feed_forward<ROWS, T>(space, head.over, head.num_over_layers, requests.constants[depth] + request * first.outputs,
+                        added, narrow<ROWS, T>(space.features, first.inputs, space.narrowed), take);
 }
 
 // What the encoder makes of a tile of candidates, to `vectors`.
@@ -575,10 +634,7 @@ void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const His
   for (long depth = 0; depth < encoder.num_layers; ++depth)
     apply_layer<ROWS, T>(space, encoder, encoder.layers[depth], state_of<T>(history, depth), reach);
   norm<ROWS>(space.rows, encoder.dim, encoder.epsilon, encoder.output_norm_weight, encoder.output_norm_bias,
-             [&](long d, auto first, auto second) {
-               save(vectors + d * ROWS, first);
-               save(vectors + (d + 1) * ROWS, second);
-             });
+             save_to<ROWS>(vectors));
 }
 
 template <int ROWS, class T>
@@ -610,7 +666,7 @@ void score(const void* job, float* memory, Pieces& pieces) {
       continue;
     }
     const long num_vectors = (vectors - space.vectors) / (head->dim * ROWS), num_tasks = head->num_tasks;
-    apply_head<ROWS, T>(space, *head, score.requests[request], num_vectors, [&](long task, auto one, auto other) {
+    apply_head<ROWS, T>(space, *head, score.requests, request, num_vectors, [&](long task, auto one, auto other) {
       float lanes[2][ROWS];
       save(lanes[0], one), save(lanes[1], other);
       for (long side = 0; side < 2 && task + side < num_tasks; ++side)
