@@ -35,7 +35,7 @@ def rows(count: int) -> dict[str, Any]:
 
 
 def encode_history() -> dict[str, Any]:
-    return {**encoder(), "is_causal": False, **rows(8), "lengths": torch.tensor(LENGTHS)}
+    return {**encoder(), "is_causal": False, **rows(8), "lengths": torch.tensor(LENGTHS), "beside_pytorch": False}
 
 
 def states() -> dict[str, Any]:
@@ -48,12 +48,14 @@ def states() -> dict[str, Any]:
 def extend_history() -> dict[str, Any]:
     keys, values = torch.ops.torchrec_amort.encode_history(**encode_history())
     lengths, past = torch.tensor([2, 0]), torch.tensor([3, 1])
-    return {**encoder(), **rows(2), "lengths": lengths, "past": past, "keys": keys, "values": values, "start": 1}
+    state = {"past": past, "keys": keys, "values": values, "start": 1}
+    return {**encoder(), **rows(2), "lengths": lengths, **state, "beside_pytorch": True}
 
 
 def score_candidates() -> dict[str, Any]:
     items, ids = torch.randn(11, DIM), torch.randint(11, (6,))
-    return {**encoder(), **states(), "items": items, "ids": ids, "num_candidates": torch.tensor(NUM_CANDIDATES)}
+    candidates = {"items": items, "ids": ids, "num_candidates": torch.tensor(NUM_CANDIDATES)}
+    return {**encoder(), **states(), **candidates, "beside_pytorch": False}
 
 
 def with_inputs(call: dict[str, Any], inputs: Tensor) -> dict[str, Any]:

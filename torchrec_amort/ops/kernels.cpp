@@ -679,16 +679,16 @@ void score(const void* job, float* memory, Pieces& pieces) {
 }
 
 template <int ROWS, class T>
-void share_encode(const Encode& job, int num_threads) {
+void share_encode(const Encode& job, const Team& team) {
   const size_t floats = Workspace<ROWS>(job.encoder, nullptr, nullptr).floats();
   // After the last layer's keys and values nothing reads the events.
-  share(num_threads, job.num_places, 2 * job.encoder->num_layers - 1, floats, encode<ROWS, T>, &job);
+  share(team, job.num_places, 2 * job.encoder->num_layers - 1, floats, encode<ROWS, T>, &job);
 }
 
 template <int ROWS, class T>
-void share_score(const Score& job, int num_threads) {
+void share_score(const Score& job, const Team& team) {
   const size_t floats = Workspace<ROWS>(job.encoder, job.head, nullptr).floats();
-  share(num_threads, job.num_places, 1, floats, score<ROWS, T>, &job);
+  share(team, job.num_places, 1, floats, score<ROWS, T>, &job);
 }
 
 #if defined(__AVX512BF16__)
@@ -699,16 +699,16 @@ using Bfloat16 = float;  // never asked for: operators.cpp refuses it
 #endif
 
 // Calls with tiles of so many rows.
-#define WITH_ROWS(FUNCTION, TYPE)                      \
-  (rows == 8    ? FUNCTION<8, TYPE>(job, num_threads)  \
-   : rows == 16 ? FUNCTION<16, TYPE>(job, num_threads) \
-                : FUNCTION<MOST_ROWS, TYPE>(job, num_threads))
+#define WITH_ROWS(FUNCTION, TYPE)               \
+  (rows == 8    ? FUNCTION<8, TYPE>(job, team)  \
+   : rows == 16 ? FUNCTION<16, TYPE>(job, team) \
+                : FUNCTION<MOST_ROWS, TYPE>(job, team))
 
-void encode_rows(const Encode& job, int rows, bool is_bfloat16, int num_threads) {
+void encode_rows(const Encode& job, int rows, bool is_bfloat16, const Team& team) {
   is_bfloat16 ? WITH_ROWS(share_encode, Bfloat16) : WITH_ROWS(share_encode, float);
 }
 
-void score_rows(const Score& job, int rows, bool is_bfloat16, int num_threads) {
+void score_rows(const Score& job, int rows, bool is_bfloat16, const Team& team) {
   is_bfloat16 ? WITH_ROWS(share_score, Bfloat16) : WITH_ROWS(share_score, float);
 }
 

@@ -120,8 +120,8 @@ struct Score {
 struct Kernels {
   int most_rows;
   bool multiplies_bfloat16;
-  void (*encode)(const Encode& encode, int rows, bool is_bfloat16, int num_threads);
-  void (*score)(const Score& score, int rows, bool is_bfloat16, int num_threads);
+  void (*encode)(const Encode& encode, int rows, bool is_bfloat16, const Team& team);
+  void (*score)(const Score& score, int rows, bool is_bfloat16, const Team& team);
 };
 
 namespace avx2 {

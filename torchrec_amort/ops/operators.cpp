@@ -14,6 +14,9 @@
 // other from a first one on. Letters are those of kernels.h, and B requests.
 //
 // No list is ever empty: what AOTInductor compiles hands on none that is.
+//
+// `beside_pytorch` is whether PyTorch's own operations come right before or after: its threads then share the work, see
+// threads.h.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -77,6 +80,7 @@ void limit_threads(int64_t most) {
 
 // PyTorch's choice, but no more than there are cores for.
 int64_t num_threads() { return std::min<int64_t>(at::get_num_threads(), most_threads); }
+Team team(bool beside_pytorch) { return {static_cast<int>(num_threads()), beside_pytorch}; }
 
 // What an error calls an argument, or one of a list.
 struct Name {
@@ -332,7 +336,7 @@ struct HeadJob {
     const Tiles tiles(counts, kernels);
     job.requests = requests, job.scores = scores.data_ptr<float>(), job.interacted = interacted;
     job.places = tiles.places.data(), job.num_places = tiles.places.size();
-    kernels.score(job, tiles.rows, dtype == at::kBFloat16, num_threads());
+    kernels.score(job, tiles.rows, dtype == at::kBFloat16, team(false));
   }
 
   c10::SmallVector<Linear, 4> dense, cross, over;
@@ -344,7 +348,7 @@ struct HeadJob {
 };
 
 void encode(const EncoderWeights& weights, TensorList tables, const OptionalTensors& ids, const Counts& added,
-            const std::vector<History>& histories) {
+            const std::vector<History>& histories, bool beside_pytorch) {
   const Kernels& kernels = kernels_for(weights.dtype);
   const int64_t dim = weights.encoder.dim;
   const std::vector<Rows> terms = all_rows(tables, ids, 0, "events", sum(added), dim);
@@ -358,11 +362,12 @@ void encode(const EncoderWeights& weights, TensorList tables, const OptionalTens
                       tiles.places.data(),
                       static_cast<int64_t>(tiles.places.size()),
                       static_cast<float*>(memory.get())};
-  kernels.encode(job, tiles.rows, weights.dtype == at::kBFloat16, num_threads());
+  kernels.encode(job, tiles.rows, weights.dtype == at::kBFloat16, team(beside_pytorch));
 }
 
 std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads, bool is_causal, double epsilon,
-                                          TensorList tables, const OptionalTensors& ids, const Tensor& lengths) {
+                                          TensorList tables, const OptionalTensors& ids, const Tensor& lengths,
+                                          bool beside_pytorch) {
   const EncoderWeights weights(encoder, num_heads, epsilon, is_causal);
   const Encoder& of = weights.encoder;
   const Counts added = counts(lengths, {"lengths"});
@@ -372,7 +377,7 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
   Tensor values = at::empty({of.num_layers, of.dim, num_events + 1}, options);
   std::vector<History> histories;
   append_histories(histories, keys, values, 0, Counts(added.size()), added, weights);
-  encode(weights, tables, ids, added, histories);
+  encode(weights, tables, ids, added, histories, beside_pytorch);
   // Products of pairs read one event beyond the last, times zero: it must be finite.
   const int64_t size = values.itemsize();
   for (int64_t row = 1; row <= of.num_layers * of.dim; ++row)
@@ -382,19 +387,19 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
 
 void extend_history(TensorList encoder, int64_t num_heads, double epsilon, TensorList tables,
                     const OptionalTensors& ids, const Tensor& lengths, const Tensor& past, Tensor& keys, Tensor& values,
-                    int64_t start) {
+                    int64_t start, bool beside_pytorch) {
   const EncoderWeights weights(encoder, num_heads, epsilon, true);
   const Counts added = counts(lengths, {"lengths"}), before = counts(past, {"past"});
   TORCH_CHECK_VALUE(added.size() == before.size(), "lengths are of ", added.size(), " requests, past of ",
                     before.size());
   std::vector<History> histories;
   append_histories(histories, keys, values, start, before, added, weights);
-  encode(weights, tables, ids, added, histories);
+  encode(weights, tables, ids, added, histories, beside_pytorch);
 }
 
 Tensor score_candidates(TensorList encoder, int64_t num_heads, double epsilon, TensorList keys, TensorList values,
                         IntArrayRef starts, TensorList lengths, const Tensor& items, const std::optional<Tensor>& ids,
-                        const Tensor& num_candidates) {
+                        const Tensor& num_candidates, bool beside_pytorch) {
   const EncoderWeights weights(encoder, num_heads, epsilon);
   const Kernels& kernels = kernels_for(weights.dtype);
   const Counts candidates = counts(num_candidates, {"num_candidates"});
@@ -406,7 +411,7 @@ Tensor score_candidates(TensorList encoder, int64_t num_heads, double epsilon, T
   job.places = tiles.places.data(), job.num_places = tiles.places.size();
   Tensor vectors = at::empty({sum(candidates), weights.encoder.dim}, at::kFloat);
   job.scores = vectors.data_ptr<float>();
-  kernels.score(job, tiles.rows, weights.dtype == at::kBFloat16, num_threads());
+  kernels.score(job, tiles.rows, weights.dtype == at::kBFloat16, team(beside_pytorch));
   return vectors;
 }
 
@@ -524,7 +529,7 @@ Tensor empty(c10::SymIntArrayRef shape, const Tensor& like, ScalarType dtype) {
 }
 
 std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads, bool, double, TensorList tables,
-                                          const OptionalTensors& ids, const Tensor&) {
+                                          const OptionalTensors& ids, const Tensor&, bool) {
   const Tensor& widen = encoder[3];
   const auto depth = widen.sym_size(0), dim = widen.sym_size(2), num_events = num_rows(tables[0], ids.get(0));
   return {empty({depth, num_heads, num_events, dim / num_heads}, widen, widen.scalar_type()),
@@ -532,10 +537,10 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
 }
 
 void extend_history(TensorList, int64_t, double, TensorList, const OptionalTensors&, const Tensor&, const Tensor&,
-                    Tensor&, Tensor&, int64_t) {}
+                    Tensor&, Tensor&, int64_t, bool) {}
 
 Tensor score_candidates(TensorList encoder, int64_t, double, TensorList, TensorList, IntArrayRef, TensorList,
-                        const Tensor& items, const std::optional<Tensor>& ids, const Tensor&) {
+                        const Tensor& items, const std::optional<Tensor>& ids, const Tensor&, bool) {
   return empty({num_rows(items, ids), encoder[3].sym_size(2)}, items, at::kFloat);
 }
 
@@ -576,15 +581,15 @@ TORCH_LIBRARY(torchrec_amort, library) {
   // Phase one of histories whose events are sums of rows of each table.
   library.def(
       "encode_history(Tensor[] encoder, int num_heads, bool is_causal, float epsilon, Tensor[] tables, Tensor?[] ids, "
-      "Tensor lengths) -> (Tensor keys, Tensor values)");
+      "Tensor lengths, bool beside_pytorch) -> (Tensor keys, Tensor values)");
   // Phase one of the events that follow `past` others of each request, causal, into the memory after these.
   library.def(
       "extend_history(Tensor[] encoder, int num_heads, float epsilon, Tensor[] tables, Tensor?[] ids, Tensor lengths, "
-      "Tensor past, Tensor(a!) keys, Tensor(b!) values, int start) -> ()");
+      "Tensor past, Tensor(a!) keys, Tensor(b!) values, int start, bool beside_pytorch) -> ()");
   // Phase two of the encoder: vectors [C, D]. States of some of the requests each stand in the candidates' order.
   library.def(
       "score_candidates(Tensor[] encoder, int num_heads, float epsilon, Tensor[] keys, Tensor[] values, int[] starts, "
-      "Tensor[] lengths, Tensor items, Tensor? ids, Tensor num_candidates) -> Tensor");
+      "Tensor[] lengths, Tensor items, Tensor? ids, Tensor num_candidates, bool beside_pytorch) -> Tensor");
   // Phase one of a dot head: what requests add to the first layer after the dense ones, and their vectors [B, R, D].
   // Tables are dense inputs [B, I], and of each slot.
   library.def(
