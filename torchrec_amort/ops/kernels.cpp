@@ -527,17 +527,24 @@ inline void apply_linear(const Linear& layer, const float* bias, const float* in
 template <int ROWS, class T, class Take>
 void feed_forward(Workspace<ROWS>& space, const Linear* layers, long num_layers, const float* bias, const float* added,
                   const float* input, const Take& take) {
-  for (long i = 0; i < num_layers; ++i, added = nullptr) {
-    float* output = space.layers[i % 2];
-    apply_linear<ROWS, T>(layers[i], i == 0 ? bias : layers[i].bias, input, [&](long row, auto first, auto second) {
-      if (added != nullptr) {
-        first = first + load<ROWS>(added + row * ROWS);
-        second = second + load<ROWS>(added + (row + 1) * ROWS);
-      }
-      if (i + 1 == num_layers) return take(row, first, second);
-      Factor<T>::store(output, row, maximum(same<ROWS>(0.0f), first), maximum(same<ROWS>(0.0f), second));
-    });
-    input = output;
+  for (long i = 0; i < num_layers; ++i) {
+    if (i > 0) bias = layers[i].bias, added = nullptr;
+    const auto sum = [&](long row, Row<ROWS> product) {
+      return added != nullptr ? product + load<ROWS>(added + row * ROWS) : product;
+    };
+    // Two products: with what is long at the end of either, sums do not stay in registers.
+    if (i + 1 == num_layers) {
+      apply_linear<ROWS, T>(layers[i], bias, input, [&](long row, auto first, auto second) {
+        take(row, sum(row, first), sum(row + 1, second));
+      });
+    } else {
+      float* output = space.layers[i % 2];
+      apply_linear<ROWS, T>(layers[i], bias, input, [&](long row, auto first, auto second) {
+        Factor<T>::store(output, row, maximum(same<ROWS>(0.0f), sum(row, first)),
+                         maximum(same<ROWS>(0.0f), sum(row + 1, second)));
+      });
+      input = output;
+    }
   }
 }
 
