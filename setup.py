@@ -38,7 +38,9 @@ class BuildOperators(build_ext):
             return compiled
 
         torch = Path(TORCH.origin).parent
-        built = objects("any", [OPS / "operators.cpp", OPS / "threads.cpp"], [*OPTIONS, f"-I{torch / 'include'}"])
+        # PyTorch's threads are those of the OpenMP that it brings: that is not linked a second time.
+        of_torch = [*OPTIONS, "-fopenmp", f"-I{torch / 'include'}"]
+        built = objects("any", [OPS / "operators.cpp", OPS / "threads.cpp"], of_torch)
         for kind, options in KINDS.items():
             built += objects(kind, [OPS / "kernels.cpp"], [*OPTIONS, f"-DKERNELS={kind}", *options])
         self.compiler.link_shared_object(

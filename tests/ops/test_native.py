@@ -35,7 +35,7 @@ def rows(count: int) -> dict[str, Any]:
 
 
 def encode_history() -> dict[str, Any]:
-    return {**encoder(), "is_causal": False, **rows(8), "lengths": torch.tensor(LENGTHS)}
+    return {**encoder(), "is_causal": False, **rows(8), "lengths": torch.tensor(LENGTHS), "beside_pytorch": False}
 
 
 def states() -> dict[str, Any]:
@@ -48,12 +48,14 @@ def states() -> dict[str, Any]:
 def extend_history() -> dict[str, Any]:
     keys, values = torch.ops.torchrec_amort.encode_history(**encode_history())
     lengths, past = torch.tensor([2, 0]), torch.tensor([3, 1])
-    return {**encoder(), **rows(2), "lengths": lengths, "past": past, "keys": keys, "values": values, "start": 1}
+    state = {"past": past, "keys": keys, "values": values, "start": 1}
+    return {**encoder(), **rows(2), "lengths": lengths, **state, "beside_pytorch": True}
 
 
 def score_candidates() -> dict[str, Any]:
     items, ids = torch.randn(11, DIM), torch.randint(11, (6,))
-    return {**encoder(), **states(), "items": items, "ids": ids, "num_candidates": torch.tensor(NUM_CANDIDATES)}
+    candidates = {"items": items, "ids": ids, "num_candidates": torch.tensor(NUM_CANDIDATES)}
+    return {**encoder(), **states(), **candidates, "beside_pytorch": False}
 
 
 def with_inputs(call: dict[str, Any], inputs: Tensor) -> dict[str, Any]:
@@ -91,6 +93,20 @@ def dot_history_candidates() -> dict[str, Any]:
     return call
 
 
+def cross_candidates() -> dict[str, Any]:
+    # Three vectors, as above; two cross layers of rank 4.
+    call = {name: value for name, value in dot_candidates().items() if not name.endswith(("_term", "vectors"))}
+    of_layer = [torch.randn(4, 3 * DIM), torch.randn(3 * DIM, 4), torch.randn(3 * DIM)]
+    call["layers"] = [*call["layers"][:3], *of_layer, *of_layer, torch.randn(10, 3 * DIM), *call["layers"][4:]]
+    shapes = [(6,), (4,), (4,), (4, 4), (10,), (10, 8)]
+    return call | {"num_cross_layers": 2, "terms": [torch.randn(3, *shape) for shape in shapes]}
+
+
+def cross_history_candidates() -> dict[str, Any]:
+    # The last of the three vectors is the encoder's.
+    return cross_candidates() | encoder() | states()
+
+
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     call.__name__: call
     for call in (
@@ -100,6 +116,8 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         dot_request,
         dot_candidates,
         dot_history_candidates,
+        cross_candidates,
+        cross_history_candidates,
     )
 }
 
@@ -159,11 +177,15 @@ def strided(tensor: Tensor) -> Tensor:
             {"keys": torch.ones(2, 2, 8, 4).bfloat16()},
             "keys are of .* BFloat16.*reads contiguous Float",
         ),
-        ("dot_request", {"layers": [torch.ones(6, 6)]}, "layers are 1 tensors, not those of 2 dense layers and more"),
+        (
+            "dot_request",
+            {"layers": [torch.ones(6, 6)]},
+            "layers are 1 tensors, .* of 2 dense layers, 0 cross layers and",
+        ),
         ("dot_request", {"num_dense_layers": 0, "layers": [torch.ones(4, 6)]}, "vectors make 1 features, but .* has 6"),
         ("dot_request", {"over_bias": torch.ones(8)}, "tasks are 8, but the last layer has 10"),
         ("dot_request", {"dense_bias": torch.ones(5)}, r"dense_bias is \[5\], but native code reads \[6\]"),
-        ("dot_request", {"dim": 6}, "vectors make 9 features, but the first layer after the dense ones has 12"),
+        ("dot_request", {"dim": 6}, "vectors make 9 features, but the first layer after the interaction has 12"),
         ("dot_candidates", {"vectors": torch.ones(3, DIM)}, r"vectors are \[3, 8\], not \[requests, vectors, dim\]"),
         ("dot_candidates", {"tables": []}, "tables are 0, not dense inputs, slots, and items"),
         ("dot_candidates", {"ids": []}, "rows have 3 tables, and 0 ids"),
@@ -180,6 +202,20 @@ def strided(tensor: Tensor) -> Tensor:
             {"num_candidates": torch.tensor([6])},
             "state is of 3 requests, the candidates of 1",
         ),
+        ("cross_candidates", {"num_cross_layers": 0}, "cross layers are 0, and there is one at least"),
+        ("cross_candidates", {"num_cross_layers": 5}, "layers are 12 tensors, .* 2 dense layers, 5 cross layers and"),
+        (
+            "cross_candidates",
+            {"tables": [torch.ones(6, 1)] * 5, "ids": [None] * 5},
+            "5 vectors are crossed, but cross layer 0 goes from 24 down to 4 and up to 24, and the first one from 24",
+        ),
+        ("cross_candidates", {"tables": [torch.ones(6, 1)], "ids": [None]}, "dense layer has 8 outputs, but .* 24"),
+        ("cross_candidates", {"terms": [torch.ones(3, 6)] * 5}, "terms are 5 tensors, but of 2 cross layers .* 6"),
+        ("cross_candidates", {"terms": [torch.ones(3, 6)] * 6}, r"terms 1 is \[3, 6\], but native code reads \[3, 4\]"),
+        ("cross_candidates", {"num_tasks": 2}, "tasks are 2, but the last layer has 4"),
+        ("cross_candidates", {"num_candidates": torch.tensor([5])}, r"dense inputs is \[6, 1\], but .* reads \[5, 1\]"),
+        ("cross_history_candidates", {"num_candidates": torch.tensor([6])}, "state is of 3 requests, .* of 1"),
+        ("cross_history_candidates", {"num_heads": 4}, "state is of 2 layers, 2 heads, .* encoder has 2, 4, 8"),
     ],
 )
 def test_what_operators_cannot_read_is_refused(name: str, change: dict[str, Any], message: str) -> None:

@@ -1,3 +1,4 @@
+import ctypes
 import os
 import signal
 import threading
@@ -60,24 +61,64 @@ def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
 @given(
     st.lists(st.tuples(st.integers(0, 150), st.integers(1, 70)), min_size=1, max_size=4),
     st.sampled_from(["full", "causal"]),
-    st.integers(2, 9),
+    st.integers(1, 9),
+    st.booleans(),
     st.integers(0, 2**20),
 )
 @torch.inference_mode()
 def test_any_number_of_threads_computes_what_one_does(
-    sizes: list[tuple[int, int]], attention: Literal["full", "causal"], num_threads: int, seed: int
+    sizes: list[tuple[int, int]],
+    attention: Literal["full", "causal"],
+    num_threads: int,
+    beside_pytorch: bool,
+    seed: int,
 ) -> None:
-    encoder = NativeEncoder(AmortizedHistoryArch(16, 3, 2, history_attention=attention))
+    arch = AmortizedHistoryArch(16, 3, 2, history_attention=attention)
     with threads(1):
-        expected = outputs(encoder, sizes, seed)
+        expected = outputs(NativeEncoder(arch), sizes, seed)
     with threads(num_threads):
-        assert are_equal(outputs(encoder, sizes, seed), expected)
+        assert are_equal(outputs(NativeEncoder(arch, beside_pytorch=beside_pytorch), sizes, seed), expected)
 
 
 @needs_build
 @torch.inference_mode()
-def test_several_callers_at_once_compute_what_one_does() -> None:
-    encoder = NativeEncoder(AmortizedHistoryArch(16, 3, 2))
+def test_threads_of_pytorch_extend_a_history_as_one_does() -> None:
+    arch = AmortizedHistoryArch(16, 3, 2, history_attention="causal")
+    past, new = (JaggedTensor(torch.randn(count, 16), lengths=torch.tensor([count])) for count in (40, 100))
+    states = []
+    for num_threads, beside_pytorch in ((1, False), (3, True)):
+        encoder = NativeEncoder(arch, beside_pytorch=beside_pytorch)
+        with threads(num_threads):
+            states.append(encoder.extend_history(encoder.encode_history(past), new))
+    one, other = ([*state.keys, *state.values] for state in states)
+    assert are_equal(one, other)
+
+
+@needs_build
+def test_callers_inside_a_parallel_region_each_do_their_work_alone() -> None:
+    openmp = ctypes.CDLL(None)
+    if not hasattr(openmp, "GOMP_parallel"):
+        pytest.skip("PyTorch's threads are not OpenMP's")
+    encoder = NativeEncoder(AmortizedHistoryArch(16, 3, 2), beside_pytorch=True)
+    found = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def call(_: None) -> None:
+        with torch.inference_mode():
+            found.append(outputs(encoder, [(150, 70), (30, 40)], 0))
+
+    with threads(3):
+        call(None)
+        openmp.GOMP_parallel(call, None, 3, 0)
+    assert len(found) == 4
+    assert all(are_equal(one, found[0]) for one in found)
+
+
+@needs_build
+@torch.inference_mode()
+@pytest.mark.parametrize("beside_pytorch", [False, True])
+def test_several_callers_at_once_compute_what_one_does(beside_pytorch: bool) -> None:
+    encoder = NativeEncoder(AmortizedHistoryArch(16, 3, 2), beside_pytorch=beside_pytorch)
     sizes = [(150, 70), (30, 40)]
     with threads(1):
         expected = {seed: outputs(encoder, sizes, seed) for seed in range(6)}

@@ -272,14 +272,16 @@ class Workspace {
       const long inputs = head->num_dense_layers > 0 ? head->dense[0].inputs : 0;
       const long widest_input = most(head->over[0].inputs, inputs);
       reserve(&vectors, ((head->num_dense_layers > 0) + head->num_slots + (encoder != nullptr)) * head->dim);
-      reserve(&features, widest_input), reserve(&narrowed, widest_input);
+      const long rank = head->num_cross_layers > 0 ? head->cross[0].outputs : 0;
+      reserve(&features, widest_input), reserve(&narrowed, most(widest_input, rank));
       reserve(&layers[0], widest), reserve(&layers[1], widest);
+      reserve(&low_ranks, head->num_cross_layers * rank);
     }
   }
   size_t floats() const { return ROWS * (total_ + total_ % 2); }
 
   float *rows, *factor, *queries, *read, *hidden, *logits, *weights, *sums;
-  float *vectors, *features, *narrowed, *layers[2];
+  float *vectors, *features, *narrowed, *layers[2], *low_ranks;
 
  private:
   void reserve(float** tile, long rows) {
@@ -290,6 +292,22 @@ class Workspace {
   float* memory_;
   long total_ = 0;
 };
+
+// What becomes of pairs of rows: they go to a tile, or are added to it.
+template <int ROWS>
+inline auto save_to(float* tile) {
+  return [tile](long row, auto first, auto second) {
+    save(tile + row * ROWS, first);
+    save(tile + (row + 1) * ROWS, second);
+  };
+}
+template <int ROWS>
+inline auto add_to(float* tile) {
+  return [tile](long row, auto first, auto second) {
+    save(tile + row * ROWS, load<ROWS>(tile + row * ROWS) + first);
+    save(tile + (row + 1) * ROWS, load<ROWS>(tile + (row + 1) * ROWS) + second);
+  };
+}
 
 template <int ROWS, class Take>
 inline void norm(const float* tile, long dim, double epsilon, const float* weight, const float* bias,
@@ -324,10 +342,7 @@ void attend(Workspace<ROWS>& space, const float* queries, const T* keys, const T
     const long count = least(KEYS, end - begin);
     Row<ROWS> now_highest = highest;
     multiply<ROWS>(keys + begin * state.key_stride, state.key_stride, count, queries, head_dim,
-                   [&](long key, auto first, auto second) {
-                     save(space.logits + key * ROWS, first);
-                     save(space.logits + (key + 1) * ROWS, second);
-                   });
+                   save_to<ROWS>(space.logits));
     for (long key = 0; key < count; ++key) {
       float* logits = space.logits + key * ROWS;
       if (reach.is_causal)
@@ -364,10 +379,7 @@ void apply_layer(Workspace<ROWS>& space, const Encoder& encoder, const Layer& la
                  const Reach& reach) {
   const long dim = encoder.dim, head_dim = dim / encoder.heads;
   const auto as_factor = [&](long d, auto first, auto second) { Factor<T>::store(space.factor, d, first, second); };
-  const auto add = [&](long d, auto first, auto second) {
-    save(space.rows + d * ROWS, load<ROWS>(space.rows + d * ROWS) + first);
-    save(space.rows + (d + 1) * ROWS, load<ROWS>(space.rows + (d + 1) * ROWS) + second);
-  };
+  const auto add = add_to<ROWS>(space.rows);
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   norm<ROWS>(space.rows, dim, encoder.epsilon, layer.attention_norm_weight, layer.attention_norm_bias, as_factor);
   multiply<ROWS>(static_cast<const T*>(layer.query), dim, dim, space.factor, dim, [&](long d, auto first, auto second) {
@@ -503,22 +515,33 @@ void encode(const void* job, float* memory, Pieces& pieces) {
   }
 }
 
-// Layers one after the other, ReLU between them; the first one's bias is given if it has none of its own.
+// The product of a layer's weights with a tile, and a bias.
 template <int ROWS, class T, class Take>
-void feed_forward(Workspace<ROWS>& space, const Linear* layers, long num_layers, const float* first_bias,
+inline void apply_linear(const Linear& layer, const float* bias, const float* input, const Take& take) {
+  multiply<ROWS>(static_cast<const T*>(layer.weight), layer.inputs, layer.outputs, input, layer.inputs,
+                 [&](long row, auto first, auto second) { take(row, first + bias[row], second + bias[row + 1]); });
+}
+
+// Layers one after the other, ReLU between them. The first one has no bias of its own: one is given, and a tile that is
+// added to it, or null.
+template <int ROWS, class T, class Take>
+void feed_forward(Workspace<ROWS>& space, const Linear* layers, long num_layers, const float* bias, const float* added,
                   const float* input, const Take& take) {
   for (long i = 0; i < num_layers; ++i) {
-    const Linear& layer = layers[i];
-    const float* bias = layer.bias != nullptr ? layer.bias : first_bias;
-    const T* weight = static_cast<const T*>(layer.weight);
+    if (i > 0) bias = layers[i].bias, added = nullptr;
+    const auto sum = [&](long row, Row<ROWS> product) {
+      return added != nullptr ? product + load<ROWS>(added + row * ROWS) : product;
+    };
+    // Two products: with what is long at the end of either, sums do not stay in registers.
     if (i + 1 == num_layers) {
-      multiply<ROWS>(weight, layer.inputs, layer.outputs, input, layer.inputs,
-                     [&](long row, auto first, auto second) { take(row, first + bias[row], second + bias[row + 1]); });
+      apply_linear<ROWS, T>(layers[i], bias, input, [&](long row, auto first, auto second) {
+        take(row, sum(row, first), sum(row + 1, second));
+      });
     } else {
       float* output = space.layers[i % 2];
-      multiply<ROWS>(weight, layer.inputs, layer.outputs, input, layer.inputs, [&](long row, auto first, auto second) {
-        Factor<T>::store(output, row, maximum(same<ROWS>(0.0f), first + bias[row]),
-                         maximum(same<ROWS>(0.0f), second + bias[row + 1]));
+      apply_linear<ROWS, T>(layers[i], bias, input, [&](long row, auto first, auto second) {
+        Factor<T>::store(output, row, maximum(same<ROWS>(0.0f), sum(row, first)),
+                         maximum(same<ROWS>(0.0f), sum(row + 1, second)));
       });
       input = output;
     }
@@ -534,23 +557,17 @@ const float* narrow(const float* tile, long rows, float* narrowed) {
   return narrowed;
 }
 
-// Logits of the tile whose vectors, but the dense one, are in place.
-template <int ROWS, class T, class Take>
-void apply_head(Workspace<ROWS>& space, const Head& head, const Request& request, long num_vectors, const Take& take) {
+// Features are the dot products of the tile's vectors, after the dense one.
+template <int ROWS>
+void multiply_pairs(Workspace<ROWS>& space, const Head& head, const float* request_vectors, long num_vectors) {
   const long dim = head.dim;
   float* features = space.features;
   if (head.num_dense_layers > 0) {
-    const float* inputs = narrow<ROWS, T>(features, head.dense[0].inputs, space.narrowed);
-    feed_forward<ROWS, T>(space, head.dense, head.num_dense_layers, request.dense, inputs,
-                          [&](long d, auto first, auto second) {
-                            save(space.vectors + d * ROWS, maximum(same<ROWS>(0.0f), first));
-                            save(space.vectors + (d + 1) * ROWS, maximum(same<ROWS>(0.0f), second));
-                          });
     memcpy(features, space.vectors, sizeof(float) * dim * ROWS);
     features += dim * ROWS;
   }
   for (long one = 0; one < num_vectors; ++one, features += head.num_request_vectors * ROWS)
-    multiply<ROWS>(request.vectors, dim, head.num_request_vectors, space.vectors + one * dim * ROWS, dim,
+    multiply<ROWS>(request_vectors, dim, head.num_request_vectors, space.vectors + one * dim * ROWS, dim,
                    [&](long row, auto first, auto second) {
                      save(features + row * ROWS, first);
                      if (row + 1 < head.num_request_vectors) save(features + (row + 1) * ROWS, second);
@@ -564,8 +581,57 @@ void apply_head(Workspace<ROWS>& space, const Head& head, const Request& request
       save(features, sums[0] + sums[1]);
     }
   if (features < space.features + head.over[0].inputs * ROWS) save(features, same<ROWS>(0.0f));
-  const float* inputs = narrow<ROWS, T>(space.features, head.over[0].inputs, space.narrowed);
-  feed_forward<ROWS, T>(space, head.over, head.num_over_layers, request.first, inputs, take);
+}
+
+// Features are what the cross net makes of the tile's vectors; low ranks are those of all its layers.
+template <int ROWS, class T>
+void cross(Workspace<ROWS>& space, const Head& head, const Requests& requests, long request) {
+  const long size = head.over[0].inputs, rank = head.cross[0].outputs;
+  memcpy(space.features, space.vectors, sizeof(float) * size * ROWS);
+  float* low_rank = space.low_ranks;
+  for (long i = 0; i < head.num_cross_layers; ++i, low_rank += rank * ROWS) {
+    const Linear &down = head.cross[2 * i], &up = head.cross[2 * i + 1];
+    apply_linear<ROWS, T>(down, requests.constants[i] + request * rank,
+                          narrow<ROWS, T>(space.features, size, space.narrowed), save_to<ROWS>(low_rank));
+    if (i > 0)
+      multiply<ROWS>(requests.matrices[i] + request * rank * i * rank, i * rank, rank, space.low_ranks, i * rank,
+                     add_to<ROWS>(low_rank));
+    apply_linear<ROWS, T>(up, up.bias, narrow<ROWS, T>(low_rank, rank, space.narrowed),
+                          [&](long row, auto first, auto second) {
+                            add_to<ROWS>(space.features)(row, load<ROWS>(space.vectors + row * ROWS) * first,
+                                                         load<ROWS>(space.vectors + (row + 1) * ROWS) * second);
+                          });
+  }
+}
+
+// Logits of the tile whose vectors, but the dense one, are in place.
+template <int ROWS, class T, class Take>
+void apply_head(Workspace<ROWS>& space, const Head& head, const Requests& requests, long request, long num_vectors,
+                const Take& take) {
+  if (head.num_dense_layers > 0) {
+    const Linear& first = head.dense[0];
+    feed_forward<ROWS, T>(space, head.dense, head.num_dense_layers, requests.dense + request * first.outputs, nullptr,
+                          narrow<ROWS, T>(space.features, first.inputs, space.narrowed),
+                          [&](long d, auto one, auto other) {
+                            save(space.vectors + d * ROWS, maximum(same<ROWS>(0.0f), one));
+                            save(space.vectors + (d + 1) * ROWS, maximum(same<ROWS>(0.0f), other));
+                          });
+  }
+  const Linear& first = head.over[0];
+  const long depth = head.num_cross_layers;
+  float* added = nullptr;
+  if (depth > 0) {
+    cross<ROWS, T>(space, head, requests, request);
+    // The first layer after it writes to the other tile.
+    added = space.layers[1];
+    const long rows = depth * head.cross[0].outputs;
+    multiply<ROWS>(requests.matrices[depth] + request * first.outputs * rows, rows, first.outputs, space.low_ranks,
+                   rows, save_to<ROWS>(added));
+  } else {
+    multiply_pairs<ROWS>(space, head, requests.vectors + request * head.num_request_vectors * head.dim, num_vectors);
+  }
+  feed_forward<ROWS, T>(space, head.over, head.num_over_layers, requests.constants[depth] + request * first.outputs,
+                        added, narrow<ROWS, T>(space.features, first.inputs, space.narrowed), take);
 }
 
 // What the encoder makes of a tile of candidates, to `vectors`.
@@ -575,10 +641,7 @@ void encode_candidates(Workspace<ROWS>& space, const Encoder& encoder, const His
   for (long depth = 0; depth < encoder.num_layers; ++depth)
     apply_layer<ROWS, T>(space, encoder, encoder.layers[depth], state_of<T>(history, depth), reach);
   norm<ROWS>(space.rows, encoder.dim, encoder.epsilon, encoder.output_norm_weight, encoder.output_norm_bias,
-             [&](long d, auto first, auto second) {
-               save(vectors + d * ROWS, first);
-               save(vectors + (d + 1) * ROWS, second);
-             });
+             save_to<ROWS>(vectors));
 }
 
 template <int ROWS, class T>
@@ -610,7 +673,7 @@ void score(const void* job, float* memory, Pieces& pieces) {
       continue;
     }
     const long num_vectors = (vectors - space.vectors) / (head->dim * ROWS), num_tasks = head->num_tasks;
-    apply_head<ROWS, T>(space, *head, score.requests[request], num_vectors, [&](long task, auto one, auto other) {
+    apply_head<ROWS, T>(space, *head, score.requests, request, num_vectors, [&](long task, auto one, auto other) {
       float lanes[2][ROWS];
       save(lanes[0], one), save(lanes[1], other);
       for (long side = 0; side < 2 && task + side < num_tasks; ++side)
@@ -623,16 +686,16 @@ void score(const void* job, float* memory, Pieces& pieces) {
 }
 
 template <int ROWS, class T>
-void share_encode(const Encode& job, int num_threads) {
+void share_encode(const Encode& job, const Team& team) {
   const size_t floats = Workspace<ROWS>(job.encoder, nullptr, nullptr).floats();
   // After the last layer's keys and values nothing reads the events.
-  share(num_threads, job.num_places, 2 * job.encoder->num_layers - 1, floats, encode<ROWS, T>, &job);
+  share(team, job.num_places, 2 * job.encoder->num_layers - 1, floats, encode<ROWS, T>, &job);
 }
 
 template <int ROWS, class T>
-void share_score(const Score& job, int num_threads) {
+void share_score(const Score& job, const Team& team) {
   const size_t floats = Workspace<ROWS>(job.encoder, job.head, nullptr).floats();
-  share(num_threads, job.num_places, 1, floats, score<ROWS, T>, &job);
+  share(team, job.num_places, 1, floats, score<ROWS, T>, &job);
 }
 
 #if defined(__AVX512BF16__)
@@ -643,16 +706,16 @@ using Bfloat16 = float;  // never asked for: operators.cpp refuses it
 #endif
 
 // Calls with tiles of so many rows.
-#define WITH_ROWS(FUNCTION, TYPE)                      \
-  (rows == 8    ? FUNCTION<8, TYPE>(job, num_threads)  \
-   : rows == 16 ? FUNCTION<16, TYPE>(job, num_threads) \
-                : FUNCTION<MOST_ROWS, TYPE>(job, num_threads))
+#define WITH_ROWS(FUNCTION, TYPE)               \
+  (rows == 8    ? FUNCTION<8, TYPE>(job, team)  \
+   : rows == 16 ? FUNCTION<16, TYPE>(job, team) \
+                : FUNCTION<MOST_ROWS, TYPE>(job, team))
 
-void encode_rows(const Encode& job, int rows, bool is_bfloat16, int num_threads) {
+void encode_rows(const Encode& job, int rows, bool is_bfloat16, const Team& team) {
   is_bfloat16 ? WITH_ROWS(share_encode, Bfloat16) : WITH_ROWS(share_encode, float);
 }
 
-void score_rows(const Score& job, int rows, bool is_bfloat16, int num_threads) {
+void score_rows(const Score& job, int rows, bool is_bfloat16, const Team& team) {
   is_bfloat16 ? WITH_ROWS(share_score, Bfloat16) : WITH_ROWS(share_score, float);
 }
 

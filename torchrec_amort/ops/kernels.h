@@ -6,7 +6,7 @@
 //
 // Letters: N history events and C candidates, all requests together; n events of one request; D model dimension; H
 // heads of dimension K; F width of the feed-forward networks; L layers; R vectors of a request and U of a candidate
-// that a DLRM interacts; T tasks.
+// that a DLRM interacts; X = U D coordinates of a candidate; T tasks.
 
 #pragma once
 
@@ -44,17 +44,27 @@ struct Linear {
 };
 
 // All of a DLRM but its lookups and its encoder, for candidates; see heads.py. The last of the U vectors may come from
-// the encoder, and the first one is the dense one if there are dense layers; columns of the first layer of `over` are
-// for the dense vector, pairs of a candidate's and a request's vector, and pairs of two of a candidate's. What a
-// request adds to that layer is a head of its own, whose candidates are requests, without vectors of others.
+// the encoder, and the first one is the dense one if there are dense layers. They meet in a cross net, or in dot
+// products if that has no layers.
+//
+// Dot products: columns of the first layer of `over` are for the dense vector, pairs of a candidate's and a request's
+// vector, and pairs of two of a candidate's. What a request adds to that layer is a head of its own, whose candidates
+// are requests, without vectors of others.
+//
+// Cross net: `cross` has two matrices of each layer, down to its rank [K][X] and up again [X][K]; the first layer of
+// `over` reads all coordinates.
 struct Head {
-  int64_t dim, num_request_vectors, num_slots, num_dense_inputs, num_dense_layers, num_over_layers, num_tasks;
-  const Linear *dense, *over;
+  int64_t dim, num_request_vectors, num_slots, num_dense_inputs, num_dense_layers, num_cross_layers, num_over_layers,
+      num_tasks;
+  const Linear *dense, *cross, *over;
 };
 
-// What a request adds: to the first dense layer, vectors [R][D], to the first layer of `over`.
-struct Request {
-  const float *dense, *vectors, *first;
+// What requests add, one after the other: constants [W] to the first dense layer, vectors [R][D] to dot products, and,
+// to what each cross layer and then the first layer of `over` multiply with [O][X], constants [O] and the low ranks of
+// the layers before, through matrices [O][l K].
+struct Requests {
+  const float *dense, *vectors;
+  const float *const *constants, *const *matrices;
 };
 
 // Rows of embeddings of all candidates: those of a table by their ids, or one after the other if there are none.
@@ -100,7 +110,7 @@ struct Score {
   const float* dense;
   const Rows* slots;
   const History* histories;
-  const Request* requests;
+  Requests requests;
   const Place* places;
   int64_t num_places;
   float *scores, *interacted;
@@ -110,8 +120,8 @@ struct Score {
 struct Kernels {
   int most_rows;
   bool multiplies_bfloat16;
-  void (*encode)(const Encode& encode, int rows, bool is_bfloat16, int num_threads);
-  void (*score)(const Score& score, int rows, bool is_bfloat16, int num_threads);
+  void (*encode)(const Encode& encode, int rows, bool is_bfloat16, const Team& team);
+  void (*score)(const Score& score, int rows, bool is_bfloat16, const Team& team);
 };
 
 namespace avx2 {

@@ -4,15 +4,19 @@
 // value [L, 2 D, D], output [L, D, D], widen [L, F, D], narrow [L, D, F]; and in float32 the bias of widen [L, F], of
 // each layer the norms' weights and biases and the bias of narrow [L, 5, D], and those of the last norm [2, D].
 //
-// A head's layers are a list, dense ones and then those after the interaction: of each of both, a weight, and then
-// weight and bias of each that follows. The first one's bias is what a request adds. Layers have even numbers of inputs
-// and outputs; those that are too many are zero.
+// A head's layers are a list: dense ones, those of a cross net, and those after the interaction. Of the first and the
+// last it has a weight, and then weight and bias of each that follows; of each cross layer a weight down to its rank
+// [K, X], and weight and bias up again [X, K], [X]. A bias that is not there is what a request adds. Layers have even
+// numbers of inputs and outputs; those that are too many are zero.
 //
 // Rows of embeddings are a table [R, D], and ids if they are not all of its rows in turn. A state is keys
 // [L, H, n, K] and values [L, D, n + 1], whose last column is never a value; its requests' events stand one after the
 // other from a first one on. Letters are those of kernels.h, and B requests.
 //
 // No list is ever empty: what AOTInductor compiles hands on none that is.
+//
+// `beside_pytorch` is whether PyTorch's own operations come right before or after: its threads then share the work, see
+// threads.h.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -76,6 +80,7 @@ void limit_threads(int64_t most) {
 
 // PyTorch's choice, but no more than there are cores for.
 int64_t num_threads() { return std::min<int64_t>(at::get_num_threads(), most_threads); }
+Team team(bool beside_pytorch) { return {static_cast<int>(num_threads()), beside_pytorch}; }
 
 // What an error calls an argument, or one of a list.
 struct Name {
@@ -262,27 +267,53 @@ c10::SmallVector<Linear, 4> layers_of(TensorList weights, int64_t begin, int64_t
   return layers;
 }
 
-// What a dot head reads of requests or candidates: its weights, and the job of its kernel but for what requests add.
+// How many layers a head has of each kind but the last.
+struct Depth {
+  int64_t dense, cross;
+};
+
+// What a head reads of requests or candidates: its weights, and the job of its kernel but for what requests add.
 struct HeadJob {
-  HeadJob(TensorList layers, int64_t num_dense_layers, int64_t num_tasks, TensorList tables, const OptionalTensors& ids,
+  HeadJob(TensorList layers, Depth depth, int64_t num_tasks, TensorList tables, const OptionalTensors& ids,
           int64_t count, int64_t dim, int64_t num_request_vectors, const EncoderWeights* encoder) {
     const int64_t has_encoder = encoder != nullptr, num_slots = static_cast<int64_t>(tables.size()) - 1 - has_encoder;
-    const int64_t num_layers = layers.size(), num_of_dense = std::max<int64_t>(2 * num_dense_layers - 1, 0);
-    TORCH_CHECK_VALUE(num_dense_layers >= 0 && num_layers > num_of_dense && (num_layers - num_of_dense) % 2 == 1,
-                      "layers are ", num_layers, " tensors, not those of ", num_dense_layers, " dense layers and more");
+    const int64_t num_layers = layers.size(), num_of_dense = std::max<int64_t>(2 * depth.dense - 1, 0);
+    const int64_t num_before = num_of_dense + 3 * depth.cross;
+    TORCH_CHECK_VALUE(depth.dense >= 0 && num_layers > num_before && (num_layers - num_before) % 2 == 1, "layers are ",
+                      num_layers, " tensors, not those of ", depth.dense, " dense layers, ", depth.cross,
+                      " cross layers and more");
     TORCH_CHECK_VALUE(num_slots >= 0 && tables[0].dim() == 2, "tables are ", tables.size(),
                       ", not dense inputs, slots, and items for an encoder");
     dtype = layers[0].scalar_type();
-    dense = layers_of(layers, 0, num_of_dense, dtype), over = layers_of(layers, num_of_dense, num_layers, dtype);
+    dense = layers_of(layers, 0, num_of_dense, dtype), over = layers_of(layers, num_before, num_layers, dtype);
     const int64_t has_dense = !dense.empty(), num_inputs = tables[0].size(1);
     num_vectors = has_dense + num_slots + has_encoder;
-    const int64_t features = has_dense * dim + num_vectors * num_request_vectors + num_vectors * (num_vectors - 1) / 2;
+    for (int64_t i = num_of_dense; i < num_before; i += 3)
+      for (const Linear& layer : layers_of(layers, i, i + 3, dtype)) cross.push_back(layer);
+    if (depth.cross > 0) dim = cross.front().inputs / std::max<int64_t>(num_vectors, 1);
+    const int64_t num_pairs = num_vectors * num_request_vectors + num_vectors * (num_vectors - 1) / 2;
+    const int64_t features = depth.cross > 0 ? num_vectors * dim : has_dense * dim + num_pairs;
+    for (size_t i = 0; i < cross.size(); i += 2)
+      TORCH_CHECK_VALUE(
+          cross[i].inputs == features && cross[i].outputs == cross[0].outputs && cross[i + 1].outputs == features,
+          num_vectors, " vectors are crossed, but cross layer ", i / 2, " goes from ", cross[i].inputs, " down to ",
+          cross[i].outputs, " and up to ", cross[i + 1].outputs, ", and the first one from ", cross[0].inputs,
+          " down to ", cross[0].outputs);
     TORCH_CHECK_VALUE(over.front().inputs == features + features % 2, "vectors make ", features,
-                      " features, but the first layer after the dense ones has ", over.front().inputs);
+                      " features, but the first layer after the interaction has ", over.front().inputs);
     TORCH_CHECK_VALUE(over.back().outputs == num_tasks + num_tasks % 2, "tasks are ", num_tasks,
                       ", but the last layer has ", over.back().outputs);
-    head = {dim,       num_request_vectors, num_slots,  num_inputs, num_dense_layers, static_cast<int64_t>(over.size()),
-            num_tasks, dense.data(),        over.data()};
+    head = {dim,
+            num_request_vectors,
+            num_slots,
+            num_inputs,
+            depth.dense,
+            depth.cross,
+            static_cast<int64_t>(over.size()),
+            num_tasks,
+            dense.data(),
+            cross.data(),
+            over.data()};
     job.head = &head;
     if (has_dense) {
       TORCH_CHECK_VALUE(dense.front().inputs == num_inputs + num_inputs % 2, "dense inputs are ", num_inputs,
@@ -300,15 +331,15 @@ struct HeadJob {
   }
   HeadJob(const HeadJob&) = delete;
 
-  void run(const Counts& counts, const Request* requests, const Tensor& scores, float* interacted) {
+  void run(const Counts& counts, const Requests& requests, const Tensor& scores, float* interacted) {
     const Kernels& kernels = kernels_for(dtype);
     const Tiles tiles(counts, kernels);
     job.requests = requests, job.scores = scores.data_ptr<float>(), job.interacted = interacted;
     job.places = tiles.places.data(), job.num_places = tiles.places.size();
-    kernels.score(job, tiles.rows, dtype == at::kBFloat16, num_threads());
+    kernels.score(job, tiles.rows, dtype == at::kBFloat16, team(false));
   }
 
-  c10::SmallVector<Linear, 4> dense, over;
+  c10::SmallVector<Linear, 4> dense, cross, over;
   std::vector<Rows> rows;
   int64_t num_vectors;
   ScalarType dtype;
@@ -317,7 +348,7 @@ struct HeadJob {
 };
 
 void encode(const EncoderWeights& weights, TensorList tables, const OptionalTensors& ids, const Counts& added,
-            const std::vector<History>& histories) {
+            const std::vector<History>& histories, bool beside_pytorch) {
   const Kernels& kernels = kernels_for(weights.dtype);
   const int64_t dim = weights.encoder.dim;
   const std::vector<Rows> terms = all_rows(tables, ids, 0, "events", sum(added), dim);
@@ -331,11 +362,12 @@ void encode(const EncoderWeights& weights, TensorList tables, const OptionalTens
                       tiles.places.data(),
                       static_cast<int64_t>(tiles.places.size()),
                       static_cast<float*>(memory.get())};
-  kernels.encode(job, tiles.rows, weights.dtype == at::kBFloat16, num_threads());
+  kernels.encode(job, tiles.rows, weights.dtype == at::kBFloat16, team(beside_pytorch));
 }
 
 std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads, bool is_causal, double epsilon,
-                                          TensorList tables, const OptionalTensors& ids, const Tensor& lengths) {
+                                          TensorList tables, const OptionalTensors& ids, const Tensor& lengths,
+                                          bool beside_pytorch) {
   const EncoderWeights weights(encoder, num_heads, epsilon, is_causal);
   const Encoder& of = weights.encoder;
   const Counts added = counts(lengths, {"lengths"});
@@ -345,7 +377,7 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
   Tensor values = at::empty({of.num_layers, of.dim, num_events + 1}, options);
   std::vector<History> histories;
   append_histories(histories, keys, values, 0, Counts(added.size()), added, weights);
-  encode(weights, tables, ids, added, histories);
+  encode(weights, tables, ids, added, histories, beside_pytorch);
   // Products of pairs read one event beyond the last, times zero: it must be finite.
   const int64_t size = values.itemsize();
   for (int64_t row = 1; row <= of.num_layers * of.dim; ++row)
@@ -355,19 +387,19 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
 
 void extend_history(TensorList encoder, int64_t num_heads, double epsilon, TensorList tables,
                     const OptionalTensors& ids, const Tensor& lengths, const Tensor& past, Tensor& keys, Tensor& values,
-                    int64_t start) {
+                    int64_t start, bool beside_pytorch) {
   const EncoderWeights weights(encoder, num_heads, epsilon, true);
   const Counts added = counts(lengths, {"lengths"}), before = counts(past, {"past"});
   TORCH_CHECK_VALUE(added.size() == before.size(), "lengths are of ", added.size(), " requests, past of ",
                     before.size());
   std::vector<History> histories;
   append_histories(histories, keys, values, start, before, added, weights);
-  encode(weights, tables, ids, added, histories);
+  encode(weights, tables, ids, added, histories, beside_pytorch);
 }
 
 Tensor score_candidates(TensorList encoder, int64_t num_heads, double epsilon, TensorList keys, TensorList values,
                         IntArrayRef starts, TensorList lengths, const Tensor& items, const std::optional<Tensor>& ids,
-                        const Tensor& num_candidates) {
+                        const Tensor& num_candidates, bool beside_pytorch) {
   const EncoderWeights weights(encoder, num_heads, epsilon);
   const Kernels& kernels = kernels_for(weights.dtype);
   const Counts candidates = counts(num_candidates, {"num_candidates"});
@@ -379,7 +411,7 @@ Tensor score_candidates(TensorList encoder, int64_t num_heads, double epsilon, T
   job.places = tiles.places.data(), job.num_places = tiles.places.size();
   Tensor vectors = at::empty({sum(candidates), weights.encoder.dim}, at::kFloat);
   job.scores = vectors.data_ptr<float>();
-  kernels.score(job, tiles.rows, weights.dtype == at::kBFloat16, num_threads());
+  kernels.score(job, tiles.rows, weights.dtype == at::kBFloat16, team(beside_pytorch));
   return vectors;
 }
 
@@ -387,36 +419,56 @@ std::tuple<Tensor, Tensor> dot_request(TensorList layers, int64_t num_dense_laye
                                        const Tensor& over_bias, int64_t dim, TensorList tables,
                                        const OptionalTensors& ids) {
   const int64_t num_requests = tables.empty() || tables[0].dim() == 0 ? 0 : tables[0].size(0);
-  HeadJob job(layers, num_dense_layers, over_bias.numel(), tables, ids, num_requests, dim, 0, nullptr);
+  HeadJob job(layers, {num_dense_layers, 0}, over_bias.numel(), tables, ids, num_requests, dim, 0, nullptr);
   TORCH_CHECK_VALUE(job.over.size() == 1, "after the dense layers there are ", job.over.size(), ", not 1");
-  Request request{};
-  request.first = floats(over_bias, {"over_bias"}, {job.over.front().outputs});
-  if (num_dense_layers > 0) request.dense = floats(dense_bias, {"dense_bias"}, {job.dense.front().outputs});
+  const float* constant = floats(over_bias, {"over_bias"}, {job.over.front().outputs});
+  Requests requests{};
+  requests.constants = &constant;
+  if (num_dense_layers > 0) requests.dense = floats(dense_bias, {"dense_bias"}, {job.dense.front().outputs});
   Tensor first = at::empty({num_requests, over_bias.numel()}, at::kFloat);
   Tensor vectors = at::empty({num_requests, job.num_vectors, dim}, at::kFloat);
-  job.run({num_requests}, &request, first, vectors.data_ptr<float>());
+  job.run({num_requests}, requests, first, vectors.data_ptr<float>());
   return {first, vectors};
 }
 
 // Logits of candidates; `job` has what is read of them.
-Tensor logits_of(HeadJob& job, const Counts& candidates, const Tensor& dense_term, const Tensor& first_term,
-                 const Tensor& vectors) {
-  const int64_t num_requests = candidates.size(), of_request = job.head.num_request_vectors * job.head.dim;
-  const int64_t first_width = job.over.front().outputs;
-  const float* first_terms = floats(first_term, {"first_term"}, {num_requests, first_width});
-  const float* all_vectors = floats(vectors, {"vectors"}, {num_requests, job.head.num_request_vectors, job.head.dim});
-  int64_t dense_width = 0;
-  const float* dense_terms = nullptr;
-  if (!job.dense.empty()) {
-    dense_width = job.dense.front().outputs;
-    dense_terms = floats(dense_term, {"dense_term"}, {num_requests, dense_width});
-  }
-  std::vector<Request> requests;
-  for (int64_t i = 0; i < num_requests; ++i)
-    requests.push_back({dense_terms + i * dense_width, all_vectors + i * of_request, first_terms + i * first_width});
+Tensor logits_of(HeadJob& job, const Counts& candidates, const Tensor& dense_term, Name name, Requests requests) {
+  if (!job.dense.empty())
+    requests.dense = floats(dense_term, name, {static_cast<int64_t>(candidates.size()), job.dense.front().outputs});
   Tensor logits = at::empty({sum(candidates), job.head.num_tasks}, at::kFloat);
-  job.run(candidates, requests.data(), logits, nullptr);
+  job.run(candidates, requests, logits, nullptr);
   return logits;
+}
+
+Tensor dot_logits(HeadJob& job, const Counts& candidates, const Tensor& dense_term, const Tensor& first_term,
+                  const Tensor& vectors) {
+  const int64_t num_requests = candidates.size();
+  const float* constant = floats(first_term, {"first_term"}, {num_requests, job.over.front().outputs});
+  Requests requests{};
+  requests.vectors = floats(vectors, {"vectors"}, {num_requests, job.head.num_request_vectors, job.head.dim});
+  requests.constants = &constant;
+  return logits_of(job, candidates, dense_term, {"dense_term"}, requests);
+}
+
+Tensor cross_logits(HeadJob& job, const Counts& candidates, TensorList terms) {
+  const int64_t num_requests = candidates.size(), num_layers = job.head.num_cross_layers;
+  const int64_t num_terms = terms.size(), rank = job.cross.front().outputs;
+  TORCH_CHECK_VALUE(num_terms == 2 * num_layers + 2, "terms are ", num_terms, " tensors, but of ", num_layers,
+                    " cross layers native code reads ", 2 * num_layers + 2);
+  c10::SmallVector<const float*, 4> constants, matrices;
+  for (int64_t i = 0; i <= num_layers; ++i) {
+    const int64_t outputs = i < num_layers ? rank : job.over.front().outputs, place = i == 0 ? 1 : 2 * i;
+    constants.push_back(floats(terms[place], {"terms", place}, {num_requests, outputs}));
+    // The first layer reads no low ranks.
+    matrices.push_back(i == 0 ? nullptr
+                              : floats(terms[place + 1], {"terms", place + 1}, {num_requests, outputs, i * rank}));
+  }
+  return logits_of(job, candidates, terms[0], {"terms", 0}, {nullptr, nullptr, constants.data(), matrices.data()});
+}
+
+Depth with_cross_net(int64_t num_dense_layers, int64_t num_cross_layers) {
+  TORCH_CHECK_VALUE(num_cross_layers >= 1, "cross layers are ", num_cross_layers, ", and there is one at least");
+  return {num_dense_layers, num_cross_layers};
 }
 
 Tensor dot_candidates(TensorList layers, int64_t num_dense_layers, int64_t num_tasks, const Tensor& dense_term,
@@ -424,9 +476,9 @@ Tensor dot_candidates(TensorList layers, int64_t num_dense_layers, int64_t num_t
                       const Tensor& num_candidates) {
   const Counts candidates = counts(num_candidates, {"num_candidates"});
   TORCH_CHECK_VALUE(vectors.dim() == 3, "vectors are ", vectors.sizes(), ", not [requests, vectors, dim]");
-  HeadJob job(layers, num_dense_layers, num_tasks, tables, ids, sum(candidates), vectors.size(2), vectors.size(1),
+  HeadJob job(layers, {num_dense_layers, 0}, num_tasks, tables, ids, sum(candidates), vectors.size(2), vectors.size(1),
               nullptr);
-  return logits_of(job, candidates, dense_term, first_term, vectors);
+  return dot_logits(job, candidates, dense_term, first_term, vectors);
 }
 
 Tensor dot_history_candidates(TensorList layers, int64_t num_dense_layers, int64_t num_tasks, const Tensor& dense_term,
@@ -437,11 +489,32 @@ Tensor dot_history_candidates(TensorList layers, int64_t num_dense_layers, int64
   const Counts candidates = counts(num_candidates, {"num_candidates"});
   TORCH_CHECK_VALUE(vectors.dim() == 3, "vectors are ", vectors.sizes(), ", not [requests, vectors, dim]");
   const EncoderWeights weights(encoder, num_heads, epsilon);
-  HeadJob job(layers, num_dense_layers, num_tasks, tables, ids, sum(candidates), vectors.size(2), vectors.size(1),
+  HeadJob job(layers, {num_dense_layers, 0}, num_tasks, tables, ids, sum(candidates), vectors.size(2), vectors.size(1),
               &weights);
   const auto histories = histories_of(keys, values, starts, lengths, candidates.size(), weights);
   job.job.histories = histories.data();
-  return logits_of(job, candidates, dense_term, first_term, vectors);
+  return dot_logits(job, candidates, dense_term, first_term, vectors);
+}
+
+Tensor cross_candidates(TensorList layers, int64_t num_dense_layers, int64_t num_cross_layers, int64_t num_tasks,
+                        TensorList terms, TensorList tables, const OptionalTensors& ids, const Tensor& num_candidates) {
+  const Counts candidates = counts(num_candidates, {"num_candidates"});
+  HeadJob job(layers, with_cross_net(num_dense_layers, num_cross_layers), num_tasks, tables, ids, sum(candidates), 0, 0,
+              nullptr);
+  return cross_logits(job, candidates, terms);
+}
+
+Tensor cross_history_candidates(TensorList layers, int64_t num_dense_layers, int64_t num_cross_layers,
+                                int64_t num_tasks, TensorList terms, TensorList tables, const OptionalTensors& ids,
+                                const Tensor& num_candidates, TensorList encoder, int64_t num_heads, double epsilon,
+                                TensorList keys, TensorList values, IntArrayRef starts, TensorList lengths) {
+  const Counts candidates = counts(num_candidates, {"num_candidates"});
+  const EncoderWeights weights(encoder, num_heads, epsilon);
+  HeadJob job(layers, with_cross_net(num_dense_layers, num_cross_layers), num_tasks, tables, ids, sum(candidates), 0, 0,
+              &weights);
+  const auto histories = histories_of(keys, values, starts, lengths, candidates.size(), weights);
+  job.job.histories = histories.data();
+  return cross_logits(job, candidates, terms);
 }
 
 // What torch.export and the like ask instead of computing: shapes and types.
@@ -456,7 +529,7 @@ Tensor empty(c10::SymIntArrayRef shape, const Tensor& like, ScalarType dtype) {
 }
 
 std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads, bool, double, TensorList tables,
-                                          const OptionalTensors& ids, const Tensor&) {
+                                          const OptionalTensors& ids, const Tensor&, bool) {
   const Tensor& widen = encoder[3];
   const auto depth = widen.sym_size(0), dim = widen.sym_size(2), num_events = num_rows(tables[0], ids.get(0));
   return {empty({depth, num_heads, num_events, dim / num_heads}, widen, widen.scalar_type()),
@@ -464,10 +537,10 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
 }
 
 void extend_history(TensorList, int64_t, double, TensorList, const OptionalTensors&, const Tensor&, const Tensor&,
-                    Tensor&, Tensor&, int64_t) {}
+                    Tensor&, Tensor&, int64_t, bool) {}
 
 Tensor score_candidates(TensorList encoder, int64_t, double, TensorList, TensorList, IntArrayRef, TensorList,
-                        const Tensor& items, const std::optional<Tensor>& ids, const Tensor&) {
+                        const Tensor& items, const std::optional<Tensor>& ids, const Tensor&, bool) {
   return empty({num_rows(items, ids), encoder[3].sym_size(2)}, items, at::kFloat);
 }
 
@@ -489,6 +562,17 @@ Tensor dot_history_candidates(TensorList, int64_t, int64_t num_tasks, const Tens
   return empty({tables[0].sym_size(0), num_tasks}, tables[0], at::kFloat);
 }
 
+Tensor cross_candidates(TensorList, int64_t, int64_t, int64_t num_tasks, TensorList, TensorList tables,
+                        const OptionalTensors&, const Tensor&) {
+  return empty({tables[0].sym_size(0), num_tasks}, tables[0], at::kFloat);
+}
+
+Tensor cross_history_candidates(TensorList, int64_t, int64_t, int64_t num_tasks, TensorList, TensorList tables,
+                                const OptionalTensors&, const Tensor&, TensorList, int64_t, double, TensorList,
+                                TensorList, IntArrayRef, TensorList) {
+  return empty({tables[0].sym_size(0), num_tasks}, tables[0], at::kFloat);
+}
+
 }  // namespace fake
 
 }  // namespace
@@ -497,15 +581,15 @@ TORCH_LIBRARY(torchrec_amort, library) {
   // Phase one of histories whose events are sums of rows of each table.
   library.def(
       "encode_history(Tensor[] encoder, int num_heads, bool is_causal, float epsilon, Tensor[] tables, Tensor?[] ids, "
-      "Tensor lengths) -> (Tensor keys, Tensor values)");
+      "Tensor lengths, bool beside_pytorch) -> (Tensor keys, Tensor values)");
   // Phase one of the events that follow `past` others of each request, causal, into the memory after these.
   library.def(
       "extend_history(Tensor[] encoder, int num_heads, float epsilon, Tensor[] tables, Tensor?[] ids, Tensor lengths, "
-      "Tensor past, Tensor(a!) keys, Tensor(b!) values, int start) -> ()");
+      "Tensor past, Tensor(a!) keys, Tensor(b!) values, int start, bool beside_pytorch) -> ()");
   // Phase two of the encoder: vectors [C, D]. States of some of the requests each stand in the candidates' order.
   library.def(
       "score_candidates(Tensor[] encoder, int num_heads, float epsilon, Tensor[] keys, Tensor[] values, int[] starts, "
-      "Tensor[] lengths, Tensor items, Tensor? ids, Tensor num_candidates) -> Tensor");
+      "Tensor[] lengths, Tensor items, Tensor? ids, Tensor num_candidates, bool beside_pytorch) -> Tensor");
   // Phase one of a dot head: what requests add to the first layer after the dense ones, and their vectors [B, R, D].
   // Tables are dense inputs [B, I], and of each slot.
   library.def(
@@ -520,6 +604,17 @@ TORCH_LIBRARY(torchrec_amort, library) {
       "dot_history_candidates(Tensor[] layers, int num_dense_layers, int num_tasks, Tensor dense_term, "
       "Tensor first_term, Tensor vectors, Tensor[] tables, Tensor?[] ids, Tensor num_candidates, Tensor[] encoder, "
       "int num_heads, float epsilon, Tensor[] keys, Tensor[] values, int[] starts, Tensor[] lengths) -> Tensor");
+  // Phase two of a head with a low-rank cross net: logits [C, T]. Terms are what requests add: to the first dense layer
+  // [B, W], to the cross layers' low ranks [B, K], and to the first layer after them [B, O]; each but the first two is
+  // followed by a matrix [B, K or O, l K] for the low ranks of the l cross layers before.
+  library.def(
+      "cross_candidates(Tensor[] layers, int num_dense_layers, int num_cross_layers, int num_tasks, Tensor[] terms, "
+      "Tensor[] tables, Tensor?[] ids, Tensor num_candidates) -> Tensor");
+  // The same, and that of the encoder, which makes the last vector of each candidate from a row of the last table.
+  library.def(
+      "cross_history_candidates(Tensor[] layers, int num_dense_layers, int num_cross_layers, int num_tasks, "
+      "Tensor[] terms, Tensor[] tables, Tensor?[] ids, Tensor num_candidates, Tensor[] encoder, int num_heads, "
+      "float epsilon, Tensor[] keys, Tensor[] values, int[] starts, Tensor[] lengths) -> Tensor");
   library.def("multiplies(ScalarType dtype) -> bool", multiplies);
   library.def("limit_threads(int most) -> ()", limit_threads);
   library.def("num_threads() -> int", num_threads);
@@ -532,6 +627,8 @@ TORCH_LIBRARY_IMPL(torchrec_amort, CPU, library) {
   library.impl("dot_request", dot_request);
   library.impl("dot_candidates", dot_candidates);
   library.impl("dot_history_candidates", dot_history_candidates);
+  library.impl("cross_candidates", cross_candidates);
+  library.impl("cross_history_candidates", cross_history_candidates);
 }
 
 TORCH_LIBRARY_IMPL(torchrec_amort, Meta, library) {
@@ -541,6 +638,8 @@ TORCH_LIBRARY_IMPL(torchrec_amort, Meta, library) {
   library.impl("dot_request", fake::dot_request);
   library.impl("dot_candidates", fake::dot_candidates);
   library.impl("dot_history_candidates", fake::dot_history_candidates);
+  library.impl("cross_candidates", fake::cross_candidates);
+  library.impl("cross_history_candidates", fake::cross_history_candidates);
 }
 
 }  // namespace torchrec_amort

@@ -4,9 +4,12 @@
 // a helper that the scheduler leaves waiting has taken none, and nobody waits for it: when no piece is left, the call
 // closes. What has to be waited for is a helper that lost its core amid a piece. Where that costs more than helpers
 // save, the governor makes calls alone for a while. All waiting spins for a while and then sleeps.
+//
+// Between operations of PyTorch its team shares a call instead, as many of its threads as come.
 
 #include "threads.h"
 
+#include <ATen/Parallel.h>
 #include <pthread.h>
 #include <signal.h>
 #include <time.h>
@@ -239,8 +242,9 @@ class Pool {
     return *pool.load();
   }
 
-  void share(int num_threads, size_t count, size_t phases, const Job& job) {
-    const int seats = std::min<size_t>({static_cast<size_t>(std::max(num_threads, 1)), count, Call::MOST_SEATS}) - 1;
+  void share(const Team& team, size_t count, size_t phases, const Job& job) {
+    const int most = std::max(team.num_threads, 1);
+    const int seats = std::min<size_t>({static_cast<size_t>(most), count, Call::MOST_SEATS}) - 1;
     float* memory = scratch(job.floats);
     if (memory == nullptr) throw std::bad_alloc();
     const auto work_alone = [&] {
@@ -248,6 +252,13 @@ class Pool {
       job.work(job.job, memory, pieces);
     };
     if (seats <= 0) return work_alone();
+    if (team.is_of_pytorch) {
+      Call call;
+      call.open(count, phases, 0, job);
+      // Threads that come late find nothing to do, and where none comes the caller does all.
+      at::parallel_for(0, seats + 1, 1, [&](int64_t, int64_t) { take_part(call); });
+      return;
+    }
     const Clock::time_point begin = Clock::now();
     Call* call = governor_.lets_help() ? reserve() : nullptr;
     if (call == nullptr) {
@@ -257,8 +268,7 @@ class Pool {
     call->open(count, phases, seats, job);
     need(seats);
     tell(*call);
-    for (run(*call); !call->has_taken_all(); run(*call))
-      wait([call] { return call->can_take() || call->has_taken_all(); });
+    take_part(*call);
     call->close();
     wait([call] { return call->is_empty(); });
     const double work = call->work();
@@ -286,6 +296,11 @@ class Pool {
 
   void run(Call& call) {
     call.run([&] { tell(call); });
+  }
+
+  // Until all pieces are taken.
+  void take_part(Call& call) {
+    for (run(call); !call.has_taken_all(); run(call)) wait([&] { return call.can_take() || call.has_taken_all(); });
   }
 
   Call* reserve() {
@@ -382,8 +397,8 @@ class Pool {
 
 }  // namespace
 
-void share(int num_threads, size_t count, size_t phases, size_t floats, Work work, const void* job) {
-  Pool::of_process().share(num_threads, count, phases, {work, job, floats});
+void share(const Team& team, size_t count, size_t phases, size_t floats, Work work, const void* job) {
+  Pool::of_process().share(team, count, phases, {work, job, floats});
 }
 
 }  // namespace torchrec_amort

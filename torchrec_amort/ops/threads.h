@@ -24,8 +24,16 @@ class Pieces {
 // Does pieces until none is left, in memory of the thread's own. It must not throw: helpers have nobody to tell.
 using Work = void (*)(const void* job, float* memory, Pieces& pieces);
 
+// Who shares a call's work: so many threads at most, the caller among them. The others are helpers of our own, or those
+// of PyTorch's operations: these stay awake for a while after each operation, and helpers would get half a core beside
+// them.
+struct Team {
+  int num_threads;
+  bool is_of_pytorch;
+};
+
 // Calls `work` in each thread that comes, the caller's among them, for `count` pieces of each phase; all of a phase are
 // done before the next begins. Each thread has memory of so many floats, the caller's before anything has begun.
-void share(int num_threads, size_t count, size_t phases, size_t floats, Work work, const void* job);
+void share(const Team& team, size_t count, size_t phases, size_t floats, Work work, const void* job);
 
 }  // namespace torchrec_amort

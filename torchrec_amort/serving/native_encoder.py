@@ -171,6 +171,8 @@ class NativeEncoder(AmortizableEncoder):
     Args:
         arch: on a CPU.
         dtype: of weights, keys and values; sums and what passes from layer to layer are float32 in either case.
+        beside_pytorch: whether PyTorch computes right before or after, as with a head in PyTorch. Its threads then
+            share the work: they stay awake between operations, and others would share cores with them.
 
     Raises:
         ValueError: `why_not_native` tells why.
@@ -181,7 +183,9 @@ class NativeEncoder(AmortizableEncoder):
         vectors_CD = encoder.score_candidates(encoder.encode_history(history), candidates)
     """
 
-    def __init__(self, arch: AmortizedHistoryArch, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, arch: AmortizedHistoryArch, dtype: torch.dtype = torch.float32, *, beside_pytorch: bool = False
+    ) -> None:
         if reason := why_not_native(arch, dtype):
             raise ValueError(f"no native encoder: {reason}")
         super().__init__(arch.embedding_dim, arch.num_slots)
@@ -189,6 +193,7 @@ class NativeEncoder(AmortizableEncoder):
         self.num_heads = arch.embedding_dim // arch.head_dim
         self.epsilon = arch.output_norm.eps
         self.vectors = arch.vectors
+        self._beside_pytorch = beside_pytorch
         self._is_causal = arch.is_causal
         # In the order of operators.cpp.
         layers = [_weights_of(layer) for layer in arch.layers]
@@ -224,7 +229,13 @@ class NativeEncoder(AmortizableEncoder):
         """
         lengths_B = lengths_B.to(torch.int64, copy=True)
         keys, values = torch.ops.torchrec_amort.encode_history(
-            self.weights(), self.num_heads, self._is_causal, self.epsilon, *of_each(terms), lengths_B
+            self.weights(),
+            self.num_heads,
+            self._is_causal,
+            self.epsilon,
+            *of_each(terms),
+            lengths_B,
+            self._beside_pytorch,
         )
         return NativeState.of_tensors(keys, values, lengths_B)
 
@@ -253,6 +264,7 @@ class NativeEncoder(AmortizableEncoder):
             longer.room.keys,
             longer.room.values,
             longer.start,
+            self._beside_pytorch,
         )
         return longer
 
@@ -264,7 +276,14 @@ class NativeEncoder(AmortizableEncoder):
         """Phase two, the requests' states not put together; see `AmortizableEncoder.score_states`."""
         num_candidates_B, items = candidates.lengths(), _whole(candidates.values())
         vectors_CD: Tensor = torch.ops.torchrec_amort.score_candidates(
-            self.weights(), self.num_heads, self.epsilon, *self.of_states(states), items.table, None, num_candidates_B
+            self.weights(),
+            self.num_heads,
+            self.epsilon,
+            *self.of_states(states),
+            items.table,
+            None,
+            num_candidates_B,
+            self._beside_pytorch,
         )
         return self.vectors(vectors_CD)
 
