@@ -2,10 +2,11 @@
 //
 //   score_package PACKAGE INPUTS OUTPUT [OPERATORS]
 //
-// INPUTS is a dict of float32 tensors as torch.save writes it, the embeddings and dense inputs of one request with n
-// events and m candidates: `events` [E, n, D], `request_dense` [1, I_r], `request_slots` [1, F_r, D],
-// `candidate_items` [m, D], `candidate_dense` [m, I_c], `candidate_slots` [m, F_c, D]; n and m at least 1. OUTPUT gets
-// the logits [m, T], row by row, as float32. A service keeps the history's state from one request to the next, and
+// INPUTS is a dict of lists of float32 tensors as torch.save writes it, the embeddings and dense inputs of one request
+// with n events of each history and m candidates, in the order of the package's manifest: `events_0` and so on, [n, W]
+// of each feature of a history's events, `request_dense`, [1, I_r] alone, `request_bags`, [1, W] each, `candidate_dense`,
+// [m, I_c] alone, `candidate_bags`, [m, W] each, and `items`, [m, W] of each history; n and m at least 1. OUTPUT gets the
+// logits [m, T], row by row, as float32. A service keeps the history's state from one request to the next, and
 // looks the embeddings up itself: the tables are in tables.pt. OPERATORS is the library that the package's manifest
 // names, from the folder torchrec_amort/ops of an install with this torch.
 
@@ -37,18 +38,26 @@ int main(int count, char** arguments) try {
   if (count == 5 && dlopen(arguments[4], RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
   const c10::InferenceMode inference;
   const std::string package = arguments[1];
-  Loader history(package + "/history.pt2"), request(package + "/request.pt2"), candidates(package + "/candidates.pt2");
+  const auto has = [&](const std::string& program) { return std::ifstream(package + "/" + program).good(); };
   const auto inputs = read_inputs(arguments[2]);
-  const auto input = [&](const char* name) { return inputs.at(name).toTensor(); };
+  Tensors given;
+  const auto give = [&](const Tensors& tensors) { given.insert(given.end(), tensors.begin(), tensors.end()); };
+  const auto input = [&](const std::string& name) {
+    Tensors tensors;
+    for (const c10::IValue& tensor : inputs.at(name).toListRef()) tensors.push_back(tensor.toTensor());
+    return tensors;
+  };
 
   // Phase one, once per request.
-  const Tensors state = history.run({input("events")});
-  const Tensors terms = request.run({input("request_dense"), input("request_slots")});
+  for (int place = 0; has("history_" + std::to_string(place) + ".pt2"); ++place)
+    give(Loader(package + "/history_" + std::to_string(place) + ".pt2").run(input("events_" + std::to_string(place))));
+  Tensors of_request = input("request_dense");
+  for (const at::Tensor& bag : input("request_bags")) of_request.push_back(bag);
+  give(has("request.pt2") ? Loader(package + "/request.pt2").run(of_request) : of_request);
 
   // Phase two.
-  Tensors given = state;
-  given.insert(given.end(), terms.begin(), terms.end());
-  for (const char* name : {"candidate_items", "candidate_dense", "candidate_slots"}) given.push_back(input(name));
+  Loader candidates(package + "/candidates.pt2");
+  for (const char* name : {"candidate_dense", "candidate_bags", "items"}) give(input(name));
   std::vector<double> milliseconds;
   at::Tensor logits;
   for (int turn = 0; turn < 20; ++turn) {

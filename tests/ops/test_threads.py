@@ -25,6 +25,11 @@ needs_build = pytest.mark.skipif(
 )
 
 
+def encoder_of(arch: AmortizedHistoryArch, beside_pytorch: bool) -> NativeEncoder:
+    encoder = NativeEncoder(arch)
+    return encoder.beside_pytorch() if beside_pytorch else encoder
+
+
 @contextmanager
 def limit(most: int) -> Iterator[None]:
     """Native code has cores for so many threads."""
@@ -77,7 +82,7 @@ def test_any_number_of_threads_computes_what_one_does(
     with threads(1):
         expected = outputs(NativeEncoder(arch), sizes, seed)
     with threads(num_threads):
-        assert are_equal(outputs(NativeEncoder(arch, beside_pytorch=beside_pytorch), sizes, seed), expected)
+        assert are_equal(outputs(encoder_of(arch, beside_pytorch), sizes, seed), expected)
 
 
 @needs_build
@@ -87,7 +92,7 @@ def test_threads_of_pytorch_extend_a_history_as_one_does() -> None:
     past, new = (JaggedTensor(torch.randn(count, 16), lengths=torch.tensor([count])) for count in (40, 100))
     states = []
     for num_threads, beside_pytorch in ((1, False), (3, True)):
-        encoder = NativeEncoder(arch, beside_pytorch=beside_pytorch)
+        encoder = encoder_of(arch, beside_pytorch)
         with threads(num_threads):
             states.append(encoder.extend_history(encoder.encode_history(past), new))
     one, other = ([*state.keys, *state.values] for state in states)
@@ -99,7 +104,7 @@ def test_callers_inside_a_parallel_region_each_do_their_work_alone() -> None:
     openmp = ctypes.CDLL(None)
     if not hasattr(openmp, "GOMP_parallel"):
         pytest.skip("PyTorch's threads are not OpenMP's")
-    encoder = NativeEncoder(AmortizedHistoryArch(16, 3, 2), beside_pytorch=True)
+    encoder = encoder_of(AmortizedHistoryArch(16, 3, 2), True)
     found = []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -118,7 +123,7 @@ def test_callers_inside_a_parallel_region_each_do_their_work_alone() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("beside_pytorch", [False, True])
 def test_several_callers_at_once_compute_what_one_does(beside_pytorch: bool) -> None:
-    encoder = NativeEncoder(AmortizedHistoryArch(16, 3, 2), beside_pytorch=beside_pytorch)
+    encoder = encoder_of(AmortizedHistoryArch(16, 3, 2), beside_pytorch)
     sizes = [(150, 70), (30, 40)]
     with threads(1):
         expected = {seed: outputs(encoder, sizes, seed) for seed in range(6)}

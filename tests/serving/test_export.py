@@ -25,7 +25,7 @@ from torchrec_amort import (
 from torchrec_amort.ops import native
 from torchrec_amort.serving import export
 from torchrec_amort.serving.export import MANIFEST_FILE, TABLES_FILE
-from torchrec_amort.serving.lookup import BagLookup, SequenceLookup, stack
+from torchrec_amort.serving.lookup import Lookups
 
 needs_build = pytest.mark.skipif(
     native.why_no_build(torch.empty(0), torch.float32) is not None, reason="no native build for this processor"
@@ -66,17 +66,13 @@ def test_with_tables_of_8_bits_it_scores_as_the_model_with_such_tables(
     model, batch = make_model(), make_batch(sizes)
     scores = torch.sigmoid(AmortizedScorer(served).score(batch))
     assert_same(scores, torch.sigmoid(by_impressions(model, batch)), 2e-2)
-    lookup = BagLookup(model.sparse_arch.embedding_bag_collection)
-    exact, rounded = (
-        stack(bags(batch.candidate_sparse), bags.dim, batch.candidate_dense) for bags in (lookup, served.candidate_bags)
-    )
+    lookups = Lookups.of(model.collection, {module: name for name, module in model.named_modules()})
+    exact, rounded = (of.of_candidates(batch)[0]["movie_id"].tensor() for of in (lookups, served.lookups))
     # A row's 255 steps go from its least to its greatest entry.
     assert 0 < float((exact - rounded).abs().max()) <= float((exact.max() - exact.min()) / 255)
-    assert model.history_embedding_collection is not None
-    assert served.sequences is not None
-    ids = {"history_item": (torch.tensor([3, 4]), torch.tensor([2]))}
-    exact_items = SequenceLookup(model.history_embedding_collection)(ids)["history_item"].tensor()
-    assert_same(served.sequences(ids)["history_item"].tensor(), exact_items, 0.01)
+    ids = {name: (torch.tensor([3, 4]), torch.tensor([2])) for name in lookups.events["history"]}
+    exact, rounded = (of.of_events("history", ids)["history_item"].tensor() for of in (lookups, served.lookups))
+    assert_same(rounded, exact, 0.01)
     size = (small_package / TABLES_FILE).stat().st_size
     assert size < 4 * 1000 * 8
 
@@ -236,21 +232,17 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     for command in commands:
         subprocess.run(command, check=True, capture_output=True)
     model, batch, served = make_model(), make_batch([(6, 9)]), load_package(package)
-    assert served.sequences is not None
-    assert served.request_bags is not None
     ids = {key: (batch.sequences[key].values(), batch.sequences[key].lengths()) for key in batch.sequences.keys()}
-    embeddings = {key: rows.tensor() for key, rows in served.sequences(ids).items()}
-    inputs = {
-        "events": torch.stack([embeddings[feature] for feature in served.event_features]),
-        "request_dense": batch.request_dense,
-        "request_slots": stack(served.request_bags(batch.request_sparse), served.request_bags.dim, batch.request_dense),
-        "candidate_items": embeddings["candidate_item"],
-        "candidate_dense": batch.candidate_dense,
-        "candidate_slots": stack(
-            served.candidate_bags(batch.candidate_sparse), served.candidate_bags.dim, batch.candidate_dense
-        ),
+    bags, items = served.lookups.of_candidates(batch)
+    embeddings = {
+        "events_0": served.lookups.of_events("history", ids),
+        "request_bags": served.lookups.of_requests(batch),
+        "candidate_bags": bags,
+        "items": items,
     }
-    torch.save({name: tensor.detach() for name, tensor in inputs.items()}, tmp_path / "inputs.pt")
+    inputs = {name: [rows.tensor().detach() for rows in of_name.values()] for name, of_name in embeddings.items()}
+    inputs |= {"request_dense": [batch.request_dense], "candidate_dense": [batch.candidate_dense]}
+    torch.save(inputs, tmp_path / "inputs.pt")
     runner: list[str | Path] = [build / "score_package", package, tmp_path / "inputs.pt", tmp_path / "logits"]
     if (operators := operators_of(package)) is not None:
         without = subprocess.run(runner, check=False, capture_output=True, text=True)

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from tests.conftest import SCHEMA
 from tests.models import test_attach
 from tests.models.test_attach import attach, disturb, history_parameters, make_dlrm, old_scores
+from tests.serving.test_export import needs_build
 from tests.serving.test_scorer import assert_same, by_impressions, make_batch, make_model
 from torchrec_amort import (
     AmortizedDLRM,
@@ -29,9 +30,10 @@ from torchrec_amort import (
     export_package,
     load_package,
 )
-from torchrec_amort.serving.heads import CrossHead, DotHead, build_head
+from torchrec_amort.serving.heads import CrossHead, DotHead, Head
 from torchrec_amort.serving.native_encoder import why_not_native
-from torchrec_amort.serving.phases import Backend
+from torchrec_amort.serving.phases import Backend, RankerPhases
+from torchrec_amort.serving.served import serve
 
 SIZES = [(5, 3), (0, 2), (8, 4)]
 
@@ -202,16 +204,24 @@ def test_attach_history_keeps_the_scores_or_refuses_the_part(
         assert ("inter_arch" in kept) == (interaction == "dot")
 
 
+def head_of(model: nn.Module, num_request_dense: int) -> Head | None:
+    phases = serve(model, torch.float32, "auto").phases
+    assert isinstance(phases, RankerPhases)
+    return phases.head(num_request_dense)
+
+
+@needs_build
 @interactions
 def test_a_model_as_it_was_built_keeps_its_fast_head(interaction: str) -> None:
     kind = DotHead if interaction == "dot" else CrossHead
-    assert isinstance(build_head(make_model(interaction=interaction), 1), kind)
+    assert isinstance(head_of(make_model(interaction=interaction), 1), kind)
+    assert isinstance(head_of(attach(make_dlrm(interaction).eval(), num_vectors=2), 0), kind)
 
 
 def test_an_activation_may_be_any() -> None:
     model, batch = make_model(), make_batch(SIZES)
     model.over_arch.model[0]._mlp[0]._activation_fn = nn.GELU()
-    assert isinstance(build_head(model, 1), DotHead)
+    assert head_of(model, 1) is None
     assert_same(AmortizedScorer(model).score(batch), by_impressions(model, batch))
 
 

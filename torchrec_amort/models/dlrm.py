@@ -154,9 +154,7 @@ class AmortizedDLRM(CollectionRanker):
         if self.history_arch is not None:
             events: Any = self.history_embedding_collection
             encoder, event_encoder = self.history_arch, self.event_encoder
-            towers = [
-                HistoryTower(HISTORY, encoder, events=events, event_encoder=event_encoder, starts_at_zero=False)
-            ]
+            towers = [HistoryTower(HISTORY, encoder, events=events, event_encoder=event_encoder, starts_at_zero=False)]
         request = None if self.request_sparse_arch is None else self.request_sparse_arch.embedding_bag_collection
         return AmortizedEmbeddingBagCollection.of_sides(request, self.sparse_arch.embedding_bag_collection, towers)
 

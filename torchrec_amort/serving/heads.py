@@ -12,7 +12,7 @@ arch's first layer; K rank of a cross layer; T tasks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -493,12 +493,12 @@ class _Layers(nn.Module):
 
 def _cross_layers(crossnet: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """V [K, X], W [X, K] and b [X] of each layer."""
-    down, up, bias = (
-        [tensor.detach() for tensor in of] for of in (crossnet.V_kernels, crossnet.W_kernels, crossnet.bias)
-    )
+    of_layers = crossnet.V_kernels, crossnet.W_kernels, crossnet.bias
+    down, up, bias = ([tensor.detach() for tensor in tensors] for tensors in of_layers)
     if isinstance(crossnet, AttachedCrossNet):
-        new_down = [layer.weight.detach() for layer in crossnet.history_V_kernels]
-        new_up: Iterable[Any] = crossnet.history_W_kernels
+        new: Any = crossnet
+        new_down = [layer.weight.detach() for layer in new.history_V_kernels]
+        new_up = list(new.history_W_kernels)
         down = [torch.cat(pair, dim=1) for pair in zip(down, new_down, strict=True)]
         bias = [torch.cat([old, layer.bias.detach()]) for old, layer in zip(bias, new_up, strict=True)]
         up = [torch.cat([old, layer.weight.detach()]) for old, layer in zip(up, new_up, strict=True)]

@@ -6,6 +6,7 @@ heads of dimension K.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -171,8 +172,6 @@ class NativeEncoder(AmortizableEncoder):
     Args:
         arch: on a CPU.
         dtype: of weights, keys and values; sums and what passes from layer to layer are float32 in either case.
-        beside_pytorch: whether PyTorch computes right before or after, as with a head in PyTorch. Its threads then
-            share the work: they stay awake between operations, and others would share cores with them.
 
     Raises:
         ValueError: `why_not_native` tells why.
@@ -183,9 +182,7 @@ class NativeEncoder(AmortizableEncoder):
         vectors_CD = encoder.score_candidates(encoder.encode_history(history), candidates)
     """
 
-    def __init__(
-        self, arch: AmortizedHistoryArch, dtype: torch.dtype = torch.float32, *, beside_pytorch: bool = False
-    ) -> None:
+    def __init__(self, arch: AmortizedHistoryArch, dtype: torch.dtype = torch.float32) -> None:
         if reason := why_not_native(arch, dtype):
             raise ValueError(f"no native encoder: {reason}")
         super().__init__(arch.embedding_dim, arch.num_slots)
@@ -193,7 +190,7 @@ class NativeEncoder(AmortizableEncoder):
         self.num_heads = arch.embedding_dim // arch.head_dim
         self.epsilon = arch.output_norm.eps
         self.vectors = arch.vectors
-        self._beside_pytorch = beside_pytorch
+        self._beside_pytorch = False
         self._is_causal = arch.is_causal
         # In the order of operators.cpp.
         layers = [_weights_of(layer) for layer in arch.layers]
@@ -204,8 +201,14 @@ class NativeEncoder(AmortizableEncoder):
         self.register_buffer("output_norm", torch.stack([*arch.output_norm.parameters()]).detach().float())
 
     def beside_pytorch(self) -> NativeEncoder:
-        """The same encoder, to be run between PyTorch's own operations."""
-        return self
+        """The same encoder, to be run between PyTorch's own operations, as with a head in PyTorch.
+
+        PyTorch's threads then share the work: they stay awake between operations, and others would share cores with
+        them.
+        """
+        other = copy.copy(self)
+        other._beside_pytorch = True
+        return other
 
     @property
     def is_extendable(self) -> bool:
