@@ -19,7 +19,8 @@ from torchrec_amort import AmortizedHistoryArch
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 DIM = 8
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.3}
+# Of the largest logit. Rounding weights and factors to bfloat16 in the float64 loops changed up to 0.015 of it.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 DTYPES = [
     pytest.param(
         dtype,
