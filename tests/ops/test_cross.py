@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
-from torchrec_amort.apps.timing import threads
 
 from torchrec_amort import AmortizedHistoryArch
+from torchrec_amort.bench.timing import threads
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 DIM = 8

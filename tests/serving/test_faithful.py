@@ -287,7 +287,7 @@ def test_a_quantized_model_is_scored_as_it_is_and_not_exported(tmp_path: Any) ->
     assert_same(AmortizedScorer(model).score(batch), by_impressions(model, batch))
     with pytest.raises(
         InputError,
-        match=r"^the model cannot be exported: sparse_arch\.embedding_bag_collection is a Embed.* of torchrec\.quant",
+        match=r"^the model cannot be exported: request_sparse_arch\..* is a Embed.* of torchrec\.quant",
     ):
         export_package(model, tmp_path / "package", SCHEMA)
 
@@ -303,7 +303,7 @@ def test_a_quantized_model_is_scored_as_it_is_and_not_exported(tmp_path: Any) ->
 def test_another_model_is_one_clear_error(make: Callable[[], Any], message: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=f"^the model is a {message}"):
         AmortizedScorer(make())
-    with pytest.raises(InputError, match=f"^the model cannot be exported: .* a {type(make()).__name__}, not an Amort"):
+    with pytest.raises(InputError, match=f"^the model cannot be exported: the model is a {message}"):
         export_package(make(), tmp_path / "package", SCHEMA)
     assert not list(tmp_path.iterdir())
 
@@ -339,6 +339,8 @@ def test_a_schema_whose_requests_the_model_would_refuse_is_refused_at_once(tmp_p
     ):
         export_package(model, tmp_path / "package", SCHEMA)
     without_hour = RequestSchema("films", tuple(feature for feature in SCHEMA.features if feature.name != "hour"))
-    with pytest.raises(InputError, match="reads 2 dense features on the candidate side, and the schema has 1 there"):
+    with pytest.raises(
+        InputError, match="request_dense has 0 columns and candidate_dense 1, but the model reads 2 dense inputs"
+    ):
         export_package(make_model(), tmp_path / "package", without_hour)
     assert not list(tmp_path.iterdir())

@@ -26,8 +26,9 @@ class EmbeddingRows:
     table: Tensor
     ids: Tensor | None = None
 
-    def __len__(self) -> int:
-        """The number of rows, R."""
+    @property
+    def num_rows(self) -> int:
+        """R. Not a `len`, of which torch.export would make a constant."""
         return self.table.shape[0] if self.ids is None else self.ids.shape[0]
 
     def tensor(self) -> Tensor:

@@ -289,11 +289,11 @@ def _collections(collection: AmortizedEmbeddingBagCollection) -> dict[str, nn.Mo
 
 def _why_other_tables(ranker: CollectionRanker, collections: Mapping[str, nn.Module]) -> str | None:
     names = {module: name for name, module in ranker.named_modules()}
-    known = set(collections.values())
+    known = {module for collection in collections.values() for module in collection.modules()}
     for module, name in names.items():
         if isinstance(module, EmbeddingBagCollection | EmbeddingCollection) and module not in known:
             return f"{name} looks ids up outside of its collection"
-    for module in known:
+    for module in collections.values():
         if isinstance(module, SequenceTables):
             return "its table of items is managed, and packages do not hold which ids have its rows"
         if isinstance(module, EmbeddingBagCollection) and module.is_weighted():

@@ -213,11 +213,8 @@ def _why_no_kernel(dlrm: Dlrm, dtype: torch.dtype) -> str | None:
     dense, over = _perceptrons(dlrm.parts.dense_arch), _perceptrons(dlrm.parts.over_arch)
     if any(layer._activation_fn is not torch.relu for layer in (*dense, *over)):
         return "it knows ReLU only"
-    widths = [dlrm.dim, *(layer._linear.weight.shape[0] for layer in (*dense, *over))]
-    if dlrm.is_crossed:
-        widths += [kernel.shape[0] for kernel in dlrm.parts.inter_arch.crossnet.V_kernels]
-    if odd := [width for width in widths if width % 2]:
-        return f"a layer has {odd[0]} outputs, an odd number"
+    if dlrm.dim % 2:
+        return f"embeddings are of dimension {dlrm.dim}, an odd number"
     return native.why_no_build(over[0]._linear.weight, dtype)
 
 
@@ -263,8 +260,8 @@ class Head(nn.Module, ABC):
         first, *dense = _linears(dlrm.parts.dense_arch)
         of_request, of_candidate = first.weight.detach().float().tensor_split([num_request_dense], dim=1)
         self._is_of_request = of_candidate.shape[1] == 0
-        self.register_buffer("_first_weight", of_request.contiguous())
-        self.register_buffer("_first_bias", first.bias.detach().float())
+        self.register_buffer("_first_weight", _even(of_request, 0))
+        self.register_buffer("_first_bias", _even(first.bias.detach().float(), 0))
         dense_layers = [tensor for layer in dense for tensor in (layer.weight, layer.bias)]
         fused = dlrm.bags[-1:] if encoder is not None else []
         self._request_bags = list(dlrm.of_request)
@@ -279,7 +276,7 @@ class Head(nn.Module, ABC):
         weight_OX = columns.weight.detach()
         if isinstance(columns, AttachedLinear):
             weight_OX = torch.cat([weight_OX, columns.history_columns.weight.detach()], dim=1)
-        self.register_buffer("_over_bias", columns.bias.detach().to(torch.float32, copy=True))
+        self.register_buffer("_over_bias", _even(columns.bias.detach().float(), 0))
         self._set(dlrm, weight_OX, requests, candidates)
         dense_of_candidate = [] if self._is_of_request else [of_candidate, *dense_layers]
         self._layers = _Layers(dense_of_candidate, [*self._interaction_layers(), *over_layers], dtype)
@@ -413,11 +410,12 @@ class CrossHead(Head):
 
     def _set(self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int]) -> None:
         down, up, bias = _cross_layers(dlrm.parts.inter_arch.crossnet)
+        down, up = [_even(weight, 0) for weight in down], [_even(weight, 1) for weight in up]
         places = torch.arange(weight_OX.shape[1]).unflatten(0, (-1, self._dim))
         mine, theirs = places[requests].flatten(), places[candidates].flatten()
         self._num_layers, self._rank = len(down), down[0].shape[0]
         # Of requests, down and over: what is left of x once it is multiplied; up: what x is multiplied by.
-        self._down = nn.ParameterList(_frozen(weight[:, mine]) for weight in (*down, weight_OX))
+        self._down = nn.ParameterList(_frozen(weight[:, mine]) for weight in (*down, _even(weight_OX, 0)))
         self._up = nn.ParameterList(_frozen(weight[mine]) for weight in up)
         self._bias = nn.ParameterList(_frozen(vector[mine]) for vector in bias)
         layers = zip(down, up, bias, strict=True)
@@ -482,9 +480,8 @@ class _Layers(nn.Module):
         super().__init__()
         self._num_dense = (len(dense) + 1) // 2
         for place, tensor in enumerate([*dense, *others]):
-            padding = [end for size in reversed(tensor.shape) for end in (0, size % 2)]
-            padded = F.pad(tensor.detach(), padding).to(dtype if tensor.dim() == 2 else torch.float32)
-            self.register_buffer(str(place), padded.contiguous())
+            padded = _even(tensor.detach(), *range(tensor.dim()))
+            self.register_buffer(str(place), padded.to(dtype if tensor.dim() == 2 else torch.float32))
 
     def arguments(self) -> tuple[list[Tensor], int]:
         """All of them, and the number of dense layers."""
@@ -503,6 +500,13 @@ def _cross_layers(crossnet: Any) -> tuple[list[Tensor], list[Tensor], list[Tenso
         bias = [torch.cat([old, layer.bias.detach()]) for old, layer in zip(bias, new_up, strict=True)]
         up = [torch.cat([old, layer.weight.detach()]) for old, layer in zip(up, new_up, strict=True)]
     return down, up, bias
+
+
+def _even(tensor: Tensor, *dims: int) -> Tensor:
+    """A copy whose sizes of these dimensions are even, by zeros."""
+    return F.pad(
+        tensor, [end for dim in reversed(range(tensor.dim())) for end in (0, tensor.shape[dim] % 2 * (dim in dims))]
+    ).clone()
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -27,7 +27,7 @@ from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, amo
 from torchrec_amort.modules.events import EventEncoder, recency
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.plain import Plain, why_patched
-from torchrec_amort.modules.tower import HistoryTower
+from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.serving.heads import Dlrm, Head, dlrm_of
 from torchrec_amort.serving.lookup import Embeddings
@@ -137,7 +137,10 @@ class RankerPhases(Phases):
         reasons = {f"encoder: {tower.not_native}": tower.not_native for tower in self.towers.values()}
         reasons[f"head: {dlrm}"] = dlrm if isinstance(dlrm, str) else None
         self._refuse_or_tell([told for told, reason in reasons.items() if reason is not None], backend)
-        self._heads: dict[int, Head | None] = {}
+        self._heads: dict[int, Head] = {}
+        # The tower whose vector is the last slot, if heads can make it as well.
+        last = next(reversed(self.towers), None)
+        self._fusable = last if last is not None and self.towers[last].fusable is not None else None
         self._lock = threading.Lock()
         self.ranker = ranker
         self._score_rows = ranker.score_rows
@@ -163,10 +166,8 @@ class RankerPhases(Phases):
             return None
         with self._lock:
             if num_request_dense not in self._heads:
-                last = next(reversed(self.towers.values()), None)
-                self._heads[num_request_dense] = self._dlrm.head(
-                    num_request_dense, None if last is None else last.fusable, self._dtype
-                )
+                encoder = None if self._fusable is None else self.towers[self._fusable].fusable
+                self._heads[num_request_dense] = self._dlrm.head(num_request_dense, encoder, self._dtype)
             return self._heads[num_request_dense]
 
     def request(self, batch: RequestBatch, bags: Embeddings) -> RequestTerms:
@@ -197,8 +198,8 @@ class RankerPhases(Phases):
     ) -> Tensor:
         """Phase two; see `Phases.score`."""
         head, counts_B = terms.head, batch.num_candidates
-        fused = None if head is None else head.encoder
-        apart = [name for name, tower in self.towers.items() if fused is None or fused is not tower.fusable]
+        fused = self._fusable if head is not None else None
+        apart = [name for name in self.towers if name != fused]
         vectors = {
             name: self.towers[name].vectors(histories[name], items[name], counts_B, beside_pytorch=head is None)
             for name in apart
@@ -208,8 +209,7 @@ class RankerPhases(Phases):
             for name, of_tower in vectors.items():
                 named = zip(self.towers[name].bags, of_tower, strict=True)
                 rows |= {bag: EmbeddingRows(vector_CW.float()) for bag, vector_CW in named}
-            last = next((name for name in self.towers if name not in apart), None)
-            of_fused = ([], None) if last is None else (histories[last], items[last])
+            of_fused = ([], None) if fused is None else (histories[fused], items[fused])
             return head.candidates(terms.tensors, counts_B, batch.candidate_dense, rows, *of_fused)
         of_request = dict(zip(self.request_bags, terms.tensors, strict=True))
         of_candidate = {name: rows.tensor() for name, rows in bags.items()}
@@ -264,6 +264,11 @@ class ServedTower:
             self._tower, self._tower_beside_pytorch = _with(tower, self._native), _with(tower, self._beside_pytorch)
         elif dtype != torch.float32:
             self._tower = self._tower_beside_pytorch = _with(tower, InDtype(encoder, dtype))
+        # The native encoder, if nothing comes between it and what reads its vector.
+        self.fusable: NativeEncoder | None = None
+        is_bare = tower.gate is None and isinstance(tower.out, nn.Identity) and CANDIDATE_ITEM not in tower.fits
+        if is_bare and self._native is not None and isinstance(self._native.vectors, nn.Identity):
+            self.fusable = self._native
         self._sums: EventEncoder | None = tower.event_encoder if reads_sums else None
 
     def num_keys(self) -> int | None:
@@ -273,13 +278,6 @@ class ServedTower:
         dim, weight = self._tower.encoder.embedding_dim, next(self._tower.encoder.parameters(), torch.empty(0))
         none = JaggedTensor(weight.new_empty(0, dim), lengths=torch.zeros(1, dtype=torch.int64))
         return len(amortizable(self._tower.encoder).encode_history(none).keys)
-
-    @property
-    def fusable(self) -> NativeEncoder | None:
-        """The native encoder, if nothing comes between it and what reads its vector."""
-        tower, native = self._tower, self._native
-        is_bare = tower.gate is None and isinstance(tower.out, nn.Identity) and "candidate_item" not in tower.fits
-        return native if is_bare and native is not None and isinstance(native.vectors, nn.Identity) else None
 
     def compile(self) -> None:
         """Have torch.compile make the encoder's code."""
@@ -312,7 +310,7 @@ class ServedTower:
         """What an event encoder adds up."""
         rows = [events[name] for name in encoder.features]
         if encoder.recency is not None:
-            rows.append(EmbeddingRows(encoder.recency.weight, recency(lengths_B, len(rows[0]))))
+            rows.append(EmbeddingRows(encoder.recency.weight, recency(lengths_B, rows[0].num_rows)))
         return rows
 
 
