@@ -216,3 +216,16 @@ def test_what_is_not_a_number_stays_with_its_candidate(dtype: torch.dtype) -> No
     problem = Problem(Sizes([5, 20]), dtype, 0)
     problem.dense_inputs[7] = torch.nan
     assert problem.native().isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1])
+@given(num_rows=st.integers(0, 3), outputs=st.integers(1, 300), size=st.integers(0, 40), columns=st.integers(1, 40))
+@torch.inference_mode()
+def test_a_fold_is_the_matrix_times_each_row_times_the_factors(
+    dtype: torch.dtype, num_rows: int, outputs: int, size: int, columns: int
+) -> None:
+    torch.manual_seed(0)
+    matrix, rows, factors = normal(outputs, size), torch.randn(num_rows, size), normal(size, columns)
+    folded = torch.ops.torchrec_amort.fold(matrix.float(), rows, factors.float())
+    expected = torch.stack([matrix @ torch.diag(row) @ factors for row in rows.double()]) if num_rows else folded
+    torch.testing.assert_close(folded.double(), expected.double(), rtol=0, atol=1e-5)

@@ -107,6 +107,10 @@ def cross_history_candidates() -> dict[str, Any]:
     return cross_candidates() | encoder() | states()
 
 
+def fold() -> dict[str, Any]:
+    return {"matrix": torch.randn(6, 5), "rows": torch.randn(3, 5), "factors": torch.randn(5, 4)}
+
+
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     call.__name__: call
     for call in (
@@ -118,6 +122,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
         dot_history_candidates,
         cross_candidates,
         cross_history_candidates,
+        fold,
     )
 }
 
@@ -215,6 +220,9 @@ def strided(tensor: Tensor) -> Tensor:
         ("cross_candidates", {"num_tasks": 2}, "tasks are 2, but the last layer has 4"),
         ("cross_candidates", {"num_candidates": torch.tensor([5])}, r"dense inputs is \[6, 1\], but .* reads \[5, 1\]"),
         ("cross_history_candidates", {"num_candidates": torch.tensor([6])}, "state is of 3 requests, .* of 1"),
+        ("fold", {"rows": torch.ones(3, 4)}, r"rows is \[3, 4\], but native code reads \[3, 5\]"),
+        ("fold", {"factors": torch.ones(4)}, r"factors are .* and \[4\], not .* \[size, columns\]"),
+        ("fold", {"matrix": torch.ones(6, 5).double()}, "matrix is of .* Double"),
         ("cross_history_candidates", {"num_heads": 4}, "state is of 2 layers, 2 heads, .* encoder has 2, 4, 8"),
     ],
 )

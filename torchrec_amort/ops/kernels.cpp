@@ -685,6 +685,39 @@ void score(const void* job, float* memory, Pieces& pieces) {
   }
 }
 
+constexpr long OUTPUTS = 128;  // of a piece of a fold
+
+constexpr long pieces_of(long size, long of_one) { return (size + of_one - 1) / of_one; }
+
+template <int ROWS>
+void fold(const void* job, float* memory, Pieces& pieces) {
+  const Fold& fold = *static_cast<const Fold*>(job);
+  const long columns = fold.columns, blocks = pieces_of(fold.outputs, OUTPUTS), tiles = pieces_of(columns, ROWS);
+  for (Piece piece; pieces.take(piece);) {
+    const long place = piece.index / blocks, row = place / tiles, column = place % tiles * ROWS;
+    const long output = piece.index % blocks * OUTPUTS, count = least(ROWS, columns - column);
+    const float *x = fold.rows + row * fold.size, *factors = fold.factors + column;
+    float lanes[2][ROWS] = {};
+    for (long i = 0; i < fold.size; ++i) {
+      memcpy(lanes[0], factors + i * columns, sizeof(float) * count);
+      save(memory + i * ROWS, load<ROWS>(lanes[0]) * x[i]);
+    }
+    float* to = fold.folded + (row * fold.outputs + output) * columns + column;
+    const long outputs = least(OUTPUTS, fold.outputs - output);
+    multiply<ROWS>(fold.matrix + output * fold.size, fold.size, outputs, memory, fold.size,
+                   [&](long one, auto first, auto second) {
+                     save(lanes[0], first), save(lanes[1], second);
+                     for (long side = 0; side < 2 && one + side < outputs; ++side)
+                       memcpy(to + (one + side) * columns, lanes[side], sizeof(float) * count);
+                   });
+  }
+}
+
+void share_fold(const Fold& job, const Team& team) {
+  const size_t count = job.num_rows * pieces_of(job.outputs, OUTPUTS) * pieces_of(job.columns, MOST_ROWS);
+  share(team, count, 1, job.size * MOST_ROWS, fold<MOST_ROWS>, &job);
+}
+
 template <int ROWS, class T>
 void share_encode(const Encode& job, const Team& team) {
   const size_t floats = Workspace<ROWS>(job.encoder, nullptr, nullptr).floats();
@@ -721,6 +754,6 @@ void score_rows(const Score& job, int rows, bool is_bfloat16, const Team& team) 
 
 }  // namespace
 
-const Kernels KERNELS::kernels = {MOST_ROWS, MULTIPLIES_BFLOAT16, encode_rows, score_rows};
+const Kernels KERNELS::kernels = {MOST_ROWS, MULTIPLIES_BFLOAT16, encode_rows, score_rows, share_fold};
 
 }  // namespace torchrec_amort

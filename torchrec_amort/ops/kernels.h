@@ -116,12 +116,21 @@ struct Score {
   float *scores, *interacted;
 };
 
+// Of each of `num_rows` rows x: the matrix [outputs][size] times x times the factors [size][columns], to `folded`
+// [num_rows][outputs][columns].
+struct Fold {
+  const float *matrix, *rows, *factors;
+  int64_t num_rows, outputs, size, columns;
+  float* folded;
+};
+
 // Tiles are of 8, 16 or `most_rows` rows. Weights, keys and values are float32, or bfloat16 where it is multiplied.
 struct Kernels {
   int most_rows;
   bool multiplies_bfloat16;
   void (*encode)(const Encode& encode, int rows, bool is_bfloat16, const Team& team);
   void (*score)(const Score& score, int rows, bool is_bfloat16, const Team& team);
+  void (*fold)(const Fold& fold, const Team& team);
 };
 
 namespace avx2 {

@@ -517,6 +517,24 @@ Tensor cross_history_candidates(TensorList layers, int64_t num_dense_layers, int
   return cross_logits(job, candidates, terms);
 }
 
+Tensor fold(const Tensor& matrix, const Tensor& rows, const Tensor& factors) {
+  TORCH_CHECK_VALUE(matrix.dim() == 2 && rows.dim() == 2 && factors.dim() == 2, "matrix, rows and factors are ",
+                    matrix.sizes(), ", ", rows.sizes(), " and ", factors.sizes(),
+                    ", not [outputs, size], [B, size] and [size, columns]");
+  const int64_t num_rows = rows.size(0), outputs = matrix.size(0), size = matrix.size(1), columns = factors.size(1);
+  Tensor folded = at::empty({num_rows, outputs, columns}, at::kFloat);
+  const Fold job = {floats(matrix, {"matrix"}, {outputs, size}),
+                    floats(rows, {"rows"}, {num_rows, size}),
+                    floats(factors, {"factors"}, {size, columns}),
+                    num_rows,
+                    outputs,
+                    size,
+                    columns,
+                    folded.data_ptr<float>()};
+  kernels_for(at::kFloat).fold(job, team(false));
+  return folded;
+}
+
 // What torch.export and the like ask instead of computing: shapes and types.
 namespace fake {
 
@@ -573,6 +591,10 @@ Tensor cross_history_candidates(TensorList, int64_t, int64_t, int64_t num_tasks,
   return empty({tables[0].sym_size(0), num_tasks}, tables[0], at::kFloat);
 }
 
+Tensor fold(const Tensor& matrix, const Tensor& rows, const Tensor& factors) {
+  return empty({rows.sym_size(0), matrix.sym_size(0), factors.sym_size(1)}, rows, at::kFloat);
+}
+
 }  // namespace fake
 
 }  // namespace
@@ -615,6 +637,9 @@ TORCH_LIBRARY(torchrec_amort, library) {
       "cross_history_candidates(Tensor[] layers, int num_dense_layers, int num_cross_layers, int num_tasks, "
       "Tensor[] terms, Tensor[] tables, Tensor?[] ids, Tensor num_candidates, Tensor[] encoder, int num_heads, "
       "float epsilon, Tensor[] keys, Tensor[] values, int[] starts, Tensor[] lengths) -> Tensor");
+  // Of each of rows x [B, X]: the matrix [O, X] times x times the factors [X, C]: [B, O, C]. It is what a request's
+  // coordinates make of a linear layer, of what they are multiplied with.
+  library.def("fold(Tensor matrix, Tensor rows, Tensor factors) -> Tensor");
   library.def("multiplies(ScalarType dtype) -> bool", multiplies);
   library.def("limit_threads(int most) -> ()", limit_threads);
   library.def("num_threads() -> int", num_threads);
@@ -629,6 +654,7 @@ TORCH_LIBRARY_IMPL(torchrec_amort, CPU, library) {
   library.impl("dot_history_candidates", dot_history_candidates);
   library.impl("cross_candidates", cross_candidates);
   library.impl("cross_history_candidates", cross_history_candidates);
+  library.impl("fold", fold);
 }
 
 TORCH_LIBRARY_IMPL(torchrec_amort, Meta, library) {
@@ -640,6 +666,7 @@ TORCH_LIBRARY_IMPL(torchrec_amort, Meta, library) {
   library.impl("dot_history_candidates", fake::dot_history_candidates);
   library.impl("cross_candidates", fake::cross_candidates);
   library.impl("cross_history_candidates", fake::cross_history_candidates);
+  library.impl("fold", fake::fold);
 }
 
 }  // namespace torchrec_amort

@@ -414,10 +414,15 @@ class CrossHead(Head):
         places = torch.arange(weight_OX.shape[1]).unflatten(0, (-1, self._dim))
         mine, theirs = places[requests].flatten(), places[candidates].flatten()
         self._num_layers, self._rank = len(down), down[0].shape[0]
-        # Of requests, down and over: what is left of x once it is multiplied; up: what x is multiplied by.
+        # Of requests, for each layer and the over arch: what it does to x, and what x_0 is multiplied by there.
         self._down = nn.ParameterList(_frozen(weight[:, mine]) for weight in (*down, _even(weight_OX, 0)))
-        self._up = nn.ParameterList(_frozen(weight[mine]) for weight in up)
-        self._bias = nn.ParameterList(_frozen(vector[mine]) for vector in bias)
+        scales = [
+            sum((vector[mine] for vector in bias[:layer]), torch.ones(len(mine))) for layer in range(len(down) + 1)
+        ]
+        self._factors = nn.ParameterList(
+            _frozen(torch.cat([scale.unsqueeze(1), *(weight[mine] for weight in up[:layer])], dim=1))
+            for layer, scale in enumerate(scales)
+        )
         layers = zip(down, up, bias, strict=True)
         self._of_candidate = [tensor for V, W, b in layers for tensor in (V[:, theirs], W[theirs], b[theirs])]
         self._of_candidate.append(weight_OX[:, theirs])
@@ -448,16 +453,13 @@ class CrossHead(Head):
                 dense_BD = torch.relu(F.linear(dense_BD, weight, bias))
             vectors.insert(0, dense_BD)
         first_BX = torch.cat(vectors, dim=1) if vectors else dense_BI.new_empty(dense_BI.shape[0], 0)
-        # For each layer, then for the over arch: what it makes of x_0 (1 + b_0 + b_1 ...) and of x_0 W_k, each k.
-        scale_BX, terms = first_BX, [dense_BW]
-        for layer, down_OX in enumerate(self._down):
-            is_over = layer == self._num_layers
-            terms.append(F.linear(scale_BX, down_OX, self._over_bias if is_over else None))
-            if layer > 0:
-                ups_XK = torch.cat(list(self._up[:layer]), dim=1)
-                terms.append(down_OX @ (first_BX.unsqueeze(2) * ups_XK))
-            if not is_over:
-                scale_BX = scale_BX + first_BX * self._bias[layer]
+        terms = [dense_BW]
+        for layer, (down_OX, factors_XK) in enumerate(zip(self._down, self._factors, strict=True)):
+            # What it makes of x_0 (1 + b_0 + b_1 ...), and then of x_0 W_k, each k.
+            folded_BOK = torch.ops.torchrec_amort.fold(down_OX, first_BX, factors_XK)
+            constant_BO, *matrix_BOK = folded_BOK.tensor_split([1], dim=2) if layer else [folded_BOK]
+            bias_O = self._over_bias if layer == self._num_layers else 0.0
+            terms += [constant_BO.squeeze(2) + bias_O, *(matrix.contiguous() for matrix in matrix_BOK)]
         return tuple(terms)
 
     def _candidates(self, terms: tuple[Tensor, ...], *given: Any) -> Tensor:
