@@ -18,16 +18,18 @@ Argument = dict[str, Any]
 
 
 def signatures() -> dict[str, list[Argument]]:
-    """Arguments of all public names, and of the public methods that their classes define."""
+    """Arguments of all public names, and of the public methods that they have of this package."""
     found = {}
     for name in torchrec_amort.__all__:
         thing = getattr(torchrec_amort, name)
         if inspect.isclass(thing) and issubclass(thing, Exception):
             continue  # made by the package alone
         found[name] = arguments(thing)
-        for method, attribute in vars(thing).items() if inspect.isclass(thing) else ():
+        for method in dir(thing) if inspect.isclass(thing) else ():
+            attribute = inspect.getattr_static(thing, method)
             function = getattr(attribute, "__func__", attribute)
-            if inspect.isfunction(function) and not method.startswith("_"):
+            is_ours = (getattr(function, "__module__", None) or "").startswith("torchrec_amort.")
+            if inspect.isfunction(function) and is_ours and not method.startswith("_"):
                 found[f"{name}.{method}"] = arguments(function)
     return found
 

@@ -37,7 +37,7 @@ from torchrec_amort import (
     ResidualHistory,
 )
 from torchrec_amort.models.collection import CandidateRows
-from torchrec_amort.models.ranker import ModelRanker, Ranker
+from torchrec_amort.models.ranker import ModelRanker, Ranker, evaluating
 from torchrec_amort.models.tables import tables_of
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_weights
 from torchrec_amort.training.loop import GlobalBatchTrain
@@ -158,6 +158,13 @@ def logits_of(model: ShardedModel, batch: RequestBatch) -> Tensor:
     return logits
 
 
+@torch.no_grad()
+def logits_in_two_phases(model: ShardedModel, batch: RequestBatch) -> Tensor:
+    (ranker,) = (module for module in model.module.modules() if isinstance(module, Ranker))
+    with evaluating(ranker):
+        return ranker.score_candidates(ranker.encode_request(batch), batch).clone()
+
+
 def train_case(case: Case) -> dict[str, Any]:
     """Train by TorchRec's pipeline; losses, logits, and those of weights that were saved, trained on, and loaded."""
     model, batch = case.shard(), case.batch(seed=0)
@@ -175,6 +182,7 @@ def train_case(case: Case) -> dict[str, Any]:
     record["on"] = logits_of(model, batch)
     model.module.load_state_dict(saved)
     record["loaded"] = logits_of(model, batch)
+    record["in two phases"] = logits_in_two_phases(model, batch)
     return record
 
 
@@ -229,6 +237,7 @@ def test_two_ranks_train_as_one_by_the_pipeline_and_their_state_dict_loads(
     assert not torch.allclose(one["trained"], one["before"], atol=1e-2)
     assert not torch.allclose(one["trained"], one["on"], atol=1e-3)
     assert torch.equal(one["trained"], one["loaded"])
+    torch.testing.assert_close(one["in two phases"], one["loaded"], rtol=0, atol=1e-5)
 
 
 def test_a_checkpoint_has_the_first_ranks_running_means(two_ranks: Path) -> None:

@@ -52,15 +52,10 @@ def _export(config: ExportConfig) -> None:
     started = time.perf_counter()
     model, trained, schema = load_model(config.run_folder)
     schema = schema.without(trained.model.leave_out)
-    print(f"compiling {config.run_folder} for {config.dtype}: three phases, about 10 seconds each", flush=True)
+    print(f"compiling {config.run_folder} for {config.dtype}: its phases, about 10 seconds each", flush=True)
     dtype: torch.dtype = getattr(torch, config.dtype)
     difference = export_package(
-        model,  # type: ignore[arg-type, unused-ignore]
-        config.out,
-        schema,
-        dtype=dtype,
-        tables=config.tables,
-        overwrite=config.overwrite,
+        model, config.out, schema, dtype=dtype, tables=config.tables, overwrite=config.overwrite
     )
     size = sum(path.stat().st_size for path in Path(config.out).iterdir()) / 1e6
     print(

@@ -115,7 +115,7 @@ class Methods:
             if method != "exported":
                 return AmortizedScorer(self.model, **options.get(method, {}))
             with tempfile.TemporaryDirectory() as folder:
-                export_package(self.model, Path(folder) / "package", self.schema, tables="float32")  # type: ignore[arg-type, unused-ignore]
+                export_package(self.model, Path(folder) / "package", self.schema, tables="float32")
                 return AmortizedScorer(load_package(Path(folder) / "package"))
         except ValueError as error:
             return one_line(error)

@@ -147,16 +147,15 @@ def random_requests(
     """
     random = np.random.default_rng(seed)
     lengths = {"request": [1] * len(num_events), "event": num_events, "candidate": num_candidates}
-    columns: dict[str, Any] = {
-        "request_id": np.arange(len(num_events)),
-        "user": random.integers(2**40, size=len(num_events)),
-        "time": np.full(len(num_events), _NOW),
-    }
+    users = random.integers(2**40, size=len(num_events))
+    columns: dict[str, Any] = {"request_id": np.arange(len(num_events)), "time": np.full(len(num_events), _NOW)}
     for feature in schema.features:
         if feature.kind == "label" or feature.source in columns:
             continue
         entries = _random_entries(feature, int(np.sum(lengths[feature.side])), random)
         columns[feature.source] = entries if feature.side == "request" else lists_of(lengths[feature.side], entries)
+    # Unless a feature reads it, whose table has fewer rows.
+    columns.setdefault("user", users)
     return typed_table(pa.table(columns), schema)
 
 

@@ -32,15 +32,14 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows
 from torchrec_amort.models.dlrm import HISTORY
 from torchrec_amort.models.ranker import ModelRanker, call_model, evaluating
+from torchrec_amort.modules.dlrm_parts import FIRST_OF_BRANCHES, FIRST_OF_OVER, crossnet_like
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.plain import ALL_HOOKS, Plain, why_own_method, why_unlike
 from torchrec_amort.modules.tower import HistoryTower
 
 # First layers, which read what the interaction gives, or in a projection the slots; and what stands around them.
-_FIRST_OF_OVER = "over_arch.model.0._mlp.0._linear"
 _AROUND_OVER = (OverArch, nn.Sequential, MLP, nn.Sequential, Perceptron)
-_FIRST_OF_BRANCHES = [f"inter_arch.interaction_branch{branch}.model._mlp.0._linear" for branch in (1, 2)]
 _AROUND_BRANCH = (InteractionProjectionArch, DenseArch, MLP, nn.Sequential, Perceptron)
 _BAGS = "sparse_arch.embedding_bag_collection"
 
@@ -149,7 +148,7 @@ class AttachedDLRM(ModelRanker):
             f"{_BAGS}.sequences.0.": "history_embedding_collection.",
             f"{_BAGS}.candidate_bags.": f"{_BAGS}.",
             f"{_BAGS}.request_bags.": f"{_BAGS}.",
-            f"{_FIRST_OF_OVER}.history_columns.": "over_arch.history_columns.",
+            f"{FIRST_OF_OVER}.history_columns.": "over_arch.history_columns.",
             **{f"{path}.linear.": f"{path}." for path in layers},
         }
         self._renamed = {_with_former_prefix(name.removeprefix("model."), former): name for name in self.state_dict()}
@@ -214,8 +213,8 @@ def _grown_layers(dlrm: DLRM, num_new_slots: int) -> dict[str, nn.Module]:
     """What reads the slots, or what is made of them, grown by the new ones; by its path."""
     num_slots, inter_arch, num_new = dlrm.sparse_arch.F, dlrm.inter_arch, num_new_slots * dlrm.sparse_arch.D
     if isinstance(inter_arch, InteractionProjectionArch):
-        return {path: AttachedLinear(dlrm.get_submodule(path), num_new) for path in _FIRST_OF_BRANCHES}
-    first: Any = dlrm.get_submodule(_FIRST_OF_OVER)
+        return {path: AttachedLinear(dlrm.get_submodule(path), num_new) for path in FIRST_OF_BRANCHES}
+    first: Any = dlrm.get_submodule(FIRST_OF_OVER)
     if isinstance(inter_arch, InteractionDCNArch):
         crossnet = AttachedCrossNet(inter_arch.crossnet, num_new, first.weight)
         inter: nn.Module = AttachedInteractionDCNArch(num_slots, crossnet)
@@ -223,7 +222,7 @@ def _grown_layers(dlrm: DLRM, num_new_slots: int) -> dict[str, nn.Module]:
         inter = AttachedInteractionArch(inter_arch, num_new_slots)
         # Of each new slot with all vectors before it.
         num_new = num_new_slots * (num_slots + 1) + num_new_slots * (num_new_slots - 1) // 2
-    return {"inter_arch": inter, _FIRST_OF_OVER: AttachedLinear(first, num_new)}
+    return {"inter_arch": inter, FIRST_OF_OVER: AttachedLinear(first, num_new)}
 
 
 def _replaced(module: Any, path: str, new: nn.Module) -> Any:
@@ -279,12 +278,12 @@ def _refuse_other_models(dlrm: nn.Module) -> None:
         _refuse_unknown(dlrm, "inter_arch.crossnet", LowRankCrossNet)
         crossnet, num_features = dlrm.inter_arch.crossnet, (dlrm.sparse_arch.F + 1) * dlrm.sparse_arch.D
         with torch.device("meta"):
-            like = LowRankCrossNet(num_features, crossnet._num_layers, crossnet._low_rank)
+            like = crossnet_like(crossnet, num_features)
         _refuse(_PLAIN.why_not_any(dlrm.inter_arch, "inter_arch") or why_unlike(crossnet, like, "inter_arch.crossnet"))
     if isinstance(dlrm.inter_arch, InteractionProjectionArch):
-        for path in _FIRST_OF_BRANCHES:
+        for path in FIRST_OF_BRANCHES:
             _refuse_changed_around(dlrm, path, _AROUND_BRANCH)
-    _refuse_changed_around(dlrm, _FIRST_OF_OVER, _AROUND_OVER)
+    _refuse_changed_around(dlrm, FIRST_OF_OVER, _AROUND_OVER)
 
 
 def _refuse_unknown(dlrm: DLRM, path: str, *known: type[nn.Module]) -> None:

@@ -200,12 +200,13 @@ def export_package(
     """
     if dtype not in _MOST_DIFFERENCE:
         raise InputError(f"dtype is {dtype}, not torch.float32 or torch.bfloat16")
+    device = next((weight.device.type for weight in [*model.parameters(), *model.buffers()]), "cpu")
+    if device != "cpu":
+        raise InputError(f"the model is on {device}, and packages are compiled for CPUs: export model.cpu()")
     try:
         own, served = serve(model, dtype, "eager", call), serve(model, dtype, "auto", call)
     except ValueError as error:
         raise InputError(f"the model cannot be exported: {error}") from error
-    if own.device.type != "cpu":
-        raise InputError(f"the model is on {own.device.type}, and packages are compiled for CPUs: export model.cpu()")
     assert isinstance(served.phases, RankerPhases)
     phases: RankerPhases = served.phases
     collection = phases.ranker.collection

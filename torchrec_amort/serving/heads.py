@@ -44,6 +44,7 @@ from torchrec_amort.models.attach import (
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.dlrm import AmortizedDLRM, refuse_other_dense
 from torchrec_amort.models.ranker import CollectionRanker, ModelRanker, call_model
+from torchrec_amort.modules.dlrm_parts import activations, linears, set_first_linear, sizes
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.plain import Plain, why_other_methods, why_unlike
 from torchrec_amort.ops import native
@@ -93,8 +94,7 @@ class Dlrm:
     @property
     def num_dense(self) -> int:
         """I, dense inputs of the dense arch."""
-        inputs: int = self.parts.dense_arch.model._mlp[0]._linear.in_features
-        return inputs
+        return sizes(self.parts.dense_arch)[0]
 
     @property
     def is_crossed(self) -> bool:
@@ -178,20 +178,18 @@ def _why_other_parts(dlrm: Dlrm) -> str | None:
 def _as_built(dlrm: Dlrm) -> dict[str, nn.Module]:
     """Dense, interaction and over arch as their constructors make them for these sizes."""
     num_slots, over_arch = len(dlrm.bags), dlrm.parts.over_arch
-    first = _perceptrons(over_arch)[0]._linear
-    is_attached = isinstance(first, AttachedLinear)
+    first = linears(over_arch)[0]
     num_new = _num_new_slots(dlrm)
     inter: nn.Module = InteractionArch(num_slots - num_new)
     with torch.device("meta"):
-        dense = DenseArch(*_sizes(dlrm.parts.dense_arch))
-        over = OverArch(*_sizes(over_arch))
+        dense = DenseArch(*sizes(dlrm.parts.dense_arch))
+        over = OverArch(*sizes(over_arch))
         if dlrm.is_crossed:
-            kernels: Any = dlrm.parts.inter_arch.crossnet.V_kernels
-            crossnet = LowRankCrossNet((1 + num_slots - num_new) * dlrm.dim, len(kernels), kernels[0].shape[0])
+            down, _, _ = _cross_layers(dlrm.parts.inter_arch.crossnet)
+            crossnet = LowRankCrossNet((1 + num_slots - num_new) * dlrm.dim, len(down), down[0].shape[0])
             inter = InteractionDCNArch(num_slots - num_new, crossnet)
-        if is_attached:
-            layer = _perceptrons(over)[0]
-            layer._linear = AttachedLinear(layer._linear, first.history_columns.in_features)
+        if isinstance(first, AttachedLinear):
+            set_first_linear(over, AttachedLinear(linears(over)[0], first.history_columns.in_features))
             if isinstance(inter, InteractionDCNArch):
                 attached = AttachedCrossNet(inter.crossnet, num_new * dlrm.dim, torch.empty(0))
                 inter = AttachedInteractionDCNArch(num_slots - num_new, attached)
@@ -210,30 +208,12 @@ def _num_new_slots(dlrm: Dlrm) -> int:
 
 def _why_no_kernel(dlrm: Dlrm, dtype: torch.dtype) -> str | None:
     """Why native code cannot serve such a DLRM here, or None if it can."""
-    dense, over = _perceptrons(dlrm.parts.dense_arch), _perceptrons(dlrm.parts.over_arch)
-    if any(layer._activation_fn is not torch.relu for layer in (*dense, *over)):
+    dense, over = dlrm.parts.dense_arch, dlrm.parts.over_arch
+    if any(activation is not torch.relu for activation in (*activations(dense), *activations(over))):
         return "it knows ReLU only"
     if dlrm.dim % 2:
         return f"embeddings are of dimension {dlrm.dim}, an odd number"
-    return native.why_no_build(over[0]._linear.weight, dtype)
-
-
-def _perceptrons(arch: nn.Module) -> list[Any]:
-    """The layers of a dense or over arch that have an activation."""
-    return [module for module in arch.modules() if isinstance(module, Perceptron)]
-
-
-def _sizes(arch: nn.Module) -> tuple[int, list[int]]:
-    """Inputs of a dense or over arch, and outputs of each of its layers."""
-    layers = _linears(arch)
-    return layers[0].in_features, [layer.weight.shape[0] for layer in layers]
-
-
-def _linears(arch: nn.Module) -> list[Any]:
-    """The linear layers of a dense or over arch."""
-    model: Any = arch.model
-    last = [model[-1]] if isinstance(arch, OverArch) else []
-    return [*(layer._linear for layer in _perceptrons(arch)), *last]
+    return native.why_no_build(linears(over)[0].weight, dtype)
 
 
 class Head(nn.Module, ABC):
@@ -257,7 +237,7 @@ class Head(nn.Module, ABC):
         self._over_bias: Tensor
         self._dim, self._reads_constant = dlrm.dim, dlrm.reads == "constant"
         self._num_request_dense = num_request_dense
-        first, *dense = _linears(dlrm.parts.dense_arch)
+        first, *dense = linears(dlrm.parts.dense_arch)
         of_request, of_candidate = first.weight.detach().float().tensor_split([num_request_dense], dim=1)
         self._is_of_request = of_candidate.shape[1] == 0
         self.register_buffer("_first_weight", _even(of_request, 0))
@@ -270,7 +250,7 @@ class Head(nn.Module, ABC):
         requests = [place[bag] for bag in self._request_bags]
         candidates = [place[bag] for bag in (*self._candidate_bags, *fused)]
         (requests if self._is_of_request else candidates).insert(0, 0)
-        columns, *over = _linears(dlrm.parts.over_arch)
+        columns, *over = linears(dlrm.parts.over_arch)
         over_layers = [tensor for layer in over for tensor in (layer.weight, layer.bias)]
         self._num_tasks: int = over_layers[-1].shape[0]
         weight_OX = columns.weight.detach()
