@@ -86,7 +86,6 @@ def _not_run() -> dict[str, str]:
         "training.average": TRAINING,
         "training.checkpoint": TRAINING,
         "serving.native_encoder": NATIVE,
-        "serving.native_head": NATIVE,
     }
     names = {
         "bench.arms.load_arm": TRAINING,

@@ -137,7 +137,7 @@ class BagLookup:
     Example::
 
         bags = BagLookup(model.sparse_arch.embedding_bag_collection, "bags")(batch.candidate_sparse)
-        film_RD = bags["film"].tensor()
+        film_RD = bags["candidate_id"].tensor()
     """
 
     def __init__(self, bags: EmbeddingBagCollection, name: str) -> None:
