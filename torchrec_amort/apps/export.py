@@ -22,7 +22,7 @@ class ExportConfig:
     Args:
         run_folder: folder of a training run.
         out: the package to make.
-        dtype: of dense weights and encoded histories, `float32` or `bfloat16`.
+        dtype: of encoders, encoded histories and native heads, `float32` or `bfloat16`.
         tables: embedding tables as `int8`, each row with a scale and an offset, or `float32`.
         overwrite: replace a package that is there.
     """

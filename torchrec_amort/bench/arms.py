@@ -30,7 +30,7 @@ class ArmConfig:
         serving: `amortized`: by the scorer; `model`: by the model itself, request by request, which is the only way
             for encoders that cannot be amortized; `impressions`: by the model, each candidate a request of its own, as
             an ordinary DLRM scores.
-        dtype: of the scorer's dense weights.
+        dtype: of the scorer's encoders and native heads.
         microbatch_size: candidates that the scorer scores at a time; all at once unless given.
     """
 

@@ -48,7 +48,8 @@ class AmortizedScorer:
             this scorer.
         call: how a model that is no ranker is called; see `ModelRanker`.
         schema: of requests that are given as mappings; not needed for batches. A package has its own.
-        dtype: of dense weights and states, `torch.float32` or `torch.bfloat16`; tables stay as they are.
+        dtype: of encoders, states and native heads, `torch.float32` or `torch.bfloat16`; tables, and what PyTorch runs
+            of a model after them, stay as they are.
         backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
         history_length: events that a history may have; the model's own limit unless given.
         when_longer: what to do with a longer history: `keep_latest` events, or `refuse` it.
