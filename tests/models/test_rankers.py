@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.models.dlrm import DLRM
 
 from tests.models.strangers import DIN, MODELS, NUM_DENSE, TABLES, WIDE_TABLES, MMoE, jagged, make_bags, make_events
@@ -100,6 +100,39 @@ def test_a_model_of_any_class_scores_in_two_phases_as_impression_by_impression(n
     with torch.no_grad():
         assert not torch.allclose(ranker(changed)[:2], logits[:2])
         torch.testing.assert_close(ranker(changed)[2:], logits[2:])
+
+
+def in_float64(ranker: ModelRanker) -> ModelRanker:
+    """All after lookups in float64: TorchRec's collections return float32 whatever their tables are."""
+    collection = ranker.double().collection
+    for bags in (collection.request_bags, collection.candidate_bags):
+        assert bags is not None
+        bags.register_forward_hook(
+            lambda _, args, bags: KeyedTensor(bags.keys(), bags.length_per_key(), bags.values().double())
+        )
+    for sequences in collection.sequences:
+        sequences.register_forward_hook(
+            lambda _, args, rows: {
+                name: JaggedTensor(of.values().double(), lengths=of.lengths()) for name, of in rows.items()
+            }
+        )
+    return ranker
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own events", "shared table"])
+@pytest.mark.parametrize("name", MODELS)
+def test_in_float64_two_phases_are_the_model_called_for_one_impression_after_the_other(name: str, shared: bool) -> None:
+    ranker = make_ranker(name, make_tower(shared, width=16 if name == "MMoE" else 8))
+    assert isinstance(ranker, ModelRanker)
+    batch = make_batch(SIZES)
+    batch.request_dense, batch.candidate_dense = batch.request_dense.double(), batch.candidate_dense.double()
+    impressions = batch.to_impressions()
+    with torch.no_grad():
+        in_float64(ranker)
+        each = [ranker(impressions.select(torch.tensor([row]))) for row in range(len(impressions))]
+        logits = ranker.score_candidates(ranker.encode_request(batch), batch)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, torch.cat(each), rtol=0, atol=1e-10)
 
 
 @given(sizes=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 5)), min_size=1, max_size=4))
