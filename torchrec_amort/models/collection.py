@@ -172,8 +172,8 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         sides = {"request_sparse": request_bags, "candidate_sparse": candidate_bags}
         self._weighted = {field for field, bags in sides.items() if bags is not None and bags.is_weighted()}
         features = {field: _features(bags.embedding_bag_configs()) if bags else [] for field, bags in sides.items()}
-        self._sequence_features = [_features(collection.embedding_configs()) for collection in self.sequences]  # type: ignore[operator]
-        features["sequences"] = [name for names in self._sequence_features for name in names]
+        of_sequences = [_features(collection.embedding_configs()) for collection in self.sequences]  # type: ignore[operator]
+        features["sequences"] = [name for names in of_sequences for name in names]
         self.features = features
         self._renamed = self._names_of_tables()
         self._register_load_state_dict_pre_hook(self._rename)
@@ -237,7 +237,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             InputError: as `forward`.
         """
         request = self._of_requests(batch)
-        of_events = [collection(events_of(batch.sequences, names)) for names, collection in self._sequences()]
+        of_events = [collection(events_of(batch.sequences)) for collection in self.sequences]
         histories = {tower.name: tower.encode_history(self.bags.events(tower, of_events)) for tower in self.towers}
         return RequestState(histories, {} if request is None else request.to_dict(), len(batch))
 
@@ -252,7 +252,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             InputError: as `forward`.
         """
         candidate = self._of_candidates(batch)
-        of_items = [collection(items_of(batch.sequences, names)) for names, collection in self._sequences()]
+        of_items = [collection(items_of(batch.sequences)) for collection in self.sequences]
         bags = {} if candidate is None else candidate.to_dict()
         bags |= {bag: of_items[place][CANDIDATE_ITEM].values() for bag, place in self.bags.shared.items()}
         vectors = {
@@ -260,10 +260,6 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             for tower in self.towers
         }
         return CandidateRows(self.bags.join(state.bags, bags, vectors, batch.num_candidates, batch.stride()))
-
-    def _sequences(self) -> list[tuple[list[str], nn.Module]]:
-        """Collections of sequences, and the features of each."""
-        return list(zip(self._sequence_features, self.sequences, strict=True))
 
     def _of_requests(self, batch: RequestBatch) -> KeyedTensor | None:
         if self.request_bags is None:
@@ -404,23 +400,22 @@ def _features(tables: Iterable[BaseEmbeddingConfig]) -> list[str]:
     return [name for table in tables for name in table.feature_names]
 
 
-def events_of(sequences: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJaggedTensor:
-    """Sequences of these names of B requests, candidates' items left out."""
-    return _without(sequences, names, lambda feature: feature == CANDIDATE_ITEM)
+def events_of(sequences: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """Sequences of B requests, candidates' items left out."""
+    return _without(sequences, lambda feature: feature == CANDIDATE_ITEM)
 
 
-def items_of(sequences: KeyedJaggedTensor, names: Sequence[str]) -> KeyedJaggedTensor:
-    """Sequences of these names of B requests, events left out."""
-    return _without(sequences, names, lambda feature: feature != CANDIDATE_ITEM)
+def items_of(sequences: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """Sequences of B requests, events left out."""
+    return _without(sequences, lambda feature: feature != CANDIDATE_ITEM)
 
 
-def _without(
-    sequences: KeyedJaggedTensor, names: Sequence[str], is_left_out: Callable[[str], bool]
-) -> KeyedJaggedTensor:
+def _without(sequences: KeyedJaggedTensor, is_left_out: Callable[[str], bool]) -> KeyedJaggedTensor:
+    # The same keys in the same order: a sharded collection takes those of its first batch for those of all.
     jagged, none = sequences.to_dict(), (sequences.values()[:0], sequences.lengths().new_zeros(sequences.stride()))
-    rows = [none if is_left_out(name) else (jagged[name].values(), jagged[name].lengths()) for name in names]
+    rows = [none if is_left_out(name) else (of.values(), of.lengths()) for name, of in jagged.items()]
     values, lengths = zip(*rows, strict=True)
-    return KeyedJaggedTensor(names, torch.cat(values), lengths=torch.cat(lengths), stride=sequences.stride())
+    return KeyedJaggedTensor(sequences.keys(), torch.cat(values), lengths=torch.cat(lengths), stride=sequences.stride())
 
 
 @dataclass(frozen=True)
