@@ -642,7 +642,7 @@ def train_on_this_rank(kind: str, device: torch.device) -> list[dict[str, Tensor
     module = sharded.module
     with pytest.raises(ValueError, match="is a DistributedModelParallel, .* before sharding"):
         attach_history(module, make_collection(), AmortizedHistoryArch(8))
-    with pytest.raises(ValueError, match=r"a ShardedEmbeddingBagCollection, sharded .*: score with the model"):
+    with pytest.raises(ValueError, match="a DistributedModelParallel around a ranker: .* sharded, score with it"):
         AmortizedScorer(module)
     with pytest.raises(ValueError, match=r"a ShardedEmbeddingBagCollection, sharded .*: score with the model"):
         AmortizedScorer(attached)

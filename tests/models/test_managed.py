@@ -80,6 +80,16 @@ def test_a_scorer_and_its_cache_take_raw_ids() -> None:
         scorer.score(requests)
 
 
+def test_a_scorer_of_a_model_in_training_learns_no_ids() -> None:
+    model, batch = trained_model(), RequestBatch.from_requests(make_requests([(5, 3), (0, 1), (8, 4)]), MANAGED)
+    expected = AmortizedScorer(model.eval()).score(batch)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert torch.equal(AmortizedScorer(model.train()).score(batch), expected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    model(batch).sum().backward()
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'user_id' of kind 'id': no vocabulary 'managed'; there is refuse, unknown"):
         Feature("user_id", "request", "id", table_size=9, vocabulary="managed")

@@ -118,7 +118,7 @@ def test_a_package_computes_what_native_code_does(package: Path) -> None:
         ({"interaction": "dcn"}, True),
         ({"positions": "rotary"}, True),
         ({"history": "none"}, True),
-        ({"interaction": "dcn", "positions": "rotary"}, True),
+        ({"interaction": "dcn", "positions": "rotary"}, False),
         ({"history": "mean_pooling", "dense_layers": [7, 8]}, True),
     ],
 )

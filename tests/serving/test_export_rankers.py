@@ -6,13 +6,15 @@ import pytest
 import torch
 from torchrec.models.dlrm import DLRM
 
-from tests.models.strangers import MODELS, NUM_DENSE, TABLES, make_bags
+from tests.models.strangers import MODELS, NUM_DENSE, TABLES, make_bags, make_events
 from tests.models.test_rankers import SIZES, make_batch, make_ranker, make_tower
 from tests.serving.test_serving_rankers import make_two_towers, with_users
 from torchrec_amort import (
+    AmortizedHistoryArch,
     AmortizedScorer,
     Feature,
     HistoryCache,
+    HistoryTower,
     InputError,
     RequestSchema,
     ResidualHistory,
@@ -20,6 +22,7 @@ from torchrec_amort import (
     load_package,
 )
 from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.modules.events import EventEncoder
 
 ROWS = {name: rows for name, (rows, _) in TABLES.items()}
 SCHEMA = RequestSchema(
@@ -65,6 +68,19 @@ def test_a_package_has_every_tower(tmp_path: Path) -> None:
     towers = [make_tower(name="clicks"), make_tower(name="buys")]
     assert_package_scores_as(make_ranker("DLRM", *towers), tmp_path / "p")
     assert sorted(path.name for path in (tmp_path / "p").glob("history_*")) == ["history_0.pt2", "history_1.pt2"]
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("places", [1, 3])
+def test_a_package_of_short_histories(places: int, tmp_path: Path) -> None:
+    events = EventEncoder(["history_item"], 8, places)
+    tower = HistoryTower("clicks", AmortizedHistoryArch(8, 1, 2), events=make_events(), event_encoder=events)
+    ranker = make_ranker("DLRM", tower)
+    export_package(ranker, tmp_path / "p", SCHEMA, tables="float32")
+    batch = make_batch(SIZES).keep_latest(places)
+    with torch.no_grad():
+        scores = AmortizedScorer(load_package(tmp_path / "p")).score(batch)
+        torch.testing.assert_close(scores, ranker(batch), rtol=0, atol=2e-6)
 
 
 @pytest.mark.slow

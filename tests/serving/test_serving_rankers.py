@@ -1,13 +1,16 @@
 """The scorer serves any ranker: whole, in micro-batches, from a cache, by native code, in bfloat16 - one function."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection
 from torchrec.inference.modules import quantize_embeddings
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from tests.models.strangers import MODELS, TABLES, make_bags, make_events
 from tests.models.test_rankers import OF_REQUEST, SIZES, call_mmoe, make_batch, make_ranker, make_tower
@@ -180,3 +183,72 @@ def test_a_service_and_a_rollout_take_any_ranker() -> None:
             rollout.score(batch.select(torch.tensor([row])))
     assert rollout.switched_back is None
     assert rollout.counters()["largest_difference"] <= 2e-6
+
+
+class Halved(ModelRanker):
+    def score_rows(self, batch: RequestBatch, rows: Any) -> Tensor:
+        return super().score_rows(batch, rows) / 2
+
+
+class Shifted(AmortizedEmbeddingBagCollection):
+    def forward(self, rows: Any) -> Any:
+        bags = super().forward(rows)
+        return KeyedTensor(bags.keys(), bags.length_per_key(), bags.values() + 1)
+
+
+def hook_on_out(ranker: ModelRanker) -> None:
+    ranker.collection.towers[0].out.register_forward_hook(lambda _, args, vectors: 2 * vectors)
+
+
+def other_call(ranker: ModelRanker) -> None:
+    ranker.call = lambda model, batch, rows: model(batch.dense * 2, rows)
+
+
+def other_class(ranker: ModelRanker) -> None:
+    ranker.__class__ = Halved
+
+
+def one_vector() -> HistoryTower:
+    arch = AmortizedHistoryArch(8, num_layers=1, num_heads=2)
+    return HistoryTower("clicks", arch, events=make_events(), starts_at_zero=False)
+
+
+@pytest.mark.parametrize("change", [hook_on_out, other_call, other_class])
+def test_what_changes_around_a_fast_head_is_served(change: Callable[[ModelRanker], None]) -> None:
+    ranker, batch = make_ranker("DLRM", one_vector()), make_batch(SIZES)
+    assert isinstance(ranker, ModelRanker)
+    before = AmortizedScorer(ranker).score(batch)
+    change(ranker)
+    with torch.no_grad():
+        expected = ranker(batch)
+    assert not torch.allclose(expected, before, atol=1e-4)
+    torch.testing.assert_close(AmortizedScorer(ranker).score(batch), expected, rtol=0, atol=2e-6)
+
+
+def test_what_serving_would_leave_out_is_refused() -> None:
+    ranker = make_ranker("DLRM", one_vector())
+    assert isinstance(ranker, ModelRanker)
+    ranker.collection.__class__ = Shifted
+    with pytest.raises(ValueError, match=r"model\.sparse_arch\..* is a Shifted .*: score with the model itself"):
+        AmortizedScorer(ranker)
+    with pytest.raises(ValueError, match="a Sequential around a ranker: unwrap it"):
+        AmortizedScorer(nn.Sequential(make_ranker("DLRM")))
+    places = [EventEncoder(["history_item"], 8, limit) for limit in (2, None)]
+    towers = [
+        HistoryTower(f"of_{i}", AmortizedHistoryArch(8), events=make_events(), event_encoder=of)
+        for i, of in enumerate(places)
+    ]
+    with pytest.raises(ValueError, match="towers know places for other numbers of events, {'of_0': 2, 'of_1': None}"):
+        AmortizedScorer(make_ranker("DLRM", *towers))
+    for options in ({"backend": "nativ"}, {"when_longer": "drop"}, {"dtype": torch.float16}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name} is {value!r}, not "):
+            AmortizedScorer(make_ranker("DLRM"), **options)
+
+
+def test_autocast_of_the_caller_changes_no_score() -> None:
+    ranker, batch = make_ranker("DLRM", one_vector()), make_batch(SIZES)
+    scorer = AmortizedScorer(ranker)
+    expected = scorer.score(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scorer.score(batch), expected)

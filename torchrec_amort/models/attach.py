@@ -138,7 +138,7 @@ class AttachedDLRM(ModelRanker):
         grown = _replaced(dlrm, "sparse_arch", SparseArch(collection))
         for path, layer in layers.items():
             grown = _replaced(grown, path, layer)
-        super().__init__(grown, call_model if request_features else _call_with_dense_of_candidates)
+        super().__init__(grown, call_model if request_features else call_with_dense_of_candidates)
         self.train(dlrm.training)
         # Prefixes of names as they are now, and as they were.
         of_tower = f"{_BAGS}.bags.towers.{tower.name}"
@@ -199,7 +199,8 @@ class AttachedDLRM(ModelRanker):
             )
 
 
-def _call_with_dense_of_candidates(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+def call_with_dense_of_candidates(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+    """Call a model of whose dense inputs all are the candidates'."""
     logits_CT: Tensor = model(batch.candidate_dense, rows)
     return logits_CT
 

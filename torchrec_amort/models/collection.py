@@ -451,6 +451,7 @@ def _share(bags: EmbeddingBagCollection, towers: Sequence[HistoryTower]) -> _Sha
             num_embeddings=table.num_embeddings,
             feature_names=features,
             init_fn=table.init_fn,
+            data_type=table.data_type,
         )
         collection = EmbeddingCollection(tables=[config], device=torch.device("meta"))
         collection.embeddings[table.name].weight = bags.embedding_bags[table.name].weight

@@ -78,20 +78,9 @@ def why_patched(module: nn.Module, path: str, hooks: Mapping[str, str] = FORWARD
     for attribute, hook in hooks.items():
         if getattr(module, attribute):
             return f"{path} has {hook}"
+        if vars(torch.nn.modules.module).get(f"_global{attribute}"):
+            return f"all modules have {hook}"
     return why_own_method(module, path)
-
-
-def why_own_methods(module: nn.Module, path: str) -> str | None:
-    """Why a copy of a module may compute something else, or None.
-
-    A method that the module, or one of its submodules, has of its own is most often a function of that very module.
-
-    Args:
-        module: of the model.
-        path: its name there.
-    """
-    reasons = (why_own_method(part, _join(path, name)) for name, part in module.named_modules())
-    return next(filter(None, reasons), None)
 
 
 def why_other_methods(kind: type[nn.Module], base: type[nn.Module]) -> str | None:

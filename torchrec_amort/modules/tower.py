@@ -84,12 +84,16 @@ class HistoryTower(nn.Module):
         if self.width != encoder.embedding_dim:
             self.out = nn.Linear(encoder.embedding_dim, self.width, bias=False, device=device)
         self.gate = nn.Parameter(torch.zeros(1, device=device)) if starts_at_zero else None
-        self._fit(widths)
+        # With an item of the bags, candidates are read from their table.
+        self._fit({feature: width for feature, width in widths.items() if item is None or feature != CANDIDATE_ITEM})
 
     def _fit(self, widths: Mapping[str, int]) -> None:
         dim, device = self.encoder.embedding_dim, next(self.encoder.parameters(), torch.empty(0)).device
         for feature, width in widths.items():
-            if width != dim and feature in (*self.event_encoder.features, CANDIDATE_ITEM):
+            is_read = feature in (*self.event_encoder.features, CANDIDATE_ITEM)
+            # A tower may stand in a second collection: what it has learned stays.
+            known = self.fits[feature].in_features if feature in self.fits else None
+            if is_read and width not in (dim, known):
                 self.fits[feature] = nn.Linear(width, dim, bias=False, device=device)
 
     @property

@@ -332,7 +332,9 @@ def _compile(
     phases: RankerPhases, collection: AmortizedEmbeddingBagCollection, schema: RequestSchema, folder: Path
 ) -> dict[str, Any]:
     """Compile the phases into a folder; what the manifest tells of them."""
-    widths, num_events, num_candidates = collection.bags.widths, 6, 5
+    widths, num_candidates = collection.bags.widths, 5
+    limits = [tower.event_encoder.max_length for tower in collection.towers]
+    num_events = min([6, *(limit for limit in limits if limit is not None)])
     num_dense = {side: len(schema.of(side, "dense")) for side in ("request", "candidate")}
     head = phases.head(num_dense["request"])
     if head is not None and not head.is_cheaper(1, _USUAL_CANDIDATES):
@@ -346,8 +348,9 @@ def _compile(
         states.append(list(history(events)))
         of_one_event.append(list(history([rows_nW[:1] for rows_nW in events])))
         num_keys.append(served.num_keys())
-        grows = Dim("n", min=1, max=tower.event_encoder.max_length)
-        programs.append(_save(history, (events,), ([{0: grows} for _ in events],), folder / f"history_{place}.pt2"))
+        longest = tower.event_encoder.max_length
+        grows = {} if longest == 1 else {0: Dim("n", min=1, max=longest)}
+        programs.append(_save(history, (events,), ([grows for _ in events],), folder / f"history_{place}.pt2"))
         items.append(torch.randn(num_candidates, _widths(collection.sequences[reads.items], "candidate_item")))
     of_request, of_candidate = phases.request_bags, [*phases.candidate_bags, *collection.bags.shared]
     terms = [torch.randn(1, num_dense["request"]), *(torch.randn(1, widths[bag]) for bag in of_request)]

@@ -35,20 +35,21 @@ from torchrec.modules.mlp import MLP, Perceptron
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.models.attach import (
     AttachedCrossNet,
-    AttachedDLRM,
     AttachedInteractionArch,
     AttachedInteractionDCNArch,
     AttachedLinear,
     ZeroLinear,
+    call_with_dense_of_candidates,
 )
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.dlrm import AmortizedDLRM, refuse_other_dense
-from torchrec_amort.models.ranker import CollectionRanker, ModelRanker, call_model
+from torchrec_amort.models.ranker import Call, CollectionRanker, ModelRanker, call_model
 from torchrec_amort.modules.dlrm_parts import activations, linears, set_first_linear, sizes
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.plain import Plain, why_other_methods, why_unlike
 from torchrec_amort.ops import native
 from torchrec_amort.ops.native import EmbeddingRows
+from torchrec_amort.schema import InputError
 from torchrec_amort.serving.lookup import Embeddings
 from torchrec_amort.serving.native_encoder import NativeEncoder, of_each
 
@@ -73,7 +74,8 @@ _PARTS = Plain(
 # Kernels read all weights for each tile of rows, PyTorch's products once for many: MLPerf's DCN, of 14 million, takes
 # native code 12% longer for 2,048 candidates, although it has 16% less to compute.
 _MOST_CROSS_WEIGHTS = 4_000_000
-_MODELS = Plain(DLRM, DLRM_DCN, SparseArch, AmortizedEmbeddingBagCollection)
+_MODELS = Plain(DLRM, DLRM_DCN, SparseArch, ModelRanker)
+_READS: dict[Call, str] = {call_model: "both", call_with_dense_of_candidates: "candidate"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +112,12 @@ class Dlrm:
         Raises:
             InputError: it has others.
         """
-        if self.reads == "both":
-            refuse_other_dense(batch, self.num_dense)
+        if self.reads != "candidate":
+            refuse_other_dense(batch, self.num_dense if self.reads == "both" else 0)
+        elif (have := batch.candidate_dense.shape[1]) != self.num_dense:
+            raise InputError(
+                f"batch: candidate_dense has {have} columns, but the model reads {self.num_dense}, all of the candidate"
+            )
 
     def head(self, num_request_dense: int, encoder: NativeEncoder | None, dtype: torch.dtype) -> Head:
         """The head with the weights of this moment.
@@ -143,7 +149,7 @@ def dlrm_of(ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollectio
         parts = ranker.model
         if reason := _why_other_model(ranker, collection):
             return reason
-        reads = "both" if ranker.call is call_model else "candidate"
+        reads = _READS[ranker.call]
     else:
         return f"it serves DLRMs, and this is a {type(ranker).__name__}"
     bags = list(collection.bags.widths)
@@ -160,10 +166,10 @@ def _why_other_model(ranker: ModelRanker, collection: AmortizedEmbeddingBagColle
     model: Any = ranker.model
     if type(model) not in (DLRM, DLRM_DCN):
         return f"it serves DLRMs, and this is a {type(model).__name__}"
-    if ranker.call is not call_model and not isinstance(ranker, AttachedDLRM):
+    if ranker.call not in _READS:
         return "what it is called with is not known"
-    modules = {"model": model, "sparse_arch": model.sparse_arch, "its collection": collection}
-    reason = next(filter(None, (_MODELS.why_not(module, name) for name, module in modules.items())), None)
+    reason = why_other_methods(type(ranker), ModelRanker) or _MODELS.why_replaced(ModelRanker)
+    reason = reason or _MODELS.why_not(model, "model") or _MODELS.why_not(model.sparse_arch, "sparse_arch")
     if reason is None and list(model.sparse_arch.sparse_feature_names) != list(collection.bags.widths):
         return f"its slots are {model.sparse_arch.sparse_feature_names}, not its bags"
     return reason
@@ -183,7 +189,8 @@ def _as_built(dlrm: Dlrm) -> dict[str, nn.Module]:
     num_slots, over_arch = len(dlrm.bags), dlrm.parts.over_arch
     first = linears(over_arch)[0]
     num_new = _num_new_slots(dlrm)
-    inter: nn.Module = InteractionArch(num_slots - num_new)
+    with torch.device("cpu"):
+        inter: nn.Module = InteractionArch(num_slots - num_new)
     with torch.device("meta"):
         dense = DenseArch(*sizes(dlrm.parts.dense_arch))
         over = OverArch(*sizes(over_arch))

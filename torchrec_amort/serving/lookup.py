@@ -8,6 +8,7 @@ Shape suffixes: B requests; R rows of a batch; V values of a feature; F features
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,11 @@ class Lookups:
     def table_sizes(self) -> dict[str, int]:
         """Rows of the table of each feature."""
         lookups: list[BagLookup | SequenceLookup] = [*self.bags.values(), *self.sequences]
-        return {name: size for lookup in lookups for name, size in lookup.table_sizes.items()}
+        sizes: dict[str, int] = {}
+        for lookup in lookups:
+            for name, size in lookup.table_sizes.items():
+                sizes[name] = min(size, sizes.get(name, size))
+        return sizes
 
     @property
     def features(self) -> dict[str, list[str]]:
@@ -143,7 +148,7 @@ class BagLookup:
     def __init__(self, bags: EmbeddingBagCollection, name: str) -> None:
         if not isinstance(bags, EmbeddingBagCollection | QuantEmbeddingBagCollection):
             raise ValueError(f"{name} is a {type(bags).__name__}, sharded or unknown: score with the model itself")
-        self._bags = bags
+        self._bags = _in_eval(bags)
         tables = bags.embedding_bag_configs()
         # Quantized tables have buffers alone.
         self._weights_dtype = next((weight.dtype for weight in bags.parameters()), torch.float32)
@@ -182,7 +187,7 @@ class BagLookup:
         num_rows = features.stride()
         if have_one_each(features) and not self.is_weighted:
             ids = features.values().view(len(features.keys()), num_rows)
-            ids_of = dict(zip(features.keys(), ids.long().unbind(), strict=True))
+            ids_of = dict(zip(features.keys(), ids.long().contiguous().unbind(), strict=True))
             return {name: EmbeddingRows(table, ids_of[feature]) for name, feature, table, _ in self._poolings}
         bags = {}
         for name, feature, table, mode in self._poolings:
@@ -224,7 +229,7 @@ class SequenceLookup:
         # Events and candidates' items are looked up one after the other: a hook would see half of each batch.
         if reason := _SEQUENCES.why_not(collection, name):
             raise ValueError(f"{reason}: score with the model itself")
-        self._collection = collection
+        self._collection = _in_eval(collection)
         tables = collection.embedding_configs()
         self.table_sizes = _table_sizes(tables)
         self._features = [name for table in tables for name in table.feature_names]
@@ -242,12 +247,23 @@ class SequenceLookup:
     def __call__(self, sequences: Mapping[str, JaggedIds]) -> dict[str, EmbeddingRows]:
         """Embeddings of the ids of some features, which have one row of B per request each."""
         if self._weights is not None:
-            return {name: EmbeddingRows(self._weights[name], ids.long()) for name, (ids, _) in sequences.items()}
+            return {
+                name: EmbeddingRows(self._weights[name], ids.long().contiguous())
+                for name, (ids, _) in sequences.items()
+            }
         ids, lengths_B = next(iter(sequences.values()))
         none = ids[:0], torch.zeros_like(lengths_B)
         every = {name: sequences.get(name, none) for name in self._features}
         embeddings: dict[str, JaggedTensor] = self._collection(keyed(every, len(lengths_B)))
         return {name: EmbeddingRows(embeddings[name].values()) for name in sequences}
+
+
+def _in_eval(collection: Any) -> Any:
+    """A collection in eval mode, which learns no ids and drops nothing; its weights are the collection's own."""
+    if not collection.training:
+        return collection
+    weights = [*collection.parameters(), *collection.buffers()]
+    return copy.deepcopy(collection, {id(weight): weight for weight in weights}).eval()
 
 
 def _is_plain(collection: nn.Module) -> bool:

@@ -333,8 +333,9 @@ def _with_room(past: NativeState, lengths_B: Tensor) -> NativeState:
 
 
 def of_each(rows: Sequence[EmbeddingRows]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Tables, and ids if there are some."""
-    return [of_one.table for of_one in rows], [of_one.ids for of_one in rows]
+    """Tables, and ids if there are some. What quantized collections return may be in float16."""
+    tables = [of_one.table if of_one.ids is not None else _whole(of_one.table).table for of_one in rows]
+    return tables, [of_one.ids for of_one in rows]
 
 
 def _whole(rows_ND: Tensor) -> EmbeddingRows:

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "native", "eager", "compiled"]
 Histories = Mapping[str, Sequence[HistoryState]]
 
+_BARE = Plain(nn.Identity)
 _PLAIN_EVENTS = Plain(EventEncoder, nn.Embedding, nn.Dropout)
 
 
@@ -134,9 +135,9 @@ class RankerPhases(Phases):
         self.towers = {tower.name: ServedTower(tower, dtype, may_be_native) for tower in collection.towers}
         dlrm = dlrm_of(ranker, collection, dtype)
         self._dlrm: Dlrm | None = dlrm if isinstance(dlrm, Dlrm) and may_be_native else None
-        reasons = {f"encoder: {tower.not_native}": tower.not_native for tower in self.towers.values()}
-        reasons[f"head: {dlrm}"] = dlrm if isinstance(dlrm, str) else None
-        self._refuse_or_tell([told for told, reason in reasons.items() if reason is not None], backend)
+        not_native = [f"encoder: {tower.not_native}" for tower in self.towers.values() if tower.not_native is not None]
+        not_native += [f"head: {dlrm}"] if isinstance(dlrm, str) else []
+        self._refuse_or_tell(not_native, backend)
         self._heads: dict[int, Head] = {}
         # The tower whose vector is the last slot, if heads can make it as well.
         last = next(reversed(self.towers), None)
@@ -246,11 +247,14 @@ class ServedTower:
             raise ValueError(f"{reason}: score with the model itself")
         # What hooks make of some of the events is not known.
         has_hooks = any(why_patched(module, "") for module in tower.modules())
-        self.is_extendable = tower.is_extendable and not has_hooks
-        self.bags = tower.bags
-        # The events of a sum are added up while they are read, if there is nothing else to do.
         other_events = _PLAIN_EVENTS.why_not_any(tower.event_encoder, "event_encoder")
-        reads_sums = other_events is None and not set(tower.fits) & set(tower.event_encoder.features)
+        is_known = other_events is None and not has_hooks and _extends_what_it_encodes(type(encoder))
+        self.is_extendable = tower.is_extendable and is_known
+        self.bags = tower.bags
+        if tower.event_encoder.recency is not None and tower.event_encoder.recency.max_norm is not None:
+            other_events = "event_encoder.recency has a max_norm"
+        # The events of a sum are added up while they are read, if there is nothing else to do.
+        reads_sums = not set(tower.fits) & set(tower.event_encoder.features)
         self.not_native = why_not_native(encoder, dtype) or other_events
         self._native: NativeEncoder | None = None
         self._beside_pytorch: NativeEncoder | None = None
@@ -266,7 +270,7 @@ class ServedTower:
             self._tower = self._tower_beside_pytorch = _with(tower, InDtype(encoder, dtype))
         # The native encoder, if nothing comes between it and what reads its vector.
         self.fusable: NativeEncoder | None = None
-        is_bare = tower.gate is None and isinstance(tower.out, nn.Identity) and CANDIDATE_ITEM not in tower.fits
+        is_bare = tower.gate is None and _BARE.why_not(tower.out, "out") is None and CANDIDATE_ITEM not in tower.fits
         if is_bare and self._native is not None and isinstance(self._native.vectors, nn.Identity):
             self.fusable = self._native
         self._sums: EventEncoder | None = tower.event_encoder if reads_sums else None
@@ -312,6 +316,14 @@ class ServedTower:
         if encoder.recency is not None:
             rows.append(EmbeddingRows(encoder.recency.weight, recency(lengths_B, rows[0].num_rows)))
         return rows
+
+
+def _extends_what_it_encodes(kind: type[AmortizableEncoder]) -> bool:
+    """Whether the class that says how histories are extended knows how they are encoded."""
+    extends, encodes = (
+        next(base for base in kind.__mro__ if method in vars(base)) for method in ("extend_history", "encode_history")
+    )
+    return issubclass(extends, encodes)
 
 
 def _with(tower: HistoryTower, encoder: AmortizableEncoder | None) -> HistoryTower:

@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,11 @@ class AmortizedScorer:
         self.microbatch_size = microbatch_size
         self.when_longer = when_longer
         self.validate = validate
+        for name, value, known in (("backend", backend, Backend), ("when_longer", when_longer, WhenLonger)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} is {value!r}, not one of {', '.join(get_args(known))}")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}, not torch.float32 or torch.bfloat16")
         if isinstance(model, Served):
             if dtype != torch.float32 or backend != "auto" or call is not None:
                 raise ValueError("a package is of the dtype, backend and call that it was exported with: give none")
@@ -193,10 +198,9 @@ class AmortizedScorer:
             )
 
     def _score(self, batch: RequestBatch, cache: HistoryCache | None) -> Tensor:
-        terms = self._served.request(batch)
-        histories = {tower: self._states(batch, terms, tower, cache) for tower in self._events}
-        parts = (self._served.score(terms, histories, part) for part in self._microbatches(batch))
-        logits_CT = _put_together(parts, batch.candidate_dense.shape[0])
+        # Native code and packages are of the dtype that they were made with.
+        with torch.autocast(self._served.device.type, enabled=False):
+            logits_CT = self._logits(batch, cache)
         # The sum of what is not finite is not finite, either; the sum of numbers nearly always is.
         if not math.isfinite(float(logits_CT.sum())) and not torch.isfinite(logits_CT).all():
             candidate = int((~torch.isfinite(logits_CT)).any(1).nonzero()[0])
@@ -205,6 +209,12 @@ class AmortizedScorer:
                 "finite: look for weights that are not"
             )
         return logits_CT
+
+    def _logits(self, batch: RequestBatch, cache: HistoryCache | None) -> Tensor:
+        terms = self._served.request(batch)
+        histories = {tower: self._states(batch, terms, tower, cache) for tower in self._events}
+        parts = (self._served.score(terms, histories, part) for part in self._microbatches(batch))
+        return _put_together(parts, batch.candidate_dense.shape[0])
 
     def _states(
         self, batch: RequestBatch, terms: RequestTerms, tower: str, cache: HistoryCache | None

@@ -38,7 +38,7 @@ _TABLES = (
 )
 # Serving calls what they call, and not them.
 _RANKERS = Plain(AmortizedDLRM, CollectionRanker)
-_SHELLS = Plain(SparseArch, Bags, HistoryTower)
+_SHELLS = Plain(SparseArch, AmortizedEmbeddingBagCollection, Bags, HistoryTower)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,7 @@ def serve(model: nn.Module, dtype: torch.dtype, backend: Backend, call: Call | N
     names = {module: name or "the model" for name, module in ranker.named_modules()}
     if reason := _why_not_served(ranker, collection, names):
         raise ValueError(f"{reason}: score with the model itself")
+    _refuse_other_limits(collection)
     lookups = Lookups.of(collection, names)
     ranker = _snapshot(ranker)
     return Served(
@@ -119,6 +120,10 @@ def _ranker_of(model: nn.Module, call: Call | None) -> CollectionRanker:
         hint = "attach_history makes one of a DLRM" if isinstance(model, DLRM) else "unwrap it, or build it on"
         hint += "" if isinstance(model, DLRM) else " an AmortizedEmbeddingBagCollection"
         raise ValueError(f"the model is a {type(model).__name__}, which is no ranker: {hint}")
+    if not isinstance(model, Ranker) and any(isinstance(module, Ranker) for module in model.modules()):
+        raise ValueError(
+            f"the model is a {type(model).__name__} around a ranker: unwrap it, or, if it is sharded, score with it"
+        )
     ranker = ranker_of(model, call)
     if not isinstance(ranker, CollectionRanker):
         raise ValueError(
@@ -127,13 +132,22 @@ def _ranker_of(model: nn.Module, call: Call | None) -> CollectionRanker:
     return ranker
 
 
+def _refuse_other_limits(collection: AmortizedEmbeddingBagCollection) -> None:
+    limits = {tower.name: tower.event_encoder.max_length for tower in collection.towers}
+    if len(set(limits.values())) > 1:
+        raise ValueError(
+            f"towers know places for other numbers of events, {limits}, and the least would cut all histories: give "
+            "all the same max_length, or score with the model itself"
+        )
+
+
 def _why_not_served(
     ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollection, names: Mapping[nn.Module, str]
 ) -> str | None:
     """Why a ranker may compute something else than what is served, or None."""
     base = AmortizedDLRM if isinstance(ranker, AmortizedDLRM) else CollectionRanker
     reasons = [_RANKERS.why_replaced(base), _why_other_phases(type(ranker), base), why_patched(ranker, "the model")]
-    shells = [collection.bags, *collection.towers]
+    shells = [collection, collection.bags, *collection.towers]
     if isinstance(ranker, AmortizedDLRM):
         shells = [arch for arch in (ranker.sparse_arch, ranker.request_sparse_arch) if arch is not None]
     reasons += [_SHELLS.why_not(shell, names[shell]) for shell in shells]
