@@ -14,23 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from tests.serving.test_native_encoder import DTYPES
 from torchrec_amort import AmortizedHistoryArch
 from torchrec_amort.bench.timing import threads
-from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
+from torchrec_amort.serving.native_encoder import NativeEncoder
 
 DIM = 8
 # Of the largest logit. Rounding weights and factors to bfloat16 in the float64 loops changed up to 0.015 of it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-DTYPES = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(
-            why_not_native(AmortizedHistoryArch(8), dtype) is not None,
-            reason=f"no native build for {dtype} on this processor",
-        ),
-    )
-    for dtype in TOLERANCE
-]
 
 
 @dataclass

@@ -29,7 +29,6 @@ from torchrec.models.dlrm import (
     SparseArch,
 )
 from torchrec.modules.crossnet import LowRankCrossNet
-from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.modules.mlp import MLP, Perceptron
 
 from torchrec_amort.batch import RequestBatch
@@ -50,7 +49,7 @@ from torchrec_amort.modules.plain import Plain, why_other_methods, why_unlike
 from torchrec_amort.ops import native
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import InputError
-from torchrec_amort.serving.lookup import Embeddings
+from torchrec_amort.serving.lookup import Embeddings, bag_names
 from torchrec_amort.serving.native_encoder import NativeEncoder, of_each
 
 _PARTS = Plain(
@@ -153,11 +152,8 @@ def dlrm_of(ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollectio
     else:
         return f"it serves DLRMs, and this is a {type(ranker).__name__}"
     bags = list(collection.bags.widths)
-    of_request: list[str] = []
-    if collection.request_bags is not None:
-        names = get_embedding_names_by_table(collection.request_bags.embedding_bag_configs())
-        of_request = [name for of_table in names for name in of_table]
-    dlrm = Dlrm(parts, next(iter(collection.bags.widths.values())), bags, of_request, reads)
+    dim = next(iter(collection.bags.widths.values()))
+    dlrm = Dlrm(parts, dim, bags, bag_names(collection.request_bags), reads)
     return _why_other_parts(dlrm) or _why_no_kernel(dlrm, dtype) or dlrm
 
 

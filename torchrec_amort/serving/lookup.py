@@ -157,8 +157,7 @@ class BagLookup:
         for table in tables if self.is_weighted and type(bags) is EmbeddingBagCollection else ():
             if table.pooling is not PoolingType.SUM:
                 raise ValueError(f"table {table.name!r} is weighted and pools by the mean, which PyTorch cannot: sum")
-        names = get_embedding_names_by_table(tables)
-        self._names = [name for of_table in names for name in of_table]
+        self._names = bag_names(bags)
         self._poolings: list[tuple[str, str, Tensor, str]] | None = None
         if _is_plain(bags):
             self._poolings = [
@@ -168,7 +167,7 @@ class BagLookup:
                     bags.embedding_bags[table.name].weight.detach(),
                     "sum" if table.pooling is PoolingType.SUM else "mean",
                 )
-                for table, of_table in zip(tables, names, strict=True)
+                for table, of_table in zip(tables, get_embedding_names_by_table(tables), strict=True)
                 for name, feature in zip(of_table, table.feature_names, strict=True)
             ]
 
@@ -256,6 +255,12 @@ class SequenceLookup:
         every = {name: sequences.get(name, none) for name in self._features}
         embeddings: dict[str, JaggedTensor] = self._collection(keyed(every, len(lengths_B)))
         return {name: EmbeddingRows(embeddings[name].values()) for name in sequences}
+
+
+def bag_names(bags: EmbeddingBagCollection | None) -> list[str]:
+    """Names of the bags that a collection makes, in order; none if there is no collection."""
+    tables = [] if bags is None else bags.embedding_bag_configs()
+    return [name for of_table in get_embedding_names_by_table(tables) for name in of_table]
 
 
 def _in_eval(collection: Any) -> Any:

@@ -16,8 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection
-from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.batch import RequestBatch
@@ -30,7 +28,7 @@ from torchrec_amort.modules.plain import Plain, why_patched
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.serving.heads import Dlrm, Head, dlrm_of
-from torchrec_amort.serving.lookup import Embeddings
+from torchrec_amort.serving.lookup import Embeddings, bag_names
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 logger = logging.getLogger(__name__)
@@ -130,7 +128,10 @@ class RankerPhases(Phases):
         backend: Backend,
     ) -> None:
         self._bags, self._dtype = collection.bags, dtype
-        self.request_bags, self.candidate_bags = _names(collection.request_bags), _names(collection.candidate_bags)
+        self.request_bags, self.candidate_bags = (
+            bag_names(collection.request_bags),
+            bag_names(collection.candidate_bags),
+        )
         may_be_native = backend in ("auto", "native")
         self.towers = {tower.name: ServedTower(tower, dtype, may_be_native) for tower in collection.towers}
         dlrm = dlrm_of(ranker, collection, dtype)
@@ -217,11 +218,6 @@ class RankerPhases(Phases):
         joined = self._bags.join(of_request, of_candidate, vectors, counts_B, batch.stride())
         logits_CT: Tensor = self._score_rows(batch, CandidateRows(joined))
         return logits_CT.to(torch.promote_types(logits_CT.dtype, torch.float32))
-
-
-def _names(bags: EmbeddingBagCollection | None) -> list[str]:
-    tables = [] if bags is None else bags.embedding_bag_configs()
-    return [name for of_table in get_embedding_names_by_table(tables) for name in of_table]
 
 
 class ServedTower:
