@@ -18,7 +18,8 @@ from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.schema import Feature, InputError, RequestSchema, TableConfig
 from torchrec_amort.serving.cache import HistoryCache
-from torchrec_amort.serving.export import export_package, load_package
+from torchrec_amort.serving.export import export_package
+from torchrec_amort.serving.package import load_package
 from torchrec_amort.serving.rollout import Rollout, score_impressions, user_places
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.serving.service import Overloaded, ScoringService

@@ -245,7 +245,8 @@ class RequestBatch(Pipelineable):
         """Ids of each candidate and its request, in C rows, which a model without histories reads."""
         requests_C = torch.repeat_interleave(self.num_candidates, output_size=self.candidate_dense.shape[0])
         of_requests = select_rows(self.request_sparse, requests_C, self.request_sparse.keys())
-        return KeyedJaggedTensor.concat([ids for ids in (of_requests, self.candidate_sparse) if ids.keys()])
+        with_keys = [ids for ids in (of_requests, self.candidate_sparse) if ids.keys()]
+        return KeyedJaggedTensor.concat(with_keys) if with_keys else of_requests
 
     def shallow_copy(self) -> RequestBatch:
         """The same tensors, in jagged tensors of its own.
@@ -486,6 +487,28 @@ def refuse_missing_features(batch: RequestBatch, features: Mapping[str, Sequence
         for name in names:
             if name not in have:
                 raise InputError(f"batch: {field} has {list(have)}, but the model reads {name!r}, too: add it")
+
+
+def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a batch of whose events a feature is missing.
+
+    Args:
+        batch: any.
+        events: features of the events of each history.
+
+    Raises:
+        InputError: features of one history differ in length.
+    """
+    for first, *others in events.values():
+        expected = batch.sequences[first].lengths()
+        for name in others:
+            have = batch.sequences[name].lengths()
+            if len(wrong := (have != expected).nonzero()):
+                row = int(wrong[0])
+                raise InputError(
+                    f"batch: request {row}: sequences[{name!r}] has {int(have[row])} entries, but sequences[{first!r}] "
+                    f"has {int(expected[row])}: each event needs all its features"
+                )
 
 
 def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) -> None:

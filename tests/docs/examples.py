@@ -93,7 +93,7 @@ def _not_run() -> dict[str, str]:
         "data.impressions.to_requests": LOG,
         "data.log.ImpressionLog": LOG,
         "serving.export.export_package": COMPILES,
-        "serving.export.load_package": COMPILES,
+        "serving.package.load_package": COMPILES,
         "models.graft.old_optimizer_state_dict": RANKS,
         "training.lock.run_lock": TRAINING,
         "training.processes.StopRequests": "ends when the process is told to stop",

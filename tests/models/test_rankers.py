@@ -4,17 +4,26 @@ impression.
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    JaggedTensor,
+    KeyedJaggedTensor,
+    KeyedTensor,
+)
 from torchrec.models.dlrm import DLRM
 
 from tests.models.strangers import DIN, MODELS, NUM_DENSE, TABLES, WIDE_TABLES, MMoE, jagged, make_bags, make_events
 from torchrec_amort import AmortizedHistoryArch, RequestBatch
+from torchrec_amort.jagged_ids import keyed, rows_of
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows
 from torchrec_amort.models.ranker import ModelRanker, Ranker, ranker_of
 from torchrec_amort.modules.rivals import Concatenation
@@ -223,6 +232,7 @@ def bad_collections() -> dict[str, tuple[Callable[[], object], str]]:
         ),
         "a hook": (lambda: make(embedding_bag_collection=hooked), "has a forward hook: give it as TorchRec makes it"),
         "two towers of one name": (lambda: make(towers=[make_tower(), make_tower()]), "'clicks' is there 2 times"),
+        "a name of no module": (lambda: make(towers=[make_tower(name="items")]), "tower 'items': a module cannot have"),
         "a name of a feature": (lambda: make(towers=[make_tower(name="item")]), "'item' is there 2 times"),
         "an item nowhere": (
             lambda: make(towers=[HistoryTower("clicks", AmortizedHistoryArch(8), item="film")]),
@@ -271,6 +281,26 @@ def test_training_steps_move_all_weights_of_two_tasks() -> None:
         assert not torch.equal(weight, before[name]), name
 
 
+def test_features_may_have_names_that_modules_cannot() -> None:
+    names = ["type", "a.b"]
+    tables = [
+        EmbeddingConfig(name=f"t_{i}", feature_names=[name], num_embeddings=9, embedding_dim=4)
+        for i, name in enumerate(names)
+    ]
+    item = EmbeddingConfig(name="t_item", feature_names=["candidate_item"], num_embeddings=9, embedding_dim=4)
+    events = EmbeddingCollection(tables=[*tables, item])
+    ranker = make_ranker("DLRM", HistoryTower("clicks", AmortizedHistoryArch(8), events=events, starts_at_zero=False))
+    batch = make_batch(SIZES)
+    sequences = batch.sequences
+    of_events = [
+        keyed({name: (ids % 9, lengths)}, len(batch))
+        for name in names
+        for ids, lengths in [rows_of(sequences, "history_item", 0, len(batch))]
+    ]
+    items = keyed({"candidate_item": (sequences["candidate_item"].values() % 9, batch.num_candidates)}, len(batch))
+    refuse_differences(ranker, replace(batch, sequences=KeyedJaggedTensor.concat([*of_events, items])))
+
+
 def test_a_model_without_histories_reads_the_ids_of_candidates_and_their_requests() -> None:
     for is_weighted in (False, True):
         batch = make_batch(SIZES, is_weighted)
@@ -282,3 +312,9 @@ def test_a_model_without_histories_reads_the_ids_of_candidates_and_their_request
                 assert torch.equal(read[key].lengths(), ids[key].lengths())
                 if is_weighted:
                     assert torch.equal(read[key].weights(), ids[key].weights())
+
+
+def test_a_batch_without_ids_has_none_for_a_model_without_histories() -> None:
+    batch = make_batch(SIZES)
+    none = KeyedJaggedTensor([], torch.empty(0, dtype=torch.int64), lengths=torch.empty(0, dtype=torch.int64))
+    assert not replace(batch, request_sparse=none, candidate_sparse=none).sparse.keys()

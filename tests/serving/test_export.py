@@ -24,8 +24,8 @@ from torchrec_amort import (
 )
 from torchrec_amort.ops import native
 from torchrec_amort.serving import export
-from torchrec_amort.serving.export import MANIFEST_FILE, TABLES_FILE
 from torchrec_amort.serving.lookup import Lookups
+from torchrec_amort.serving.package import MANIFEST_FILE, TABLES_FILE
 
 needs_build = pytest.mark.skipif(
     native.why_no_build(torch.empty(0), torch.float32) is not None, reason="no native build for this processor"

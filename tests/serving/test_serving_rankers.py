@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, EmbeddingConfig
 from torchrec.inference.modules import quantize_embeddings
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -26,6 +26,7 @@ from torchrec_amort import (
     ScoringService,
     score_impressions,
 )
+from torchrec_amort.jagged_ids import keyed
 from torchrec_amort.models.ranker import ModelRanker
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.rivals import MeanPooling, TargetAttention
@@ -240,10 +241,28 @@ def test_what_serving_would_leave_out_is_refused() -> None:
     ]
     with pytest.raises(ValueError, match="towers know places for other numbers of events, {'of_0': 2, 'of_1': None}"):
         AmortizedScorer(make_ranker("DLRM", *towers))
+    ranker = make_ranker("DLRM")
+    assert isinstance(ranker, ModelRanker)
+    ranker.call = lambda _, batch, rows: ranker.model(batch.dense, rows)
+    with pytest.raises(ValueError, match="call reads the model from its variable 'ranker', and not from the model"):
+        AmortizedScorer(ranker)
     for options in ({"backend": "nativ"}, {"when_longer": "drop"}, {"dtype": torch.float16}):
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=f"{name} is {value!r}, not "):
             AmortizedScorer(make_ranker("DLRM"), **options)
+
+
+def test_events_that_lack_a_feature_are_told() -> None:
+    tables = [
+        EmbeddingConfig(name=f"t_{name}", feature_names=[name], num_embeddings=30, embedding_dim=8)
+        for name in ("film", "kind", "candidate_item")
+    ]
+    ranker = make_ranker("DLRM", HistoryTower("clicks", AmortizedHistoryArch(8), events=EmbeddingCollection(tables)))
+    batch, ids = make_batch(((3, 1), (2, 2))), torch.ones(5, dtype=torch.int64)
+    items = batch.sequences["candidate_item"].values(), batch.num_candidates
+    events = {"film": (ids, torch.tensor([3, 2])), "kind": (ids, torch.tensor([2, 3])), "candidate_item": items}
+    with pytest.raises(InputError, match=r"request 0: sequences\['kind'\] has 2 entries, .*'film'\] has 3: each event"):
+        AmortizedScorer(ranker).score(replace(batch, sequences=keyed(events, 2)))
 
 
 def test_autocast_of_the_caller_changes_no_score() -> None:

@@ -21,8 +21,9 @@ from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import Concatenation
 from torchrec_amort.schema import RequestSchema, one_line
 from torchrec_amort.serving.cache import HistoryCache
-from torchrec_amort.serving.export import export_package, load_package
+from torchrec_amort.serving.export import export_package
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
+from torchrec_amort.serving.package import load_package
 from torchrec_amort.serving.scorer import AmortizedScorer
 
 Method = Literal[

@@ -41,7 +41,8 @@ class HistoryTower(nn.Module):
             as before until training opens it.
 
     Raises:
-        ValueError: there is no feature of events, or `event_encoder` reads one that is not there.
+        ValueError: there is no feature of events, `event_encoder` reads one that is not there, or the name cannot be a
+            module's.
 
     Example::
 
@@ -61,6 +62,8 @@ class HistoryTower(nn.Module):
         starts_at_zero: bool = True,
     ) -> None:
         super().__init__()
+        if "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"tower {name!r}: a module cannot have this name: give it another one")
         # Not one of its modules: the collection that takes the tower looks up, once for all its towers.
         self._events = (events,)
         self.name, self.item, self.history_item = name, item, history_item
@@ -78,7 +81,9 @@ class HistoryTower(nn.Module):
             if feature not in features:
                 raise ValueError(f"tower {name!r}: event_encoder reads {feature!r}, but events has {features}")
         self.encoder = encoder
-        self.fits = nn.ModuleDict()
+        # A list, since a ModuleDict takes no names like "type" and "a.b".
+        self._fitted_features = [*self.event_encoder.features, CANDIDATE_ITEM]
+        self.fits = nn.ModuleList(nn.Identity() for _ in self._fitted_features)
         self.width = width or encoder.embedding_dim
         self.out: nn.Module = nn.Identity()
         if self.width != encoder.embedding_dim:
@@ -89,12 +94,15 @@ class HistoryTower(nn.Module):
 
     def _fit(self, widths: Mapping[str, int]) -> None:
         dim, device = self.encoder.embedding_dim, next(self.encoder.parameters(), torch.empty(0)).device
-        for feature, width in widths.items():
-            is_read = feature in (*self.event_encoder.features, CANDIDATE_ITEM)
+        for place, feature in enumerate(self._fitted_features):
+            width = widths.get(feature, dim)
             # A tower may stand in a second collection: what it has learned stays.
-            known = self.fits[feature].in_features if feature in self.fits else None
-            if is_read and width not in (dim, known):
-                self.fits[feature] = nn.Linear(width, dim, bias=False, device=device)
+            if width not in (dim, getattr(self.fits[place], "in_features", None)):
+                self.fits[place] = nn.Linear(width, dim, bias=False, device=device)
+
+    def fit(self, feature: str) -> nn.Module:
+        """What fits embeddings of a feature of events, or of `candidate_item`, to the encoder."""
+        return self.fits[self._fitted_features.index(feature)]
 
     @property
     def events(self) -> EmbeddingCollection | None:
@@ -165,9 +173,7 @@ class HistoryTower(nn.Module):
         return self._fitted(CANDIDATE_ITEM, items)
 
     def _fitted(self, feature: str, rows: JaggedTensor) -> JaggedTensor:
-        if feature not in self.fits:
-            return rows
-        return JaggedTensor(self.fits[feature](rows.values()), lengths=rows.lengths())
+        return JaggedTensor(self.fit(feature)(rows.values()), lengths=rows.lengths())
 
     def _vectors(self, encoded_CX: Tensor) -> Sequence[Tensor]:
         vectors_CSW = self.out(encoded_CX.unflatten(1, (self.encoder.num_slots, -1)))

@@ -271,22 +271,28 @@ class Head(nn.Module, ABC):
         if isinstance(columns, AttachedLinear):
             weight_OX = torch.cat([weight_OX, columns.history_columns.weight.detach()], dim=1)
         self.register_buffer("_over_bias", _even(columns.bias.detach().float(), 0))
-        self._set(dlrm, weight_OX, requests, candidates)
-        dense_of_candidate = [] if self._is_of_request else [of_candidate, *dense_layers]
-        self._layers = _Layers(dense_of_candidate, [*self._interaction_layers(), *over_layers], dtype)
-        self._set_request([of_request, *dense_layers] if self._is_of_request else [], dtype)
+        self._dtype = dtype
+        dense_of_request, dense_of_candidate = [of_request, *dense_layers], [of_candidate, *dense_layers]
+        sides = (dense_of_request, []) if self._is_of_request else ([], dense_of_candidate)
+        interaction = self._set_interaction(dlrm, weight_OX, requests, candidates, sides[0])
+        self._layers = _Layers(sides[1], [*interaction, *over_layers], dtype)
 
     @abstractmethod
-    def _set(self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int]) -> None:
-        """Take the weights of the interaction, and of the over arch's first layer."""
+    def _set_interaction(
+        self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int], dense: list[Tensor]
+    ) -> list[Tensor]:
+        """Take what phase one needs of the interaction and the over arch's first layer.
 
-    @abstractmethod
-    def _interaction_layers(self) -> list[Tensor]:
-        """Weights of a candidate's interaction and of the over arch's first layer."""
+        Args:
+            dlrm: the model.
+            weight_OX: of the over arch's first layer.
+            requests: places of the vectors that are a request's.
+            candidates: places of those that are a candidate's.
+            dense: the dense layers, if the dense vector is a request's.
 
-    @abstractmethod
-    def _set_request(self, dense: list[Tensor], dtype: torch.dtype) -> None:
-        """Take the dense layers, if the dense vector is a request's."""
+        Returns:
+            list: what phase two needs of them.
+        """
 
     @abstractmethod
     def is_cheaper(self, num_requests: int, num_candidates: int) -> bool:
@@ -351,24 +357,20 @@ class Head(nn.Module, ABC):
 class DotHead(Head):
     """Head of a DLRM that interacts all pairs of vectors by dot products; arguments are those of `Head`."""
 
-    def _set(self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int]) -> None:
+    def _set_interaction(
+        self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int], dense: list[Tensor]
+    ) -> list[Tensor]:
         of_dense_OD, of_pairs_OP = weight_OX.tensor_split([self._dim], dim=1)
         num_vectors, num_new = 1 + len(dlrm.bags), _num_new_slots(dlrm)
         weight_OVV = weight_OX.new_zeros(len(weight_OX), num_vectors, num_vectors)
         for column, (one, other) in enumerate(_pairs(num_vectors - num_new, num_new)):
             weight_OVV[:, one, other] = weight_OVV[:, other, one] = of_pairs_OP[:, column]
-        of_dense = [of_dense_OD]
-        self._of_request = [*(of_dense if self._is_of_request else []), _of_pairs(weight_OVV, requests)]
         of_both_OUR = weight_OVV[:, candidates][:, :, requests]
+        of_request = [_of_pairs(weight_OVV, requests)]
         of_candidate = [of_both_OUR.flatten(1), _of_pairs(weight_OVV, candidates)]
-        self._of_candidate = torch.cat([*([] if self._is_of_request else of_dense), *of_candidate], dim=1)
-
-    def _interaction_layers(self) -> list[Tensor]:
-        return [self._of_candidate]
-
-    def _set_request(self, dense: list[Tensor], dtype: torch.dtype) -> None:
-        self._request_layers = _Layers(dense, [torch.cat(self._of_request, dim=1)], dtype)
-        del self._of_request, self._of_candidate
+        (of_request if self._is_of_request else of_candidate).insert(0, of_dense_OD)
+        self._request_layers = _Layers(dense, [torch.cat(of_request, dim=1)], self._dtype)
+        return [torch.cat(of_candidate, dim=1)]
 
     def is_cheaper(self, num_requests: int, num_candidates: int) -> bool:
         """Whether there is less to compute than by the model's own modules: always."""
@@ -402,7 +404,9 @@ class CrossHead(Head):
     net is that of Wang et al., arXiv 2008.13535, section 3.2, in TorchRec's low-rank form.)
     """
 
-    def _set(self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int]) -> None:
+    def _set_interaction(
+        self, dlrm: Dlrm, weight_OX: Tensor, requests: list[int], candidates: list[int], dense: list[Tensor]
+    ) -> list[Tensor]:
         down, up, bias = _cross_layers(dlrm.parts.inter_arch.crossnet)
         down, up = [_even(weight, 0) for weight in down], [_even(weight, 1) for weight in up]
         places = torch.arange(weight_OX.shape[1]).unflatten(0, (-1, self._dim))
@@ -417,16 +421,10 @@ class CrossHead(Head):
             _frozen(torch.cat([scale.unsqueeze(1), *(weight[mine] for weight in up[:layer])], dim=1))
             for layer, scale in enumerate(scales)
         )
-        layers = zip(down, up, bias, strict=True)
-        self._of_candidate = [tensor for V, W, b in layers for tensor in (V[:, theirs], W[theirs], b[theirs])]
-        self._of_candidate.append(weight_OX[:, theirs])
-
-    def _interaction_layers(self) -> list[Tensor]:
-        return self._of_candidate
-
-    def _set_request(self, dense: list[Tensor], dtype: torch.dtype) -> None:
-        del self._of_candidate
         self._dense = nn.ParameterList(_frozen(tensor) for tensor in dense[1:])
+        layers = zip(down, up, bias, strict=True)
+        of_candidate = [tensor for V, W, b in layers for tensor in (V[:, theirs], W[theirs], b[theirs])]
+        return [*of_candidate, weight_OX[:, theirs]]
 
     def is_cheaper(self, num_requests: int, num_candidates: int) -> bool:
         """Whether folding requests in costs less than it saves: multiplications of both are counted."""

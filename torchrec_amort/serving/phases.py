@@ -250,7 +250,7 @@ class ServedTower:
         if tower.event_encoder.recency is not None and tower.event_encoder.recency.max_norm is not None:
             other_events = "event_encoder.recency has a max_norm"
         # The events of a sum are added up while they are read, if there is nothing else to do.
-        reads_sums = not set(tower.fits) & set(tower.event_encoder.features)
+        reads_sums = all(_is_bare(tower.fit(feature)) for feature in tower.event_encoder.features)
         self.not_native = why_not_native(encoder, dtype) or other_events
         self._native: NativeEncoder | None = None
         self._beside_pytorch: NativeEncoder | None = None
@@ -266,8 +266,13 @@ class ServedTower:
             self._tower = self._tower_beside_pytorch = _with(tower, InDtype(encoder, dtype))
         # The native encoder, if nothing comes between it and what reads its vector.
         self.fusable: NativeEncoder | None = None
-        is_bare = tower.gate is None and _BARE.why_not(tower.out, "out") is None and CANDIDATE_ITEM not in tower.fits
-        if is_bare and self._native is not None and isinstance(self._native.vectors, nn.Identity):
+        is_bare = _is_bare(tower.out) and _is_bare(tower.fit(CANDIDATE_ITEM))
+        if (
+            tower.gate is None
+            and is_bare
+            and self._native is not None
+            and isinstance(self._native.vectors, nn.Identity)
+        ):
             self.fusable = self._native
         self._sums: EventEncoder | None = tower.event_encoder if reads_sums else None
 
@@ -320,6 +325,10 @@ def _extends_what_it_encodes(kind: type[AmortizableEncoder]) -> bool:
         next(base for base in kind.__mro__ if method in vars(base)) for method in ("extend_history", "encode_history")
     )
     return issubclass(extends, encodes)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return _BARE.why_not(module, "") is None
 
 
 def _with(tower: HistoryTower, encoder: AmortizableEncoder | None) -> HistoryTower:

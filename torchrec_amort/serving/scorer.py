@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_weights
+from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_unequal_events, refuse_weights
 from torchrec_amort.jagged_ids import JaggedIds, rows_of
 from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
@@ -164,6 +164,7 @@ class AmortizedScorer:
         if self.validate:
             refuse_missing_features(batch, self._features)
             batch.validate(self._table_sizes)
+            refuse_unequal_events(batch, self._events)
         # Not only when batches are checked: weights that are left out crash nothing.
         for field, is_weighted in self._is_weighted.items():
             refuse_weights(field, getattr(batch, field), is_weighted)

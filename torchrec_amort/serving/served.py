@@ -6,6 +6,7 @@ Shape suffixes: B requests; C candidates, all requests together; T tasks.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from torchrec_amort.jagged_ids import JaggedIds
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Bags
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
-from torchrec_amort.models.ranker import Call, CollectionRanker, Ranker, ranker_of
+from torchrec_amort.models.ranker import Call, CollectionRanker, ModelRanker, Ranker, ranker_of
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.plain import Plain, why_own_method, why_patched
 from torchrec_amort.modules.tower import HistoryTower
@@ -154,7 +155,21 @@ def _why_not_served(
     of_tables = {module for table in _tables(ranker) for module in table.modules()}
     # A method that a module has of its own is most often a function of that very module, and would be of no copy.
     reasons += [why_own_method(module, name) for module, name in names.items() if module not in of_tables]
+    if isinstance(ranker, ModelRanker):
+        reasons.append(_why_of_this_model(ranker.call, names))
     return next(filter(None, reasons), None)
+
+
+def _why_of_this_model(call: Call, names: Mapping[nn.Module, str]) -> str | None:
+    """Why a call would not call a copy of the model, or None."""
+    if not inspect.isfunction(call):
+        # Bound methods and other objects are copied with the model.
+        return None
+    variables = inspect.getclosurevars(call)
+    for variable, value in {**variables.nonlocals, **variables.globals}.items():
+        if isinstance(value, nn.Module) and value in names:
+            return f"call reads {names[value]} from its variable {variable!r}, and not from the model that it is given"
+    return None
 
 
 def _why_other_phases(kind: type[Ranker], base: type[CollectionRanker]) -> str | None:

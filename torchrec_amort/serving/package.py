@@ -1,0 +1,245 @@
+"""Packages: a model as files that serve without its code, in Python and C++.
+
+A package is a folder: `history_0.pt2` and so on, one for each tower, `request.pt2` if there is a head that folds
+requests in, and `candidates.pt2`, AOTInductor's compiled phases for one request with any number of events and
+candidates; `tables.pt`, the embedding tables, quantized to int8 or not; `schema.json`; and `manifest.json`, which tells
+versions, shapes and checksums.
+
+Shape suffixes: B requests; N events and C candidates, all requests together; n events and m candidates of one request;
+I dense inputs; W widths of tables and bags; T tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
+
+from torchrec_amort.batch import RequestBatch
+from torchrec_amort.models.collection import Reads
+from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.ops.native import why_no_build
+from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, SequenceLookup
+from torchrec_amort.serving.native_encoder import NativeState
+from torchrec_amort.serving.phases import Histories, Phases, RequestTerms
+from torchrec_amort.serving.served import Served
+
+PACKAGE_VERSION = 3
+MANIFEST_FILE = "manifest.json"
+TABLES_FILE = "tables.pt"
+
+
+def load_package(folder: str | Path) -> Served:
+    """Open a package, to be given to `AmortizedScorer`.
+
+    Its checksums tell a damaged package from a whole one, not a good one from an evil one: it is code, to be loaded
+    from who is trusted.
+
+    Args:
+        folder: what `export_package` wrote.
+
+    Raises:
+        InputError: it is no package, or of another version; a file is missing or damaged; it was compiled for another
+            processor, or needs operators that were not built here.
+
+    Example::
+
+        scorer = AmortizedScorer(load_package("packages/films"), microbatch_size=512)
+    """
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    schema = RequestSchema.load(folder)
+    tables, weights = manifest["tables"], torch.load(folder / TABLES_FILE, weights_only=True)
+    device = torch.device("cpu")
+    bags = {}
+    for side in tables.keys() & {"candidate", "request"}:
+        configs = [_from_record(EmbeddingBagConfig, record) for record in tables[side]]
+        collection = QuantEmbeddingBagCollection(tables=configs, is_weighted=False, device=device)
+        collection.load_state_dict(_under(weights, side))
+        bags[side] = BagLookup(collection, side)
+    sequences = []
+    for place in range(len(tables) - len(bags)):
+        name = f"sequences_{place}"
+        configs = [_from_record(EmbeddingConfig, record) for record in tables[name]]
+        collection = QuantEmbeddingCollection(tables=configs, device=device)
+        collection.load_state_dict(_under(weights, name))
+        sequences.append(SequenceLookup(collection, name))
+    reads = {tower: Reads(**of_tower) for tower, of_tower in manifest["reads"].items()}
+    return Served(
+        Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, manifest["shared"]),
+        _PackagedPhases(folder, manifest),
+        manifest["history_length"],
+        device,
+        schema,
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: {folder} is no package (torchrec-amort export --help)")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        package_version, checksums, cpu = manifest["package_version"], manifest["sha256"], manifest["cpu"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the manifest of a package ({error}): export it again") from error
+    if package_version != PACKAGE_VERSION:
+        told = f"{path}: package_version is {package_version}, this torchrec-amort reads {PACKAGE_VERSION}"
+        raise InputError(f"{told}: export the model again")
+    for name, expected in checksums.items():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file: the package is not whole, export or copy it again")
+        if (have := checksum(folder / name)) != expected:
+            raise InputError(
+                f"{folder / name}: checksum is {have[:12]}..., the manifest says {expected[:12]}...: the file is "
+                "damaged, export or copy it again"
+            )
+    if cpu != torch.backends.cpu.get_cpu_capability():
+        raise InputError(
+            f"{path}: compiled for {cpu}, but this processor's capability is "
+            f"{torch.backends.cpu.get_cpu_capability()}: export it on such a machine"
+        )
+    if manifest["operators"] is not None and (reason := _why_no_operators(getattr(torch, manifest["dtype"]))):
+        raise InputError(f"{path}: it needs the operators of {manifest['operators']}, which are not here: {reason}")
+    return manifest
+
+
+def checksum(path: Path) -> str:
+    checksum = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def _why_no_operators(dtype: torch.dtype) -> str | None:
+    try:
+        return why_no_build(torch.empty(0), dtype)
+    except RuntimeError as error:
+        return str(error)
+
+
+def _from_record(kind: type[Any], record: Mapping[str, Any]) -> Any:
+    fields = dict(record) | {"data_type": DataType(record["data_type"])}
+    if "pooling" in record:
+        fields["pooling"] = PoolingType(record["pooling"])
+    return kind(**fields)
+
+
+def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{prefix}."): weight for name, weight in weights.items() if name.startswith(f"{prefix}.")
+    }
+
+
+class _PackagedPhases(Phases):
+    """The compiled phases of a package, request by request."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self._manifest = manifest
+        self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self._towers: dict[str, int] = {name: place for place, name in enumerate(manifest["reads"])}
+        open_: Any = lambda name: torch._inductor.aoti_load_package(str(folder / name))  # noqa: E731
+        self._histories = [open_(f"history_{place}.pt2") for place in self._towers.values()]
+        self._request = open_("request.pt2") if manifest["has_head"] else None
+        self._candidates = open_("candidates.pt2")
+
+    def request(self, batch: RequestBatch, bags: Embeddings) -> RequestTerms:
+        """Phase one of all but histories."""
+        dense_BI, of_candidate = batch.request_dense, batch.candidate_dense.shape[1]
+        need = self._manifest["num_request_dense"], self._manifest["num_candidate_dense"]
+        if (dense_BI.shape[1], of_candidate) != need:
+            raise InputError(
+                f"batch: request_dense has {dense_BI.shape[1]} columns and candidate_dense {of_candidate}, but the "
+                f"model reads {need[0]} and {need[1]}"
+            )
+        given = [dense_BI, *(bags[bag].tensor() for bag in self._manifest["request_bags"])]
+        if self._request is None:
+            return RequestTerms(tuple(given))
+        of_each = [[tensor[row : row + 1] for tensor in given] for row in range(len(batch))]
+        terms = [self._request(dense_1I, bags_1W) for dense_1I, *bags_1W in of_each]
+        return RequestTerms(tuple(torch.cat(term) for term in zip(*terms, strict=True)))
+
+    def encode(self, terms: RequestTerms, tower: str, events: Embeddings, lengths_B: Tensor) -> HistoryState:
+        """Phase one of B histories."""
+        rows = [events[feature].tensor() for feature in self._manifest["reads"][tower]["events"]]
+        of_each = zip(*(rows_NW.split(lengths_B.tolist()) for rows_NW in rows), strict=True)
+        states = [self._encode(self._towers[tower], of_request) for of_request in of_each]
+        return states[0] if len(states) == 1 else HistoryState.cat(states)
+
+    def _encode(self, place: int, events: Sequence[Tensor]) -> HistoryState:
+        num_keys = self._manifest["num_keys"][place]
+        if events[0].shape[0] > 0:
+            return to_state(self._histories[place]([rows_nW.contiguous() for rows_nW in events]), num_keys)
+        # Compiled attention does not take zero keys: a value that is zero adds exactly zero, too.
+        shapes = self._manifest["states"][place]
+        return to_state([torch.zeros(shape, dtype=self._dtype) for shape in shapes], num_keys)
+
+    def is_extendable(self, tower: str) -> bool:
+        """Whether a state can be extended by the events since: none can."""
+        return False
+
+    def _tensors(self, place: int, state: HistoryState) -> list[Tensor]:
+        is_native = self._manifest["num_keys"][place] is None
+        return list(to_tensors(NativeState.of(state, self._dtype) if is_native else state))
+
+    def score(
+        self, terms: RequestTerms, histories: Histories, batch: RequestBatch, bags: Embeddings, items: Embeddings
+    ) -> Tensor:
+        """Phase two; see `Phases.score`."""
+        counts = batch.num_candidates.tolist()
+        states = [[state[row] for state in histories[name] for row in range(len(state))] for name in self._towers]
+        bags_CW = [bags[bag].tensor() for bag in self._manifest["candidate_bags"]]
+        items_CW = [items[name].tensor() for name in self._towers]
+        logits, stop = [], 0
+        for row, count in enumerate(counts):
+            start, stop = stop, stop + count
+            if count == 0:
+                continue
+            of_request = [term[row : row + 1].contiguous() for term in terms.tensors]
+            of_towers = [self._tensors(place, of_tower[row]) for place, of_tower in enumerate(states)]
+            dense_mI, *rows = (
+                rows_C[start:stop].contiguous() for rows_C in (batch.candidate_dense, *bags_CW, *items_CW)
+            )
+            given = rows[: len(bags_CW)], rows[len(bags_CW) :]
+            logits.append(self._candidates(of_towers, of_request, dense_mI, *given))
+        return torch.cat(logits)
+
+
+def to_tensors(state: HistoryState) -> tuple[Tensor, ...]:
+    """Keys of each layer, values of each, and the summary if there is one: contiguous, as compiled code expects.
+
+    Of native code, keys and values of all layers.
+    """
+    if isinstance(state, NativeState):
+        return state.tensors()
+    tensors = (*state.keys, *state.values, *(() if state.summary is None else (state.summary,)))
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def to_state(tensors: Sequence[Tensor], num_keys: int | None) -> HistoryState:
+    """The state of one request; it has `num_keys` keys, and as many values, but one if it has no keys.
+
+    None is of native code.
+    """
+    if num_keys is None:
+        return NativeState.of_tensors(tensors[0], tensors[1], row_count(tensors[0].shape[2]))
+    num_values = max(num_keys, 1)
+    values, summary = tensors[num_keys : num_keys + num_values], tensors[num_keys + num_values :]
+    lengths = row_count(values[0].shape[0])
+    return HistoryState(tuple(tensors[:num_keys]), tuple(values), lengths, summary[0] if summary else None)
+
+
+def row_count(rows: int) -> Tensor:
+    """int64 [1]: the number of rows, of which there is one at least."""
+    # Inductor takes torch.full of a number that it does not know for a constant.
+    return torch.arange(1, rows + 1)[-1:]
