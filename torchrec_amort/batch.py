@@ -558,10 +558,10 @@ def refuse_missing_features(batch: RequestBatch, features: Mapping[str, Sequence
         InputError: one is not there.
     """
     for part, names in features.items():
-        have = getattr(batch, part).keys()
+        have = list(getattr(batch, part).keys())
         for name in names:
             if name not in have:
-                raise InputError(f"batch: {part} has {list(have)}, but the model reads {name!r}, too: add it")
+                raise InputError(f"batch: {part} has {have}, but the model reads {name!r}, too: add it")
 
 
 def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str]]) -> None:
@@ -574,10 +574,13 @@ def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str
     Raises:
         InputError: features of one history differ in length.
     """
+    lists = batch.lists
     for first, *others in events.values():
-        expected = batch.sequences[first].lengths()
+        expected = lists.num_entries(first)
         for name in others:
-            have = batch.sequences[name].lengths()
+            have = lists.num_entries(name)
+            assert have is not None
+            assert expected is not None
             if len(wrong := (have != expected).nonzero()):
                 row = int(wrong[0])
                 raise InputError(

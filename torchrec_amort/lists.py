@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_amort.jagged_ids import span_of, taken
+from torchrec_amort.jagged_ids import rows_of, span_of, taken
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,37 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
+class Entries:
+    """What the events, candidates or requests of one feature have.
+
+    Args:
+        values: ids [V], or numbers [N, their number].
+        lengths: [B], entries of each request.
+        num_ids: [N], ids of each entry, if they have several or none.
+    """
+
+    values: Tensor
+    lengths: Tensor
+    num_ids: Tensor | None = None
+
+    @property
+    def num_values(self) -> Tensor:
+        """[B]: ids of each request."""
+        return self.lengths if self.num_ids is None else sums(self.num_ids, self.lengths)
+
+    def after(self, first: int) -> Entries:
+        """The entries from one on, of a single request.
+
+        Args:
+            first: the place of that entry.
+        """
+        lengths = self.lengths - first
+        if self.num_ids is None:
+            return Entries(self.values[first:], lengths)
+        return Entries(self.values[int(self.num_ids[:first].sum()) :], lengths, self.num_ids[first:])
+
+
+@dataclass(frozen=True, eq=False)
 class Lists:
     """All that B requests list.
 
@@ -85,6 +116,26 @@ class Lists:
             return None
         first = self.sequences.keys().index(key) * self.sequences.stride()
         return self.sequences.lengths()[first : first + self.sequences.stride()]
+
+    def entries(self, key: str, start: int = 0, stop: int | None = None) -> Entries:
+        """What some of the requests have of a key; views.
+
+        Args:
+            key: of `sequences` or `dense`.
+            start: the first request.
+            stop: where they end; the last if None.
+        """
+        stop = self.sequences.stride() if stop is None else stop
+        if key in self.dense:
+            lengths = self.dense[key].lengths()
+            first, last = (int(lengths[:place].sum()) for place in (start, stop))
+            return Entries(self.dense[key].values()[first:last], lengths[start:stop])
+        ids, lengths = rows_of(self.sequences, key, start, stop)
+        if key not in self.num_ids:
+            return Entries(ids, lengths)
+        entries = self.num_ids[key].lengths()
+        first, last = (int(entries[:place].sum()) for place in (start, stop))
+        return Entries(ids, entries[start:stop], self.num_ids[key].values()[first:last])
 
     def select(self, requests: Tensor) -> Lists:
         """Some of the requests; one may be taken many times.
@@ -156,7 +207,7 @@ class Lists:
             places, rows = choose(key, entries)
             if of_each is not None:
                 num_ids[key] = JaggedTensor(of_each[places], lengths=rows)
-                rows = _sums(of_each[places], rows)
+                rows = sums(of_each[places], rows)
                 places = _ids_of(of_each, places)
             values.append(ids[places])
             lengths.append(rows.to(self.sequences.lengths().dtype))
@@ -191,7 +242,7 @@ def _ids_of(num_ids: Tensor, entries: Tensor | slice) -> Tensor | slice:
     return slice(int(num_ids[:start].sum()), int(num_ids[:stop].sum()))
 
 
-def _sums(counts: Tensor, rows: Tensor) -> Tensor:
+def sums(counts: Tensor, rows: Tensor) -> Tensor:
     """Sums of so many counts for each row."""
     totals = torch.cat([counts.new_zeros(1), torch.cumsum(counts, 0)])
     ends = torch.cumsum(rows, 0)

@@ -43,6 +43,7 @@ _SIDES_OF_BAGS: tuple[Side, ...] = ("request", "candidate")
 HISTORY = "history"
 # The table of features of kind `item`.
 ITEM_TABLE = "item"
+_OTHER_ITEM = "item (id)"
 
 # The columns that every data set has besides its features.
 OWN_COLUMNS: dict[str, Content] = {"request_id": "id", "user": "id", "time": "time"}
@@ -265,10 +266,16 @@ class RequestSchema:
 
     def _take_tables(self) -> None:
         """Give rows and vocabularies of tables to their features."""
-        known = dict.fromkeys(f.table for f in self.features if f.kind in KINDS_OF_IDS)
+        features, tables = list(self.features), {}
+        if any(feature.kind == "item" for feature in features):
+            # A feature that is called so has a table of its own, and not that of the items.
+            is_other = [f.name == f.table == ITEM_TABLE and f.kind != "item" for f in features]
+            features = [
+                replace(f, table=_OTHER_ITEM) if other else f for f, other in zip(features, is_other, strict=True)
+            ]
+        known = dict.fromkeys(f.table for f in features if f.kind in KINDS_OF_IDS)
         if unknown := sorted(self.tables.keys() - known.keys()):
             raise InputError(f"schema {self.dataset!r}: no table {unknown[0]!r} of ids; there are {list(known)}")
-        features, tables = list(self.features), {}
         for place, feature in enumerate(features):
             if feature.kind in KINDS_OF_IDS and (table := self.tables.get(feature.table)):
                 rows, vocabulary = table.rows or feature.table_size, table.vocabulary or feature.vocabulary
@@ -398,11 +405,12 @@ class RequestSchema:
         """The schema less some features.
 
         Raises:
-            InputError: there is no such feature, or it cannot be left out: candidates and events are counted by their
-                first features, and labels and weights are read in any case.
+            InputError: there is no such feature, or it cannot be left out: a batch has items, dense inputs, labels and
+                weights in any case.
         """
         left_out = set(names)
-        optional = {f.name for f in self.features if f.kind not in ("item", "label", "weight")}
+        by_name = (*self.bag_features["request"], *self.bag_features["candidate"], *self.sequence_features)
+        optional = {f.name for f in (*by_name, *self.dense_sequence_features) if f.kind != "item"}
         if unknown := sorted(left_out - optional):
             raise InputError(
                 f"schema {self.dataset!r}: {unknown[0]!r} cannot be left out: the features that can are "

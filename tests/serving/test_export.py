@@ -22,8 +22,9 @@ from torchrec_amort import (
     export_package,
     load_package,
 )
+from torchrec_amort.lists import Entries
 from torchrec_amort.ops import native
-from torchrec_amort.serving import export
+from torchrec_amort.serving import package as package_module
 from torchrec_amort.serving.lookup import Lookups
 from torchrec_amort.serving.package import MANIFEST_FILE, TABLES_FILE
 
@@ -70,7 +71,7 @@ def test_with_tables_of_8_bits_it_scores_as_the_model_with_such_tables(
     exact, rounded = (of.of_candidates(batch)[0]["movie_id"].tensor() for of in (lookups, served.lookups))
     # A row's 255 steps go from its least to its greatest entry.
     assert 0 < float((exact - rounded).abs().max()) <= float((exact.max() - exact.min()) / 255)
-    ids = {name: (torch.tensor([3, 4]), torch.tensor([2])) for name in lookups.events["history"]}
+    ids = {name: Entries(torch.tensor([3, 4]), torch.tensor([2])) for name in lookups.events["history"]}
     exact, rounded = (of.of_events("history", ids)["history_item"].tensor() for of in (lookups, served.lookups))
     assert_same(rounded, exact, 0.01)
     size = (small_package / TABLES_FILE).stat().st_size
@@ -136,7 +137,7 @@ def test_a_package_has_operators_for_what_native_code_can_do(
 @needs_build
 def test_without_its_operators_a_package_is_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for why, message in ((lambda *_: "no build", "no build"), (native.why_no_build, "built for another torch")):
-        monkeypatch.setattr(export, "why_no_build", why)
+        monkeypatch.setattr(package_module, "why_no_build", why)
         monkeypatch.setattr(native, "load_library", lambda: fail("built for another torch"))
         with pytest.raises(InputError, match=rf"it needs the operators of {operators_of(package)}, .* here: {message}"):
             load_package(package)
@@ -233,13 +234,13 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     for command in commands:
         subprocess.run(command, check=True, capture_output=True)
     model, batch, served = make_model(), make_batch([(6, 9)]), load_package(package)
-    ids = {key: (batch.sequences[key].values(), batch.sequences[key].lengths()) for key in batch.sequences.keys()}
     bags, items = served.lookups.of_candidates(batch)
+    events = {key: batch.lists.entries(key) for key in served.lookups.events["history"]}
     embeddings = {
-        "events_0": served.lookups.of_events("history", ids),
+        "events_0": served.lookups.of_events("history", events),
         "request_bags": served.lookups.of_requests(batch),
         "candidate_bags": bags,
-        "items": items,
+        "items": items["history"],
     }
     inputs = {name: [rows.tensor().detach() for rows in of_name.values()] for name, of_name in embeddings.items()}
     inputs |= {"request_dense": [batch.request_dense], "candidate_dense": [batch.candidate_dense]}

@@ -51,7 +51,7 @@ class Log:
         Raises:
             InputError: a label is neither 0 nor 1.
         """
-        num_candidates = pc.list_value_length(requests["candidate_item"]).to_numpy()
+        num_candidates = pc.list_value_length(requests[schema.candidate_column]).to_numpy()
         labels = [pc.list_flatten(requests[name]).to_numpy() for name in schema.labels]
         for name, values in zip(schema.labels, labels, strict=True):
             if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
@@ -61,8 +61,8 @@ class Log:
                     f"{len(wrong)} of {len(values)} labels: ranking metrics need one of the two"
                 )
         num_events = np.zeros_like(num_candidates)
-        if schema.of("event"):
-            num_events = pc.list_value_length(requests["history_item"]).to_numpy()
+        for column in schema.event_columns.values():
+            num_events = num_events + pc.list_value_length(requests[column]).to_numpy()
         users = np.unique(requests["user"].to_numpy(), return_inverse=True)[1]
         return cls(np.stack(labels, axis=1), users, num_candidates, num_events)
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.hashing import ids_of_text
 from torchrec_amort.schema import KINDS_OF_IDS, Feature, RequestSchema
 
 COUNTS_FILE = "counts.json"
@@ -42,12 +43,16 @@ class IdCounts:
 
     def __init__(self, schema: RequestSchema) -> None:
         self.features = [feature for feature in schema.features if feature.kind in KINDS_OF_IDS]
+        self._vocabularies = schema.vocabularies
         self._columns = {feature.source: _Column() for feature in self.features}
 
     def add(self, table: pa.Table) -> None:
         """Count the ids of some requests, in columns of the schema's types."""
         for name, column in self._columns.items():
-            column.add(_entries(table[name]))
+            ids = _entries(table[name])
+            column.nulls += ids.null_count
+            ids = ids.drop_null()
+            column.add(ids_of_text(ids) if pa.types.is_string(ids.type) else ids.to_numpy())
 
     def unknown_shares(self, train: IdCounts | None) -> dict[str, float]:
         """The share of each feature's ids that a model does not know.
@@ -56,8 +61,8 @@ class IdCounts:
             train: of the split that it is trained on; without it only a vocabulary makes an id unknown.
 
         Returns:
-            dict: shares by feature, of ids that no feature of the same table has in training, or that are the unknown
-            id 0 of a vocabulary.
+            dict: shares by feature, of ids that no feature of the same table has in training, that are the unknown
+            id 0 of a vocabulary, or that are null.
         """
         return {feature.name: self._unknown_share(feature, train) for feature in self.features}
 
@@ -66,13 +71,16 @@ class IdCounts:
         is_unknown = np.zeros(len(ids), bool)
         if feature.vocabulary == "unknown":
             is_unknown = (ids <= 0) | (ids >= (feature.table_size or 0))
-        elif feature.vocabulary == "hash":
+        elif feature.vocabulary == "hash" and not feature.text:
             is_unknown = ids == 0
+        elif feature.vocabulary == "file":
+            is_unknown = self._vocabularies[feature.table].rows(ids) == 0
         if train is not None:
             columns = {f.source for f in train.features if f.table == feature.table}
             known = [train._columns[column].counted()[0] for column in columns]
             is_unknown |= ~np.isin(ids, np.concatenate(known))
-        return float(counts[is_unknown].sum() / max(1, counts.sum()))
+        nulls = self._columns[feature.source].nulls
+        return float((counts[is_unknown].sum() + nulls) / max(1, counts.sum() + nulls))
 
 
 class _Column:
@@ -81,6 +89,7 @@ class _Column:
     def __init__(self) -> None:
         self._ids = self._counts = np.empty(0, np.int64)
         self._waiting: list[np.ndarray] = []
+        self.nulls = 0
         self._num_waiting = 0
 
     def add(self, ids: np.ndarray) -> None:
@@ -121,6 +130,7 @@ class SplitCounts:
         self.requests = self._candidates = 0
         self._users: set[int] = set()
         self._event_times = [feature.source for feature in schema.of("event", "age")]
+        self._candidate_column = schema.candidate_column
         self._refuse_same_second = refuse_same_second
         self._same_second, self._example = 0, ""
 
@@ -133,7 +143,7 @@ class SplitCounts:
         for column in self._event_times:
             self._count_same_second(table, column)
         self.requests += table.num_rows
-        self._candidates += pc.sum(pc.list_value_length(table["candidate_item"])).as_py() or 0
+        self._candidates += pc.sum(pc.list_value_length(table[self._candidate_column])).as_py() or 0
         self._users.update(table["user"].to_pylist())
         self.ids.add(table)
 
@@ -275,9 +285,9 @@ def read_counts(folder: str | Path) -> dict[str, dict[str, Any]]:
     return counts
 
 
-def _entries(column: pa.ChunkedArray) -> np.ndarray:
+def _entries(column: pa.ChunkedArray) -> pa.Array:
     """All ids of a column, lists opened."""
     array = column.combine_chunks()
     while pa.types.is_list(array.type):
         array = array.flatten()
-    return array.to_numpy()
+    return array

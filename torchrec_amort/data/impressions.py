@@ -38,9 +38,9 @@ from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.splits import lists_of, split_bounds
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
-from torchrec_amort.files import new_folder, write_json, write_text
+from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import SCHEMA_FILE, RequestSchema
+from torchrec_amort.schema import RequestSchema
 
 REPORT_FILE = "migration.json"
 
@@ -155,7 +155,7 @@ def to_impressions(folder: str | Path, out: str | Path, *, overwrite: bool = Fal
             **_sizes(schema, exploded.impressions, _parts(temporary, counts), exploded.requests, parts),
             "seconds": round(time.perf_counter() - started, 1),
         }
-        write_text(temporary / SCHEMA_FILE, schema.to_json())
+        schema.save(temporary)
         write_json(temporary / REPORT_FILE, report)
     return report
 
@@ -491,7 +491,7 @@ class _Exploded:
         self.requests.add(table)
         self.users.update(table["user"].to_pylist())
         self._ids.append(table["request_id"].to_numpy())
-        sizes = pc.list_value_length(table["candidate_item"]).to_numpy().astype(np.int64)
+        sizes = pc.list_value_length(table[self.schema.candidate_column]).to_numpy().astype(np.int64)
         self._sizes.append(sizes)
         request_of_row = np.repeat(np.arange(table.num_rows), sizes)
         bytes_of_row = _bytes_of_rows(table.drop_columns(self.candidate_columns))[request_of_row]

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE, TRAIN, SplitCounts, sizes
-from torchrec_amort.files import new_folder, write_json, write_text
-from torchrec_amort.schema import SCHEMA_FILE, RequestSchema, refuse_missing
+from torchrec_amort.files import new_folder, write_json
+from torchrec_amort.schema import RequestSchema, refuse_missing
 
 ROWS_PER_GROUP = 512
 ROWS_PER_FILE = 16_384
@@ -55,7 +55,7 @@ def write_requests(
             _write_split(temporary / split, schema, tables, counted[split])
         train = counted[TRAIN].ids if TRAIN in counted else None
         counts = {split: one.record(train) for split, one in counted.items()}
-        write_text(temporary / SCHEMA_FILE, schema.to_json())
+        schema.save(temporary)
         write_json(temporary / COUNTS_FILE, counts)
     return sizes(counts)
 

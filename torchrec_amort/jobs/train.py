@@ -16,7 +16,7 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.models.build import build_model
-from torchrec_amort.schema import SCHEMA_FILE, RequestSchema
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
 from torchrec_amort.training.lock import FolderLock, run_lock
@@ -146,7 +146,7 @@ def _write_run(
     config: TrainConfig, run: Path, schema: RequestSchema, model: ShardedModel, device: torch.device
 ) -> None:
     save_config(run, config, "train")
-    write_text(run / SCHEMA_FILE, schema.to_json())
+    schema.save(run)
     write_text(run / "plan.txt", f"{model.plan}\n")
     write_environment(run, device)
     # Before any step: a tracker that cannot be written must not be found out after hours of training.

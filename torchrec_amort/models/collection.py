@@ -88,6 +88,11 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         towers: the histories.
         request_features: features that are of the request: `RequestBatch.request_sparse` has them. All others are of
             the candidate, in `RequestBatch.candidate_sparse`, but for a tower's `item`.
+        width: of all bags; one whose table has another width is fitted by a linear layer without bias. As their tables
+            have it if None.
+        sequence_bags: more bags, of features in `RequestBatch.sequences` that share a table of the towers' `events`, or
+            one of `sequences`; several ids are averaged.
+        sequences: tables of `sequence_bags` that no tower reads; a collection for each width.
 
     Raises:
         ValueError: a name is unknown or there twice, a table is read by features of requests and of candidates, or two
@@ -107,6 +112,10 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         embedding_bag_collection: EmbeddingBagCollection | None,
         towers: Sequence[HistoryTower],
         request_features: Sequence[str] = (),
+        *,
+        width: int | None = None,
+        sequence_bags: Sequence[SequenceBag] = (),
+        sequences: Sequence[EmbeddingCollection] = (),
     ) -> None:
         super().__init__()
         tables: list[EmbeddingBagConfig] = []
@@ -121,7 +130,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             request_bags, candidate_bags = _bags_of(bags, of_request), _bags_of(bags, rest)
         elif request_features:
             raise ValueError(f"request_features are {list(request_features)}, but there are no bags")
-        self._set(request_bags, candidate_bags, towers, tables, shared)
+        self._set(request_bags, candidate_bags, towers, tables, shared, width, sequence_bags, sequences)
 
     @classmethod
     def of_sides(
@@ -152,28 +161,36 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         towers: Sequence[HistoryTower],
         tables: Sequence[EmbeddingBagConfig],
         shared: _Shared,
+        width: int | None = None,
+        sequence_bags: Sequence[SequenceBag] = (),
+        sequences: Sequence[EmbeddingCollection] = (),
     ) -> None:
         self.request_bags, self.candidate_bags = request_bags, candidate_bags
-        given = dict.fromkeys(tower.events for tower in towers if tower.events is not None)
-        self.sequences = nn.ModuleList([*shared.collections, *given])
+        given = [*(collection for tower in towers for collection in tower.collections), *sequences]
+        self.sequences = nn.ModuleList([*shared.collections, *dict.fromkeys(given)])
+        tables = [*tables, *(_bag_of(bag.feature, self.sequences) for bag in sequence_bags)]
         of_towers = [
             EmbeddingBagConfig(name=bag, feature_names=[bag], num_embeddings=1, embedding_dim=tower.width)
             for tower in towers
             for bag in tower.bags
         ]
-        self._configs = [*tables, *of_towers]
+        fitted = tables if width is None else [replace(table, embedding_dim=width) for table in tables]
+        self._configs = [*fitted, *of_towers]
         _refuse_twice([table.name for table in self._configs], "tables or histories")
         _refuse_twice([*_features(of_towers), *set(_features(tables))], "features or histories")
-        bags = [name for names in get_embedding_names_by_table(self._configs) for name in names]
-        widths = [table.embedding_dim for table in self._configs for _ in table.feature_names]
+        widths, own_widths = _widths(self._configs), _widths([*tables, *of_towers])
+        places = {bag: SequenceBag(CANDIDATE_ITEM, False, place) for bag, place in shared.places.items()}
+        for bag in sequence_bags:
+            places[bag.feature] = replace(bag, place=_place_of(bag.feature, self.sequences))
         reads = {tower.name: Reads.of(tower, self.sequences, shared) for tower in towers}
-        self.bags = Bags(towers, dict(zip(bags, widths, strict=True)), reads, shared.places)
+        self.bags = Bags(towers, widths, own_widths, reads, places)
         # Asked now: collections that are sharded do not tell.
         sides = {"request_sparse": request_bags, "candidate_sparse": candidate_bags}
         self._weighted = {field for field, bags in sides.items() if bags is not None and bags.is_weighted()}
         features = {field: _features(bags.embedding_bag_configs()) if bags else [] for field, bags in sides.items()}
         of_sequences = [_features(collection.embedding_configs()) for collection in self.sequences]  # type: ignore[operator]
         features["sequences"] = [name for names in of_sequences for name in names]
+        features["dense_sequences"] = list(dict.fromkeys(name for tower in towers for name in tower.numbers))
         self.features = features
         self._renamed = self._names_of_tables()
         self._register_load_state_dict_pre_hook(self._rename)
@@ -223,7 +240,9 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             refuse_tables_without_optimizer(self, "embedding_bag_collection")
         request, candidate = self._of_requests(rows), self._of_candidates(rows)
         sequences = [collection(rows.sequences) for collection in self.sequences]
-        bags: KeyedTensor = self.bags(request, candidate, sequences, rows.num_candidates, rows.stride())
+        bags: KeyedTensor = self.bags(
+            request, candidate, sequences, rows.dense_sequences, rows.num_ids, rows.num_candidates, rows.stride()
+        )
         return bags
 
     def encode_request(self, batch: RequestBatch) -> RequestState:
@@ -236,10 +255,14 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             ValueError: the encoder of a tower encodes a history for every candidate anew.
             InputError: as `forward`.
         """
-        request = self._of_requests(batch)
-        of_events = [collection(events_of(batch.sequences)) for collection in self.sequences]
-        histories = {tower.name: tower.encode_history(self.bags.events(tower, of_events)) for tower in self.towers}
-        return RequestState(histories, {} if request is None else request.to_dict(), len(batch))
+        request, of_candidates = self._of_requests(batch), self.bags.of_candidates
+        given = _without(batch.sequences, lambda feature: feature in of_candidates)
+        looked_up = [collection(given) for collection in self.sequences]
+        rows = self.bags.rows(
+            looked_up, batch.dense_sequences, batch.num_ids, lambda feature: feature not in of_candidates
+        )
+        histories = {tower.name: tower.encode_history(self.bags.events(tower, rows)) for tower in self.towers}
+        return RequestState(histories, self.bags.of_requests(request, rows), len(batch))
 
     def candidates(self, state: RequestState, batch: RequestBatch) -> CandidateRows:
         """What the model is given in phase two.
@@ -251,14 +274,15 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         Raises:
             InputError: as `forward`.
         """
-        candidate = self._of_candidates(batch)
-        of_items = [collection(items_of(batch.sequences)) for collection in self.sequences]
-        bags = {} if candidate is None else candidate.to_dict()
-        bags |= {bag: of_items[place][CANDIDATE_ITEM].values() for bag, place in self.bags.shared.items()}
+        candidate, of_candidates = self._of_candidates(batch), self.bags.of_candidates
+        given = _without(batch.sequences, lambda feature: feature not in of_candidates)
+        looked_up = [collection(given) for collection in self.sequences]
+        rows = self.bags.rows(looked_up, batch.dense_sequences, batch.num_ids, lambda feature: feature in of_candidates)
         vectors = {
-            tower.name: tower.score_candidates(state.histories[tower.name], self.bags.items(tower, of_items))
+            tower.name: tower.score_candidates(state.histories[tower.name], self.bags.items(tower, rows))
             for tower in self.towers
         }
+        bags = self.bags.of_the_candidates(candidate, rows)
         return CandidateRows(self.bags.join(state.bags, bags, vectors, batch.num_candidates, batch.stride()))
 
     def _of_requests(self, batch: RequestBatch) -> KeyedTensor | None:
@@ -285,7 +309,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             bags = getattr(self, side)
             for table in bags.embedding_bag_configs() if bags is not None else ():
                 names[f"embedding_bags.{table.name}.weight"] = f"{side}.embedding_bags.{table.name}.weight"
-        for place in sorted(set(self.bags.shared.values())):
+        for place in sorted({bag.place for bag in self.bags.sequence_bags.values()}):
             for table in self.sequences[place].embedding_configs():  # type: ignore[operator]
                 names[f"embedding_bags.{table.name}.weight"] = f"sequences.{place}.embeddings.{table.name}.weight"
         return names
@@ -297,30 +321,51 @@ class AmortizedEmbeddingBagCollection(nn.Module):
 
 
 @dataclass(frozen=True)
+class SequenceBag:
+    """A bag of what sequences look up.
+
+    Args:
+        feature: of `RequestBatch.sequences`, with an id, or a list of them, for each request or candidate.
+        is_of_request: whether it is the request's.
+        place: of the collection that has its table; the collection finds it.
+    """
+
+    feature: str
+    is_of_request: bool = False
+    place: int = -1
+
+
+@dataclass(frozen=True)
 class Reads:
-    """Where a tower's embeddings are: in which collection of sequences.
+    """Where what a tower reads is: in which collection of sequences, or among the numbers if None.
 
     Args:
         events: of each feature of its events.
-        items: of its candidates' items.
+        items: of each of its candidates' features.
     """
 
-    events: dict[str, int]
-    items: int
+    events: dict[str, int | None]
+    items: dict[str, int | None]
 
     @classmethod
     def of(cls, tower: HistoryTower, collections: Iterable[nn.Module], shared: _Shared) -> Reads:
-        own = next((place for place, collection in enumerate(collections) if collection is tower.events), -1)
-        if tower.item is None:
-            return cls(dict.fromkeys(tower.event_encoder.features, own), own)
-        if tower.item not in shared.places:
+        if tower.item is not None and tower.item not in shared.places:
             raise ValueError(
                 f"tower {tower.name!r} would share the table of {tower.item!r}, but there are no bags to share it: "
                 f"give the tower `events` with {CANDIDATE_ITEM!r} among their features, and no item"
             )
-        place = shared.places[tower.item]
-        features = tower.event_encoder.features
-        return cls({name: place if name == tower.history_item else own for name in features}, place)
+
+        def place(feature: str) -> int | None:
+            if tower.item is not None and feature in (CANDIDATE_ITEM, tower.history_item):
+                return shared.places[tower.item]
+            return None if feature in tower.numbers else _place_of(feature, collections, tower.collections)
+
+        events, items = tower.event_encoder.features, tower.candidate_features
+        return cls({name: place(name) for name in events}, {name: place(name) for name in items})
+
+
+# Rows of each feature: of each collection of sequences, by its place, and of numbers, by None.
+Rows = Mapping[int | None, Embeddings]
 
 
 class Bags(nn.Module):
@@ -331,45 +376,102 @@ class Bags(nn.Module):
     Args:
         towers: the histories.
         widths: of each bag, in order.
-        reads: of each tower, by its name: where its embeddings are.
-        shared: collection of sequences of each bag whose table the events of a tower share.
+        own_widths: of each bag as it is looked up.
+        reads: of each tower, by its name: where what it reads is.
+        sequence_bags: bags of what sequences look up, by their names.
     """
 
     def __init__(
         self,
         towers: Sequence[HistoryTower],
         widths: Mapping[str, int],
+        own_widths: Mapping[str, int],
         reads: Mapping[str, Reads],
-        shared: Mapping[str, int],
+        sequence_bags: Mapping[str, SequenceBag],
     ) -> None:
         super().__init__()
         self.towers = nn.ModuleDict({tower.name: tower for tower in towers})
-        self.widths, self.reads, self.shared = dict(widths), dict(reads), dict(shared)
+        self.widths, self.reads, self.sequence_bags = dict(widths), dict(reads), dict(sequence_bags)
+        others = [bag for bag, width in widths.items() if own_widths[bag] != width]
+        self.own_widths = dict(own_widths)
+        self._fit_of = {bag: place for place, bag in enumerate(others)}
+        self.fits = nn.ModuleList(nn.Linear(own_widths[bag], widths[bag], bias=False) for bag in others)
+        of_items = [feature for read in reads.values() for feature in read.items]
+        of_bags = [bag.feature for bag in sequence_bags.values() if not bag.is_of_request]
+        self.of_candidates = frozenset((*of_items, *of_bags))
 
-    def events(self, tower: HistoryTower, sequences: Sequence[Embeddings]) -> Embeddings:
-        """Embeddings of a tower's events, of what the collections looked up."""
-        return {name: sequences[place][name] for name, place in self.reads[tower.name].events.items()}
+    def fit(self, bag: str) -> nn.Module | None:
+        """What fits a bag to the width that the model gets; None if it has it."""
+        return self.fits[self._fit_of[bag]] if bag in self._fit_of else None
 
-    def items(self, tower: HistoryTower, sequences: Sequence[Embeddings]) -> JaggedTensor:
-        """Embeddings of a tower's candidates' items."""
-        return sequences[self.reads[tower.name].items][CANDIDATE_ITEM]
+    @staticmethod
+    def rows(
+        sequences: Sequence[Embeddings],
+        numbers: Embeddings,
+        num_ids: Embeddings,
+        is_read: Callable[[str], bool] = lambda _: True,
+    ) -> Rows:
+        """A row for each event, candidate or request.
+
+        Args:
+            sequences: of each collection, embeddings of the ids of its features.
+            numbers: `RequestBatch.dense_sequences`.
+            num_ids: `RequestBatch.num_ids`.
+            is_read: of which features.
+        """
+        rows: dict[int | None, Embeddings] = {None: numbers}
+        for place, of_features in enumerate(sequences):
+            rows[place] = {
+                name: averaged(of_feature, num_ids[name]) if name in num_ids else of_feature
+                for name, of_feature in of_features.items()
+                if is_read(name)
+            }
+        return rows
+
+    def events(self, tower: HistoryTower, rows: Rows) -> Embeddings:
+        """What a tower's events have."""
+        return {name: rows[place][name] for name, place in self.reads[tower.name].events.items()}
+
+    def items(self, tower: HistoryTower, rows: Rows) -> Embeddings:
+        """What a tower's candidates have."""
+        return {name: rows[place][name] for name, place in self.reads[tower.name].items.items()}
+
+    def of_requests(self, looked_up: KeyedTensor | None, rows: Rows) -> dict[str, Tensor]:
+        """Bags of the requests, [B, W] each."""
+        return self._of_side(looked_up, rows, True)
+
+    def of_the_candidates(self, looked_up: KeyedTensor | None, rows: Rows) -> dict[str, Tensor]:
+        """Bags of the candidates, [C, W] each, but the towers'."""
+        return self._of_side(looked_up, rows, False)
+
+    def _of_side(self, looked_up: KeyedTensor | None, rows: Rows, is_of_request: bool) -> dict[str, Tensor]:
+        bags = {} if looked_up is None else looked_up.to_dict()
+        for name, bag in self.sequence_bags.items():
+            if bag.is_of_request == is_of_request:
+                bags[name] = rows[bag.place][bag.feature].values()
+        for name in bags:
+            if (fit := self.fit(name)) is not None:
+                bags[name] = fit(bags[name])
+        return bags
 
     def forward(
         self,
         request: KeyedTensor | None,
         candidate: KeyedTensor | None,
         sequences: Sequence[Embeddings],
+        numbers: Embeddings,
+        num_ids: Embeddings,
         num_candidates_B: Tensor,
         num_rows: int,
     ) -> KeyedTensor:
         """Bags of C candidates, of what is looked up."""
-        bags = {} if candidate is None else candidate.to_dict()
-        bags |= {bag: sequences[place][CANDIDATE_ITEM].values() for bag, place in self.shared.items()}
+        rows = self.rows(sequences, numbers, num_ids)
         vectors = {
-            name: tower(self.events(tower, sequences), self.items(tower, sequences))  # type: ignore[arg-type]
+            name: tower(self.events(tower, rows), self.items(tower, rows))  # type: ignore[arg-type]
             for name, tower in self.towers.items()
         }
-        return self.join({} if request is None else request.to_dict(), bags, vectors, num_candidates_B, num_rows)
+        of_requests, of_candidates = self.of_requests(request, rows), self.of_the_candidates(candidate, rows)
+        return self.join(of_requests, of_candidates, vectors, num_candidates_B, num_rows)
 
     def join(
         self,
@@ -396,18 +498,52 @@ class Bags(nn.Module):
         return KeyedTensor(names, widths, torch.cat([bags[name] for name in names], dim=1))
 
 
+def averaged(rows: JaggedTensor, num_ids: JaggedTensor) -> JaggedTensor:
+    """The mean of the rows of each entry; zero for one that has none.
+
+    Args:
+        rows: of its ids, [V, W].
+        num_ids: how many each entry has, with the lengths of the result.
+    """
+    sums = torch.zeros(
+        len(num_ids.values()), rows.values().shape[1], dtype=rows.values().dtype, device=rows.values().device
+    )
+    of_ids = torch.repeat_interleave(num_ids.values(), output_size=rows.values().shape[0])
+    sums = sums.index_add(0, of_ids, rows.values())
+    return JaggedTensor(sums / num_ids.values().clamp(min=1).unsqueeze(1), lengths=num_ids.lengths())
+
+
+def _place_of(feature: str, collections: Iterable[nn.Module], among: Sequence[nn.Module] | None = None) -> int:
+    """The place of the collection that has the table of a feature, among all or some of them."""
+    for place, collection in enumerate(collections):
+        is_asked = among is None or any(collection is one for one in among)
+        if is_asked and _table_of_feature(feature, collection) is not None:
+            return place
+    raise ValueError(f"no table of sequences is read by {feature!r}: give `sequences` one")
+
+
+def _table_of_feature(feature: str, collection: nn.Module) -> EmbeddingConfig | None:
+    configs: Any = collection.embedding_configs
+    return next((table for table in configs() if feature in table.feature_names), None)
+
+
+def _bag_of(feature: str, collections: Iterable[nn.Module]) -> EmbeddingBagConfig:
+    """What a bag of sequences is to a model."""
+    table = _table_of_feature(feature, list(collections)[_place_of(feature, collections)])
+    assert table is not None
+    return EmbeddingBagConfig(
+        name=feature, feature_names=[feature], num_embeddings=table.num_embeddings, embedding_dim=table.embedding_dim
+    )
+
+
+def _widths(tables: Sequence[EmbeddingBagConfig]) -> dict[str, int]:
+    """Widths of bags, by their names."""
+    bags = [name for names in get_embedding_names_by_table(list(tables)) for name in names]
+    return dict(zip(bags, (table.embedding_dim for table in tables for _ in table.feature_names), strict=True))
+
+
 def _features(tables: Iterable[BaseEmbeddingConfig]) -> list[str]:
     return [name for table in tables for name in table.feature_names]
-
-
-def events_of(sequences: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """Sequences of B requests, candidates' items left out."""
-    return _without(sequences, lambda feature: feature == CANDIDATE_ITEM)
-
-
-def items_of(sequences: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """Sequences of B requests, events left out."""
-    return _without(sequences, lambda feature: feature != CANDIDATE_ITEM)
 
 
 def _without(sequences: KeyedJaggedTensor, is_left_out: Callable[[str], bool]) -> KeyedJaggedTensor:

@@ -1,11 +1,13 @@
-"""EventEncoder: from the embeddings of an event's features to one vector per event.
+"""EventEncoder: from the vectors of an event's features to one vector per event.
 
-Shape suffixes: B requests; N history events, all requests together; D model dimension.
+Shape suffixes: B requests; N history events, all requests together; F features of an event; D model dimension;
+I numbers of a feature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +17,16 @@ from torchrec_amort.ops.jagged import expand, positions
 
 
 class EventEncoder(nn.Module):
-    """An event is the sum of its features' embeddings and of its place, counted from the latest event.
+    """An event is the sum of its features' vectors and of its place, counted from the latest event.
 
     Args:
-        features: keys of the event features to add up (`history_item`, `history_action`, ...).
+        features: keys of the event features (`history_item`, `history_action`, ...).
         embedding_dim: D.
         max_length: events that a history may have; each place has a learned vector. If None, places are left out and
             a history may have any length.
         dropout: probability of dropping an entry of an event's vector, in training.
         device: where to put the weights.
+        combine: `sum` of the features, or `concatenate` and then a linear layer to D.
 
     Example::
 
@@ -38,9 +41,13 @@ class EventEncoder(nn.Module):
         max_length: int | None = None,
         dropout: float = 0.0,
         device: torch.device | None = None,
+        combine: Literal["sum", "concatenate"] = "sum",
     ) -> None:
         super().__init__()
         self.features = list(features)
+        self.joined = None
+        if combine == "concatenate":
+            self.joined = nn.Linear(len(self.features) * embedding_dim, embedding_dim, bias=False, device=device)
         self.recency = None
         if max_length is not None:
             self.recency = nn.Embedding(max_length, embedding_dim, device=device)
@@ -53,7 +60,7 @@ class EventEncoder(nn.Module):
         return None if self.recency is None else self.recency.num_embeddings
 
     def forward(self, embeddings: Mapping[str, JaggedTensor]) -> JaggedTensor:
-        """Sum up each event.
+        """Make one vector of each event.
 
         Args:
             embeddings: for each feature, values [N, D] with one row of B per request, oldest event first.
@@ -65,9 +72,10 @@ class EventEncoder(nn.Module):
             ValueError: a history is longer than `max_length`.
         """
         lengths_B = embeddings[self.features[0]].lengths()
-        events_ND = embeddings[self.features[0]].values()
-        for feature in self.features[1:]:
-            events_ND = events_ND + embeddings[feature].values()
+        of_features = [embeddings[feature].values() for feature in self.features]
+        events_ND = (
+            sum(of_features[1:], of_features[0]) if self.joined is None else self.joined(torch.cat(of_features, 1))
+        )
         if self.recency is not None:
             self._refuse_too_long(lengths_B, self.recency.num_embeddings)
             events_ND = events_ND + self.recency(recency(lengths_B, events_ND.shape[0]))
@@ -81,6 +89,34 @@ class EventEncoder(nn.Module):
                 f"request {request} has a history of {int(lengths_B[request])} events, but the encoder knows "
                 f"places for {max_length}: keep the latest {max_length} (history_length), or build it for more"
             )
+
+
+class Numbers(nn.Module):
+    """Numbers of events or candidates, less their mean and over their deviation, in a linear layer to D.
+
+    Args:
+        size: I.
+        embedding_dim: D.
+        device: where to put the weights.
+
+    Example::
+
+        events_ND = Numbers(1, embedding_dim=32)(batch.dense_sequences["clicked_price"].values())
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, size: int, embedding_dim: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, embedding_dim, bias=False, device=device)
+        self.register_buffer("mean", torch.zeros(size, device=device))
+        self.register_buffer("deviation", torch.ones(size, device=device))
+
+    def forward(self, numbers_NI: Tensor) -> Tensor:
+        """[N, I] to [N, D]."""
+        rows_ND: Tensor = self.linear((numbers_NI - self.mean) / self.deviation)
+        return rows_ND
 
 
 def recency(lengths_B: Tensor, num_events: int) -> Tensor:

@@ -7,7 +7,7 @@ S vectors of a candidate; W width of each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +15,48 @@ from torchrec import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, amortizable
-from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.events import EventEncoder, Numbers
 
 # Candidates' items in `RequestBatch.sequences`.
 CANDIDATE_ITEM = "candidate_item"
+
+# Rows of candidates: of each feature, or of the only one.
+Items: TypeAlias = JaggedTensor | Mapping[str, JaggedTensor]
+
+
+def _collections(
+    events: EmbeddingCollection | Sequence[EmbeddingCollection] | None,
+) -> tuple[EmbeddingCollection, ...]:
+    if events is None:
+        return ()
+    return tuple(events) if isinstance(events, list | tuple) else (events,)
 
 
 class HistoryTower(nn.Module):
     """One history of a request: what its events are, and what each candidate makes of them.
 
     An `AmortizedEmbeddingBagCollection` looks up the embeddings that towers read. Tables of another width than the
-    encoder's are fitted to it by a linear layer without bias each.
+    encoder's are fitted to it by a linear layer without bias each, and so are numbers.
 
     Args:
         name: of the history, and of the bags that the collection reports for it.
         encoder: makes S vectors of a candidate and its request's history.
-        events: tables of the events' features, of `RequestBatch.sequences`, and of `candidate_item` unless `item` is
-            given.
+        events: tables of the events' features, of `RequestBatch.sequences`, and of the candidate's unless `item` is
+            given; a collection for each width of tables.
         item: the candidate's feature whose table in the bags serves events as well, if one does. It is looked up by
             the ids of `candidate_item`.
         history_item: the events' feature that reads that table.
-        event_encoder: makes one vector of each event; if None, the sum of the embeddings of all features of events.
+        event_encoder: makes one vector of each event, of the features that it names; if None, the sum of all features
+            of events.
         width: W, of the vectors that the model gets; by a linear layer if it is not D.
         starts_at_zero: whether a gate, zero at first, scales the vectors. A model that is trained already then scores
             as before until training opens it.
+        candidate_features: the candidate's features, whose sum reads the history. Of a mapping, each is fitted to the
+            encoder by the same layer as the event's feature that it names.
+        numbers: keys of `RequestBatch.dense_sequences` that events or candidates have, and how many numbers each is.
 
     Raises:
-        ValueError: there is no feature of events, `event_encoder` reads one that is not there, or the name cannot be a
+        ValueError: there is no feature of events, one that is to be read is not there, or the name cannot be a
             module's.
 
     Example::
@@ -54,60 +69,88 @@ class HistoryTower(nn.Module):
         name: str,
         encoder: HistoryEncoder,
         *,
-        events: EmbeddingCollection | None = None,
+        events: EmbeddingCollection | Sequence[EmbeddingCollection] | None = None,
         item: str | None = None,
         history_item: str = "history_item",
         event_encoder: EventEncoder | None = None,
         width: int | None = None,
         starts_at_zero: bool = True,
+        candidate_features: Sequence[str] | Mapping[str, str] = (CANDIDATE_ITEM,),
+        numbers: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         if "." in name or hasattr(nn.ModuleDict, name):
             raise ValueError(f"tower {name!r}: a module cannot have this name: give it another one")
-        # Not one of its modules: the collection that takes the tower looks up, once for all its towers.
-        self._events = (events,)
+        # Not among its modules: the collection that takes the tower looks up, once for all its towers.
+        self._events = _collections(events)
         self.name, self.item, self.history_item = name, item, history_item
-        tables = [] if events is None else events.embedding_configs()
+        self.candidate_features, self.numbers = list(candidate_features), dict(numbers or {})
+        tables = [table for collection in self._events for table in collection.embedding_configs()]
         widths = {feature: table.embedding_dim for table in tables for feature in table.feature_names}
-        features = [*([] if item is None else [history_item]), *widths]
-        if item is None and CANDIDATE_ITEM not in features:
-            raise ValueError(f"tower {name!r}: events has {features}: it needs {CANDIDATE_ITEM!r}, or an item of bags")
-        features = [feature for feature in features if feature != CANDIDATE_ITEM]
+        known = [*([] if item is None else [history_item, CANDIDATE_ITEM]), *widths, *self.numbers]
+        for feature in self.candidate_features:
+            if feature not in known:
+                of_events = [*widths, *self.numbers]
+                hint = f"it needs {feature!r}, or an item of bags"
+                raise ValueError(f"tower {name!r}: events has {of_events}: {hint}")
+        features = [feature for feature in dict.fromkeys(known) if feature not in (CANDIDATE_ITEM, *candidate_features)]
         if not features:
-            raise ValueError(f"tower {name!r}: events has no feature but {CANDIDATE_ITEM!r}: it needs one of events")
+            of_candidates = ", ".join(map(repr, self.candidate_features))
+            raise ValueError(f"tower {name!r}: events has no feature but {of_candidates}: it needs one of events")
         device = next(encoder.parameters(), torch.empty(0)).device
         self.event_encoder = event_encoder or EventEncoder(features, encoder.embedding_dim, device=device)
         for feature in self.event_encoder.features:
             if feature not in features:
                 raise ValueError(f"tower {name!r}: event_encoder reads {feature!r}, but events has {features}")
         self.encoder = encoder
+        self._fit_of = self._places(candidate_features)
         # A list, since a ModuleDict takes no names like "type" and "a.b".
-        self._fitted_features = [*self.event_encoder.features, CANDIDATE_ITEM]
-        self.fits = nn.ModuleList(nn.Identity() for _ in self._fitted_features)
+        self.fits = nn.ModuleList(nn.Identity() for _ in set(self._fit_of.values()))
         self.width = width or encoder.embedding_dim
         self.out: nn.Module = nn.Identity()
         if self.width != encoder.embedding_dim:
             self.out = nn.Linear(encoder.embedding_dim, self.width, bias=False, device=device)
         self.gate = nn.Parameter(torch.zeros(1, device=device)) if starts_at_zero else None
+        for feature, size in self.numbers.items():
+            if feature in self._fit_of:
+                self.fits[self._fit_of[feature]] = Numbers(size, encoder.embedding_dim, device)
         # With an item of the bags, candidates are read from their table.
         self._fit({feature: width for feature, width in widths.items() if item is None or feature != CANDIDATE_ITEM})
 
+    def _places(self, candidate_features: Sequence[str] | Mapping[str, str]) -> dict[str, int]:
+        """Which of `fits` each feature has."""
+        places = {feature: place for place, feature in enumerate(self.event_encoder.features)}
+        for feature in candidate_features:
+            like = candidate_features[feature] if isinstance(candidate_features, Mapping) else feature
+            if isinstance(candidate_features, Mapping) and like not in self.event_encoder.features:
+                raise ValueError(
+                    f"tower {self.name!r}: candidate_features has {feature!r} like {like!r}, but events are of "
+                    f"{self.event_encoder.features}"
+                )
+            places[feature] = places.get(like, len(places))
+        return places
+
     def _fit(self, widths: Mapping[str, int]) -> None:
         dim, device = self.encoder.embedding_dim, next(self.encoder.parameters(), torch.empty(0)).device
-        for place, feature in enumerate(self._fitted_features):
+        for feature, place in self._fit_of.items():
             width = widths.get(feature, dim)
             # A tower may stand in a second collection: what it has learned stays.
             if width not in (dim, getattr(self.fits[place], "in_features", None)):
                 self.fits[place] = nn.Linear(width, dim, bias=False, device=device)
 
     def fit(self, feature: str) -> nn.Module:
-        """What fits embeddings of a feature of events, or of `candidate_item`, to the encoder."""
-        return self.fits[self._fitted_features.index(feature)]
+        """What fits a feature of events or candidates to the encoder."""
+        return self.fits[self._fit_of[feature]]
 
     @property
     def events(self) -> EmbeddingCollection | None:
-        """Tables of the events' features, as given."""
-        return self._events[0]
+        """Tables of the events' features, as given; the first of several collections."""
+        return next(iter(self._events), None)
+
+    @property
+    def collections(self) -> tuple[EmbeddingCollection, ...]:
+        """Tables of the events' features, as given: a collection for each width."""
+        return self._events
 
     @property
     def bags(self) -> list[str]:
@@ -138,25 +181,37 @@ class HistoryTower(nn.Module):
         """Phase one for the events since; see `AmortizableEncoder.extend_history`."""
         return amortizable(self.encoder).extend_history(state, self._history(events))
 
-    def score_candidates(self, state: HistoryState, items: JaggedTensor) -> Sequence[Tensor]:
+    def score_candidates(self, state: HistoryState, items: Items) -> Sequence[Tensor]:
         """Phase two.
 
         Args:
             state: of B requests.
-            items: embeddings of the candidates' items, values [C, width of their table], one row of B per request.
+            items: of each of the candidate's features, or of the one that there is, values [C, width of its table],
+                one row of B per request.
 
         Returns:
             Sequence[Tensor]: S times [C, W].
         """
         return self.score_states([state], items)
 
-    def score_states(self, states: Sequence[HistoryState], items: JaggedTensor) -> Sequence[Tensor]:
+    def score_states(self, states: Sequence[HistoryState], items: Items) -> Sequence[Tensor]:
         """Phase two with states of some of the requests each, in the candidates' order; see `score_candidates`."""
-        return self._vectors(amortizable(self.encoder).score_states(states, self._items(items)))
+        return self._vectors(amortizable(self.encoder).score_states(states, self.items(items)))
 
-    def forward(self, events: Mapping[str, JaggedTensor], items: JaggedTensor) -> Sequence[Tensor]:
+    def forward(self, events: Mapping[str, JaggedTensor], items: Items) -> Sequence[Tensor]:
         """Phase one, then phase two."""
-        return self._vectors(self.encoder(self._history(events), self._items(items)))
+        return self._vectors(self.encoder(self._history(events), self.items(items)))
+
+    def items(self, items: Items) -> JaggedTensor:
+        """What candidates read histories by: values [C, D], one row of B per request."""
+        if isinstance(items, JaggedTensor):
+            (feature,) = self.candidate_features
+            items = {feature: items}
+        first, *others = (self._fitted(feature, items[feature]) for feature in self.candidate_features)
+        if not others:
+            return first
+        rows_CD = sum((other.values() for other in others), first.values())
+        return JaggedTensor(rows_CD, lengths=first.lengths())
 
     @property
     def is_extendable(self) -> bool:
@@ -168,9 +223,6 @@ class HistoryTower(nn.Module):
     def _history(self, events: Mapping[str, JaggedTensor]) -> JaggedTensor:
         fitted = {feature: self._fitted(feature, events[feature]) for feature in self.event_encoder.features}
         return cast(JaggedTensor, self.event_encoder(fitted))
-
-    def _items(self, items: JaggedTensor) -> JaggedTensor:
-        return self._fitted(CANDIDATE_ITEM, items)
 
     def _fitted(self, feature: str, rows: JaggedTensor) -> JaggedTensor:
         return JaggedTensor(self.fit(feature)(rows.values()), lengths=rows.lengths())

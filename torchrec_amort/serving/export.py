@@ -32,8 +32,9 @@ from torchrec_amort.models.ranker import Call, CollectionRanker
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import MeanPooling
+from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.ops.native import EmbeddingRows, load_library
-from torchrec_amort.schema import SCHEMA_FILE, RequestSchema
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.heads import Head
 from torchrec_amort.serving.lookup import PLAIN_TABLES, Embeddings, Lookups
 from torchrec_amort.serving.package import (
@@ -77,12 +78,12 @@ class _History(nn.Module):
 class _Request(nn.Module):
     """A request's dense inputs [1, I_r] and bags [1, W] to the terms of a head."""
 
-    def __init__(self, head: Head, bags: Sequence[str]) -> None:
+    def __init__(self, phases: RankerPhases, head: Head) -> None:
         super().__init__()
-        self.head, self.bags = head, list(bags)
+        self.phases, self.head, self.fits = phases, head, phases.fits
 
     def forward(self, dense_BI: Tensor, bags: list[Tensor]) -> tuple[Tensor, ...]:
-        return self.head.request(dense_BI, _named(self.bags, bags))
+        return self.head.request(dense_BI, self.phases.fitted(_named(self.phases.request_bags, bags)))
 
 
 class _Candidates(nn.Module):
@@ -91,11 +92,13 @@ class _Candidates(nn.Module):
     Without a head, the terms are a request's dense inputs and bags.
     """
 
-    def __init__(self, phases: RankerPhases, head: Head | None, bags: Sequence[str], num_keys: Sequence[Any]) -> None:
+    def __init__(
+        self, phases: RankerPhases, head: Head | None, items: Mapping[str, Sequence[str]], num_keys: Sequence[Any]
+    ) -> None:
         super().__init__()
-        self.phases, self.head, self.bags, self.num_keys = phases, head, list(bags), list(num_keys)
+        self.phases, self.head, self.items, self.num_keys = phases, head, dict(items), list(num_keys)
         towers = [tower.module(beside_pytorch=head is None) for tower in phases.towers.values()]
-        self.parts = nn.ModuleList([*towers, phases.ranker if head is None else head])
+        self.parts = nn.ModuleList([*towers, phases.fits, phases.ranker if head is None else head])
 
     def forward(
         self,
@@ -105,15 +108,16 @@ class _Candidates(nn.Module):
         bags: list[Tensor],
         items: list[Tensor],
     ) -> Tensor:
-        towers = list(self.phases.towers)
+        rows = iter(items)
+        of_items = {tower: _named(names, [next(rows) for _ in names]) for tower, names in self.items.items()}
         histories = {
             name: [to_state(state, num_keys)]
-            for name, state, num_keys in zip(towers, states, self.num_keys, strict=True)
+            for name, state, num_keys in zip(self.phases.towers, states, self.num_keys, strict=True)
         }
         of_request = dense_CI.new_empty(1, 0) if self.head is not None else terms[0]
         batch = _dense_batch(of_request, dense_CI)
         given = RequestTerms(tuple(terms if self.head is not None else terms[1:]), self.head)
-        return self.phases.score(given, histories, batch, _named(self.bags, bags), _named(towers, items))
+        return self.phases.score(given, histories, batch, _named(self.phases.candidate_bags, bags), of_items)
 
 
 def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> Embeddings:
@@ -188,7 +192,7 @@ def export_package(
     with new_folder(folder, overwrite) as temporary, torch.no_grad():
         program = _compile(phases, collection, schema, temporary)
         table_configs = _save_tables(collections, temporary / TABLES_FILE, tables)
-        (temporary / SCHEMA_FILE).write_text(schema.to_json(), encoding="utf-8")
+        schema.save(temporary)
         write_json(
             temporary / MANIFEST_FILE,
             {
@@ -198,7 +202,7 @@ def export_package(
                 "dtype": str(dtype).removeprefix("torch."),
                 "history_length": served.history_length,
                 "reads": {tower: asdict(reads) for tower, reads in served.lookups.reads.items()},
-                "shared": dict(served.lookups.shared),
+                "sequence_bags": {name: asdict(bag) for name, bag in served.lookups.sequence_bags.items()},
                 **program,
                 "tables": table_configs,
                 "sha256": {path.name: checksum(path) for path in sorted(temporary.iterdir())},
@@ -293,7 +297,7 @@ def _compile(
     phases: RankerPhases, collection: AmortizedEmbeddingBagCollection, schema: RequestSchema, folder: Path
 ) -> dict[str, Any]:
     """Compile the phases into a folder; what the manifest tells of them."""
-    widths, num_candidates = collection.bags.widths, 5
+    widths, num_candidates = collection.bags.own_widths, 5
     limits = [tower.event_encoder.max_length for tower in collection.towers]
     num_events = min([6, *(limit for limit in limits if limit is not None)])
     num_dense = {side: len(schema.of(side, "dense")) for side in ("request", "candidate")}
@@ -304,22 +308,22 @@ def _compile(
     for place, tower in enumerate(collection.towers):
         served, reads = phases.towers[tower.name], collection.bags.reads[tower.name]
         history = _History(served, list(reads.events), beside_pytorch=head is None)
-        of_tables = [_widths(collection.sequences[of], feature) for feature, of in reads.events.items()]
-        events = [torch.randn(num_events, width) for width in of_tables]
+        events = [torch.randn(num_events, _width(collection, tower, *feature)) for feature in reads.events.items()]
         states.append(list(history(events)))
         of_one_event.append(list(history([rows_nW[:1] for rows_nW in events])))
         num_keys.append(served.num_keys())
         longest = tower.event_encoder.max_length
         grows = {} if longest == 1 else {0: Dim("n", min=1, max=longest)}
         programs.append(_save(history, (events,), ([grows for _ in events],), folder / f"history_{place}.pt2"))
-        items.append(torch.randn(num_candidates, _widths(collection.sequences[reads.items], "candidate_item")))
-    of_request, of_candidate = phases.request_bags, [*phases.candidate_bags, *collection.bags.shared]
+        items += [torch.randn(num_candidates, _width(collection, tower, *feature)) for feature in reads.items.items()]
+    of_request, of_candidate = phases.request_bags, phases.candidate_bags
     terms = [torch.randn(1, num_dense["request"]), *(torch.randn(1, widths[bag]) for bag in of_request)]
     if head is not None:
-        request, given_request = _Request(head, of_request), (terms[0], terms[1:])
+        request, given_request = _Request(phases, head), (terms[0], terms[1:])
         terms = list(request(*given_request))
         programs.append(_save(request, given_request, None, folder / "request.pt2"))
-    candidates = _Candidates(phases, head, of_candidate, num_keys)
+    items_of = {tower: list(reads.items) for tower, reads in collection.bags.reads.items()}
+    candidates = _Candidates(phases, head, items_of, num_keys)
     bags = [torch.randn(num_candidates, widths[bag]) for bag in of_candidate]
     given = states, terms, torch.randn(num_candidates, num_dense["candidate"]), bags, items
     rows, some = [Dim(f"rows_{place}", min=1) for place in range(len(states))], Dim("m", min=1)
@@ -351,9 +355,11 @@ def _compile(
     }
 
 
-def _widths(collection: nn.Module, feature: str) -> int:
-    """Width of the table of a feature."""
-    configs: Any = collection.embedding_configs
+def _width(collection: AmortizedEmbeddingBagCollection, tower: HistoryTower, feature: str, place: int | None) -> int:
+    """Numbers of an entry of a feature, as they are looked up or given."""
+    if place is None:
+        return tower.numbers[feature]
+    configs: Any = collection.sequences[place].embedding_configs
     return next(table.embedding_dim for table in configs() if feature in table.feature_names)
 
 

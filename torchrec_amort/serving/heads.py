@@ -49,7 +49,7 @@ from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.plain import Plain, why_other_methods, why_unlike
 from torchrec_amort.ops import native
 from torchrec_amort.ops.native import EmbeddingRows
-from torchrec_amort.serving.lookup import Embeddings, bag_names
+from torchrec_amort.serving.lookup import Embeddings, bags_of
 from torchrec_amort.serving.native_encoder import NativeEncoder, of_each
 
 _PARTS = Plain(
@@ -153,7 +153,7 @@ def dlrm_of(ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollectio
         return f"it serves DLRMs, and this is a {type(ranker).__name__}"
     bags = list(collection.bags.widths)
     dim = next(iter(collection.bags.widths.values()))
-    dlrm = Dlrm(parts, dim, bags, bag_names(collection.request_bags), reads)
+    dlrm = Dlrm(parts, dim, bags, bags_of(collection, "request"), reads)
     return _why_other_parts(dlrm) or _why_no_kernel(dlrm, dtype) or dlrm
 
 

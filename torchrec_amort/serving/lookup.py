@@ -9,9 +9,9 @@ Shape suffixes: B requests; R rows of a batch; V values of a feature; F features
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,11 @@ from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddi
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.jagged_ids import JaggedIds, have_one_each, keyed, rows_of, span_of
-from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Reads
+from torchrec_amort.jagged_ids import have_one_each, keyed, rows_of, span_of
+from torchrec_amort.lists import Entries
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Reads, SequenceBag, averaged
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.plain import Plain
-from torchrec_amort.modules.tower import CANDIDATE_ITEM
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.schema import ANY_ID
 
@@ -38,6 +38,8 @@ _SEQUENCES = Plain(EmbeddingCollection, QuantEmbeddingCollection, SequenceTables
 
 # Embeddings of bags or events, by their names.
 Embeddings = Mapping[str, EmbeddingRows]
+# A feature, and which collection of sequences has its table; numbers have none.
+Place = tuple[int | None, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +49,16 @@ class Lookups:
     Args:
         request_bags: of the requests' ids; None if they have none.
         candidate_bags: of the candidates' ids; None if they have none.
-        sequences: of events and candidates' items.
-        reads: of each tower, by its name, which of `sequences` its embeddings are in.
-        shared: of each bag whose table events share, which of `sequences` has it.
+        sequences: of what requests list.
+        reads: of each tower, by its name, which of `sequences` what it reads is in.
+        sequence_bags: bags of what `sequences` look up, by their names.
     """
 
     request_bags: BagLookup | None
     candidate_bags: BagLookup | None
     sequences: Sequence[SequenceLookup]
     reads: Mapping[str, Reads]
-    shared: Mapping[str, int]
+    sequence_bags: Mapping[str, SequenceBag]
 
     @classmethod
     def of(cls, collection: AmortizedEmbeddingBagCollection, names: Mapping[nn.Module, str]) -> Lookups:
@@ -75,7 +77,7 @@ class Lookups:
             None if candidate is None else BagLookup(candidate, names[candidate]),
             [SequenceLookup(sequences, names[sequences]) for sequences in collection.sequences],
             collection.bags.reads,
-            collection.bags.shared,
+            collection.bags.sequence_bags,
         )
 
     @property
@@ -98,7 +100,10 @@ class Lookups:
     def features(self) -> dict[str, list[str]]:
         """Features that are read of each field of a batch."""
         of_sequences = [name for lookup in self.sequences for name in lookup.table_sizes]
-        return {field: list(bags.table_sizes) for field, bags in self.bags.items()} | {"sequences": of_sequences}
+        of_reads = [{**reads.events, **reads.items} for reads in self.reads.values()]
+        numbers = dict.fromkeys(name for places in of_reads for name, place in places.items() if place is None)
+        of_lists = {"sequences": of_sequences, "dense_sequences": list(numbers)}
+        return {field: list(bags.table_sizes) for field, bags in self.bags.items()} | of_lists
 
     @property
     def events(self) -> dict[str, list[str]]:
@@ -107,26 +112,45 @@ class Lookups:
 
     def of_requests(self, batch: RequestBatch) -> Embeddings:
         """Bags of the requests."""
-        return {} if self.request_bags is None else self.request_bags(batch.request_sparse)
+        bags = {} if self.request_bags is None else self.request_bags(batch.request_sparse)
+        places = self._bags_of_sequences(True)
+        rows = self._rows(places.values(), batch.lists.entries)
+        return {**bags, **{name: rows[place] for name, place in places.items()}}
 
-    def of_candidates(self, batch: RequestBatch) -> tuple[Embeddings, Embeddings]:
+    def of_candidates(self, batch: RequestBatch) -> tuple[Embeddings, Mapping[str, Embeddings]]:
         """Bags of the candidates, and what each tower reads of them."""
-        places = {*self.shared.values(), *(reads.items for reads in self.reads.values())}
-        items = {}
-        if places:
-            ids, _ = rows_of(batch.sequences, CANDIDATE_ITEM, 0, len(batch))
-            of_item = {CANDIDATE_ITEM: (ids, batch.num_candidates)}
-            items = {place: self.sequences[place](of_item)[CANDIDATE_ITEM] for place in places}
         bags = {} if self.candidate_bags is None else self.candidate_bags(batch.candidate_sparse)
-        bags = {**bags, **{bag: items[place] for bag, place in self.shared.items()}}
-        return bags, {tower: items[reads.items] for tower, reads in self.reads.items()}
+        places = self._bags_of_sequences(False)
+        items = {tower: {name: (of, name) for name, of in reads.items.items()} for tower, reads in self.reads.items()}
+        wanted = [*places.values(), *(place for of_tower in items.values() for place in of_tower.values())]
+        rows = self._rows(wanted, batch.lists.entries)
+        bags = {**bags, **{name: rows[place] for name, place in places.items()}}
+        return bags, {
+            tower: {name: rows[place] for name, place in of_tower.items()} for tower, of_tower in items.items()
+        }
 
-    def of_events(self, tower: str, events: Mapping[str, JaggedIds]) -> Embeddings:
-        """Embeddings of a tower's events."""
-        of_place: dict[int, dict[str, JaggedIds]] = {}
-        for feature, place in self.reads[tower].events.items():
-            of_place.setdefault(place, {})[feature] = events[feature]
-        return {name: rows for place, ids in of_place.items() for name, rows in self.sequences[place](ids).items()}
+    def of_events(self, tower: str, events: Mapping[str, Entries]) -> Embeddings:
+        """What a tower reads of its events."""
+        places = {name: (of, name) for name, of in self.reads[tower].events.items()}
+        rows = self._rows(places.values(), events.__getitem__)
+        return {name: rows[place] for name, place in places.items()}
+
+    def _bags_of_sequences(self, is_of_request: bool) -> dict[str, Place]:
+        bags = self.sequence_bags.items()
+        return {name: (bag.place, bag.feature) for name, bag in bags if bag.is_of_request == is_of_request}
+
+    def _rows(self, wanted: Iterable[Place], entries: Callable[[str], Entries]) -> dict[Place, EmbeddingRows]:
+        """A row for each entry of some features, each collection asked once."""
+        rows: dict[Place, EmbeddingRows] = {}
+        features_of: dict[int, dict[str, Entries]] = {}
+        for of, name in dict.fromkeys(wanted):
+            if of is None:
+                rows[of, name] = EmbeddingRows(entries(name).values)
+            else:
+                features_of.setdefault(of, {})[name] = entries(name)
+        for of, features in features_of.items():
+            rows |= {(of, name): of_name for name, of_name in self.sequences[of](features).items()}
+        return rows
 
 
 class BagLookup:
@@ -157,7 +181,7 @@ class BagLookup:
         for table in tables if self.is_weighted and type(bags) is EmbeddingBagCollection else ():
             if table.pooling is not PoolingType.SUM:
                 raise ValueError(f"table {table.name!r} is weighted and pools by the mean, which PyTorch cannot: sum")
-        self._names = bag_names(bags)
+        self._names = _names(bags)
         self._poolings: list[tuple[str, str, Tensor, str]] | None = None
         if _is_plain(bags):
             self._poolings = [
@@ -221,7 +245,7 @@ class SequenceLookup:
     Example::
 
         lookup = SequenceLookup(model.history_embedding_collection, "events")
-        events_ND = lookup({"history_item": (ids_N, lengths_B)})["history_item"].tensor()
+        events_ND = lookup({"history_item": Entries(ids_N, lengths_B)})["history_item"].tensor()
     """
 
     def __init__(self, collection: EmbeddingCollection | SequenceTables, name: str) -> None:
@@ -243,24 +267,44 @@ class SequenceLookup:
             }
 
     @torch.no_grad()
-    def __call__(self, sequences: Mapping[str, JaggedIds]) -> dict[str, EmbeddingRows]:
-        """Embeddings of the ids of some features, which have one row of B per request each."""
+    def __call__(self, entries: Mapping[str, Entries]) -> dict[str, EmbeddingRows]:
+        """A row for each entry of some features; the mean of several ids'."""
         if self._weights is not None:
-            return {
-                name: EmbeddingRows(self._weights[name], ids.long().contiguous())
-                for name, (ids, _) in sequences.items()
-            }
-        ids, lengths_B = next(iter(sequences.values()))
+            return {name: _rows_of(self._weights[name], of_name) for name, of_name in entries.items()}
+        given = {name: (of_name.values, of_name.num_values) for name, of_name in entries.items()}
+        ids, lengths_B = next(iter(given.values()))
         none = ids[:0], torch.zeros_like(lengths_B)
-        every = {name: sequences.get(name, none) for name in self._features}
+        every = {name: given.get(name, none) for name in self._features}
         embeddings: dict[str, JaggedTensor] = self._collection(keyed(every, len(lengths_B)))
-        return {name: EmbeddingRows(embeddings[name].values()) for name in sequences}
+        return {name: EmbeddingRows(_averaged(embeddings[name], of_name)) for name, of_name in entries.items()}
 
 
-def bag_names(bags: EmbeddingBagCollection | None) -> list[str]:
-    """Names of the bags that a collection makes, in order; none if there is no collection."""
-    tables = [] if bags is None else bags.embedding_bag_configs()
-    return [name for of_table in get_embedding_names_by_table(tables) for name in of_table]
+def _rows_of(table: Tensor, entries: Entries) -> EmbeddingRows:
+    ids = entries.values.long().contiguous()
+    if entries.num_ids is None:
+        return EmbeddingRows(table, ids)
+    starts = torch.cumsum(entries.num_ids, 0) - entries.num_ids
+    return EmbeddingRows(F.embedding_bag(ids, table, starts, mode="mean"))
+
+
+def _averaged(embeddings: JaggedTensor, entries: Entries) -> Tensor:
+    if entries.num_ids is None:
+        rows: Tensor = embeddings.values()
+    else:
+        rows = averaged(embeddings, JaggedTensor(entries.num_ids, lengths=entries.lengths)).values()
+    return rows
+
+
+def bags_of(collection: AmortizedEmbeddingBagCollection, side: Literal["request", "candidate"]) -> list[str]:
+    """Names of the bags of one side that a collection looks up, in order."""
+    bags = collection.request_bags if side == "request" else collection.candidate_bags
+    of_sequences = collection.bags.sequence_bags.items()
+    names = [name for name, bag in of_sequences if bag.is_of_request == (side == "request")]
+    return [*(_names(bags) if bags is not None else ()), *names]
+
+
+def _names(bags: EmbeddingBagCollection) -> list[str]:
+    return [name for of_table in get_embedding_names_by_table(bags.embedding_bag_configs()) for name in of_table]
 
 
 def _in_eval(collection: Any) -> Any:

@@ -25,8 +25,9 @@ from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddi
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.errors import InputError
-from torchrec_amort.models.collection import Reads
+from torchrec_amort.models.collection import Reads, SequenceBag
 from torchrec_amort.modules.encoder import HistoryState
+from torchrec_amort.modules.tower import CANDIDATE_ITEM
 from torchrec_amort.ops.native import why_no_build
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, SequenceLookup
@@ -34,7 +35,9 @@ from torchrec_amort.serving.native_encoder import NativeState
 from torchrec_amort.serving.phases import Histories, Phases, RequestTerms
 from torchrec_amort.serving.served import Served
 
-PACKAGE_VERSION = 3
+PACKAGE_VERSION = 4
+# Packages of it are read, too.
+_FIRST_OF_RANKERS = 3
 MANIFEST_FILE = "manifest.json"
 TABLES_FILE = "tables.pt"
 
@@ -75,8 +78,9 @@ def load_package(folder: str | Path) -> Served:
         collection.load_state_dict(_under(weights, name))
         sequences.append(SequenceLookup(collection, name))
     reads = {tower: Reads(**of_tower) for tower, of_tower in manifest["reads"].items()}
+    sequence_bags = {name: SequenceBag(**bag) for name, bag in manifest["sequence_bags"].items()}
     return Served(
-        Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, manifest["shared"]),
+        Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, sequence_bags),
         _PackagedPhases(folder, manifest),
         manifest["history_length"],
         device,
@@ -93,9 +97,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
         package_version, checksums, cpu = manifest["package_version"], manifest["sha256"], manifest["cpu"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the manifest of a package ({error}): export it again") from error
-    if package_version != PACKAGE_VERSION:
+    if package_version not in (_FIRST_OF_RANKERS, PACKAGE_VERSION):
         told = f"{path}: package_version is {package_version}, this torchrec-amort reads {PACKAGE_VERSION}"
         raise InputError(f"{told}: export the model again")
+    if package_version == _FIRST_OF_RANKERS:
+        manifest = _renewed(manifest)
     for name, expected in checksums.items():
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file: the package is not whole, export or copy it again")
@@ -112,6 +118,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if manifest["operators"] is not None and (reason := _why_no_operators(getattr(torch, manifest["dtype"]))):
         raise InputError(f"{path}: it needs the operators of {manifest['operators']}, which are not here: {reason}")
     return manifest
+
+
+def _renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the first packages of any ranker, whose candidates had one item, as one of today's."""
+    reads = {
+        tower: {"events": of_tower["events"], "items": {CANDIDATE_ITEM: of_tower["items"]}}
+        for tower, of_tower in manifest["reads"].items()
+    }
+    bags = {
+        name: {"feature": CANDIDATE_ITEM, "is_of_request": False, "place": place}
+        for name, place in manifest["shared"].items()
+    }
+    return {**manifest, "reads": reads, "sequence_bags": bags}
 
 
 def checksum(path: Path) -> str:
@@ -194,13 +213,22 @@ class _PackagedPhases(Phases):
         return list(to_tensors(NativeState.of(state, self._dtype) if is_native else state))
 
     def score(
-        self, terms: RequestTerms, histories: Histories, batch: RequestBatch, bags: Embeddings, items: Embeddings
+        self,
+        terms: RequestTerms,
+        histories: Histories,
+        batch: RequestBatch,
+        bags: Embeddings,
+        items: Mapping[str, Embeddings],
     ) -> Tensor:
         """Phase two; see `Phases.score`."""
         counts = batch.num_candidates.tolist()
         states = [[state[row] for state in histories[name] for row in range(len(state))] for name in self._towers]
         bags_CW = [bags[bag].tensor() for bag in self._manifest["candidate_bags"]]
-        items_CW = [items[name].tensor() for name in self._towers]
+        items_CW = [
+            items[name][feature].tensor()
+            for name, reads in self._manifest["reads"].items()
+            for feature in reads["items"]
+        ]
         logits, stop = [], 0
         for row, count in enumerate(counts):
             start, stop = stop, stop + count

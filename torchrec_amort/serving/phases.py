@@ -25,10 +25,10 @@ from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, amo
 from torchrec_amort.modules.events import EventEncoder, recency
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.plain import Plain, why_patched
-from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
+from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.ops.native import EmbeddingRows
 from torchrec_amort.serving.heads import Dlrm, Head, dlrm_of
-from torchrec_amort.serving.lookup import Embeddings, bag_names
+from torchrec_amort.serving.lookup import Embeddings, bags_of
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Phases(ABC):
         Args:
             terms: what `request` gave for these requests and maybe others.
             tower: its name.
-            events: embeddings of each of its features.
+            events: what each of its features has, a row for each event.
             lengths_B: int64 [B], events of each history.
         """
 
@@ -91,7 +91,12 @@ class Phases(ABC):
 
     @abstractmethod
     def score(
-        self, terms: RequestTerms, histories: Histories, batch: RequestBatch, bags: Embeddings, items: Embeddings
+        self,
+        terms: RequestTerms,
+        histories: Histories,
+        batch: RequestBatch,
+        bags: Embeddings,
+        items: Mapping[str, Embeddings],
     ) -> Tensor:
         """Phase two.
 
@@ -100,7 +105,7 @@ class Phases(ABC):
             histories: states of each tower, of B requests together.
             batch: of the requests with C candidates, all or some; a request may have none.
             bags: of the candidates.
-            items: of each tower, embeddings of the candidates' items.
+            items: of each tower, what each of its candidates' features has.
 
         Returns:
             Tensor: logits [C, T], float32 at least.
@@ -128,10 +133,8 @@ class RankerPhases(Phases):
         backend: Backend,
     ) -> None:
         self._bags, self._dtype = collection.bags, dtype
-        self.request_bags, self.candidate_bags = (
-            bag_names(collection.request_bags),
-            bag_names(collection.candidate_bags),
-        )
+        self.fits = collection.bags.fits
+        self.request_bags, self.candidate_bags = (bags_of(collection, side) for side in ("request", "candidate"))
         may_be_native = backend in ("auto", "native")
         self.towers = {tower.name: ServedTower(tower, dtype, may_be_native) for tower in collection.towers}
         dlrm = dlrm_of(ranker, collection, dtype)
@@ -178,8 +181,13 @@ class RankerPhases(Phases):
             self._dlrm.refuse_other_dense(batch)
         head = self.head(batch.request_dense.shape[1])
         if head is not None and head.is_cheaper(len(batch), batch.stride()):
-            return RequestTerms(head.request(batch.request_dense, bags), head)
+            return RequestTerms(head.request(batch.request_dense, self.fitted(bags)), head)
         return RequestTerms(tuple(rows.tensor() for rows in bags.values()))
+
+    def fitted(self, bags: Embeddings) -> Embeddings:
+        """Bags of the width that the model gets."""
+        fits = {name: fit for name in bags if (fit := self._bags.fit(name)) is not None}
+        return {name: EmbeddingRows(fits[name](rows.tensor())) if name in fits else rows for name, rows in bags.items()}
 
     def encode(self, terms: RequestTerms, tower: str, events: Embeddings, lengths_B: Tensor) -> HistoryState:
         """Phase one of B histories; see `Phases.encode`."""
@@ -196,10 +204,15 @@ class RankerPhases(Phases):
         return self.towers[tower].extend(state, events, lengths_B, beside_pytorch=terms.head is None)
 
     def score(
-        self, terms: RequestTerms, histories: Histories, batch: RequestBatch, bags: Embeddings, items: Embeddings
+        self,
+        terms: RequestTerms,
+        histories: Histories,
+        batch: RequestBatch,
+        bags: Embeddings,
+        items: Mapping[str, Embeddings],
     ) -> Tensor:
         """Phase two; see `Phases.score`."""
-        head, counts_B = terms.head, batch.num_candidates
+        bags, head, counts_B = self.fitted(bags), terms.head, batch.num_candidates
         fused = self._fusable if head is not None else None
         apart = [name for name in self.towers if name != fused]
         vectors = {
@@ -211,9 +224,11 @@ class RankerPhases(Phases):
             for name, of_tower in vectors.items():
                 named = zip(self.towers[name].bags, of_tower, strict=True)
                 rows |= {bag: EmbeddingRows(vector_CW.float()) for bag, vector_CW in named}
-            of_fused = ([], None) if fused is None else (histories[fused], items[fused])
-            return head.candidates(terms.tensors, counts_B, batch.candidate_dense, rows, *of_fused)
-        of_request = dict(zip(self.request_bags, terms.tensors, strict=True))
+            states = [] if fused is None else histories[fused]
+            of_fused = None if fused is None else self.towers[fused].items(items[fused], counts_B)
+            return head.candidates(terms.tensors, counts_B, batch.candidate_dense, rows, states, of_fused)
+        raw = {name: EmbeddingRows(bag) for name, bag in zip(self.request_bags, terms.tensors, strict=True)}
+        of_request = {name: rows.tensor() for name, rows in self.fitted(raw).items()}
         of_candidate = {name: rows.tensor() for name, rows in bags.items()}
         joined = self._bags.join(of_request, of_candidate, vectors, counts_B, batch.stride())
         logits_CT: Tensor = self._score_rows(batch, CandidateRows(joined))
@@ -249,8 +264,6 @@ class ServedTower:
         self.bags = tower.bags
         if tower.event_encoder.recency is not None and tower.event_encoder.recency.max_norm is not None:
             other_events = "event_encoder.recency has a max_norm"
-        # The events of a sum are added up while they are read, if there is nothing else to do.
-        reads_sums = all(_is_bare(tower.fit(feature)) for feature in tower.event_encoder.features)
         self.not_native = why_not_native(encoder, dtype) or other_events
         self._native: NativeEncoder | None = None
         self._beside_pytorch: NativeEncoder | None = None
@@ -266,15 +279,20 @@ class ServedTower:
             self._tower = self._tower_beside_pytorch = _with(tower, InDtype(encoder, dtype))
         # The native encoder, if nothing comes between it and what reads its vector.
         self.fusable: NativeEncoder | None = None
-        is_bare = _is_bare(tower.out) and _is_bare(tower.fit(CANDIDATE_ITEM))
         if (
             tower.gate is None
-            and is_bare
+            and _is_bare(tower.out)
             and self._native is not None
             and isinstance(self._native.vectors, nn.Identity)
         ):
             self.fusable = self._native
-        self._sums: EventEncoder | None = tower.event_encoder if reads_sums else None
+        # The events of a sum are added up while they are read.
+        self._sums: EventEncoder | None = tower.event_encoder if tower.event_encoder.joined is None else None
+        self._bare = {
+            feature
+            for feature in (*tower.event_encoder.features, *tower.candidate_features)
+            if _is_bare(tower.fit(feature))
+        }
 
     def num_keys(self) -> int | None:
         """Keys that a state has; None if it is native code's."""
@@ -301,19 +319,27 @@ class ServedTower:
         return self.module(beside_pytorch).extend_history(state, _jagged(events, lengths_B))
 
     def vectors(
-        self, states: Sequence[HistoryState], items: EmbeddingRows, num_candidates_B: Tensor, beside_pytorch: bool
+        self, states: Sequence[HistoryState], items: Embeddings, num_candidates_B: Tensor, beside_pytorch: bool
     ) -> Sequence[Tensor]:
         """Phase two: S times [C, W]."""
-        return self.module(beside_pytorch).score_states(states, JaggedTensor(items.tensor(), lengths=num_candidates_B))
+        return self.module(beside_pytorch).score_states(states, _jagged(items, num_candidates_B))
+
+    def items(self, items: Embeddings, num_candidates_B: Tensor) -> EmbeddingRows:
+        """What candidates read the history by: a row for each."""
+        if len(items) == 1 and self._bare.issuperset(items):
+            return next(iter(items.values()))
+        return EmbeddingRows(self._tower.items(_jagged(items, num_candidates_B)).values())
 
     def module(self, beside_pytorch: bool) -> HistoryTower:
         """The tower as it runs."""
         return self._tower_beside_pytorch if beside_pytorch else self._tower
 
-    @staticmethod
-    def _terms_of(encoder: EventEncoder, events: Embeddings, lengths_B: Tensor) -> list[EmbeddingRows]:
+    def _terms_of(self, encoder: EventEncoder, events: Embeddings, lengths_B: Tensor) -> list[EmbeddingRows]:
         """What an event encoder adds up."""
-        rows = [events[name] for name in encoder.features]
+        rows = [
+            events[name] if name in self._bare else EmbeddingRows(self._tower.fit(name)(events[name].tensor()))
+            for name in encoder.features
+        ]
         if encoder.recency is not None:
             rows.append(EmbeddingRows(encoder.recency.weight, recency(lengths_B, rows[0].num_rows)))
         return rows

@@ -14,12 +14,13 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_unequal_events, refuse_weights
 from torchrec_amort.errors import InputError
-from torchrec_amort.jagged_ids import JaggedIds, rows_of
+from torchrec_amort.lists import Entries, Lists
 from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.schema import RequestSchema
@@ -156,14 +157,16 @@ class AmortizedScorer:
                 self._score(batch, None)
 
     def _batch(self, requests: RequestBatch | Iterable[Mapping[str, Any]]) -> RequestBatch:
-        if isinstance(requests, RequestBatch):
-            batch = requests.shallow_copy()
-        else:
+        if not isinstance(requests, RequestBatch):
             if self.schema is None:
                 raise InputError("requests are given as mappings: give the scorer the schema that they follow")
+            # Checked as they are read, by the sizes of the schema, which are the model's.
             batch = RequestBatch.from_requests(requests, self.schema)
+        else:
+            batch = requests.shallow_copy()
         if self.validate:
             refuse_missing_features(batch, self._features)
+        if self.validate and isinstance(requests, RequestBatch):
             batch.validate(self._table_sizes)
             refuse_unequal_events(batch, self._events)
         # Not only when batches are checked: weights that are left out crash nothing.
@@ -182,11 +185,12 @@ class AmortizedScorer:
                 )
 
     def _limit(self, batch: RequestBatch) -> RequestBatch:
-        if self.history_length is None or batch.sequences.values().numel() <= self.history_length:
+        if self.history_length is None:
             return batch
+        lists = batch.lists
         for features in self._events.values():
-            _, lengths_B = rows_of(batch.sequences, features[0], 0, len(batch))
-            if int(lengths_B.max()) > self.history_length:
+            lengths_B = lists.num_entries(features[0])
+            if lengths_B is not None and int(lengths_B.max()) > self.history_length:
                 self._refuse_longer(lengths_B, self.history_length)
                 return batch.keep_latest(self.history_length)
         return batch
@@ -223,20 +227,21 @@ class AmortizedScorer:
     ) -> list[HistoryState]:
         """States of one of the histories of all requests."""
         if cache is None:
-            return [self._served.encode(terms, tower, self._ids(batch, tower, 0, len(batch)))]
+            return [self._served.encode(terms, tower, self._entries(batch.lists, tower))]
         if batch.users is None:
             raise InputError("batch: users is None: a cache needs to know whose histories they are")
-        return [self._state(batch, terms, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())]
+        lists = batch.lists
+        return [self._state(lists, terms, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())]
 
-    def _ids(self, batch: RequestBatch, tower: str, start: int, stop: int) -> dict[str, JaggedIds]:
-        """Ids of the events of some requests, feature by feature."""
-        return {name: rows_of(batch.sequences, name, start, stop) for name in self._events[tower]}
+    def _entries(self, lists: Lists, tower: str, start: int = 0, stop: int | None = None) -> dict[str, Entries]:
+        """What the events of some requests have, feature by feature."""
+        return {name: lists.entries(name, start, stop) for name in self._events[tower]}
 
     def _state(
-        self, batch: RequestBatch, terms: RequestTerms, row: int, user: int, tower: str, cache: HistoryCache
+        self, lists: Lists, terms: RequestTerms, row: int, user: int, tower: str, cache: HistoryCache
     ) -> HistoryState:
         """One request's state: from the cache, or extended or encoded and then put there."""
-        history = _History(self._ids(batch, tower, row, row + 1), self._hash_key)
+        history = _History(self._entries(lists, tower, row, row + 1), self._hash_key)
         epoch, is_extendable = cache.epoch, self._served.phases.is_extendable(tower)
         cached = cache.find(user, history.num_events, history.version, extendable=is_extendable, tower=tower)
         if cached is not None and cached.num_events == history.num_events:
@@ -273,19 +278,36 @@ def _put_together(parts: Iterator[Tensor], num_rows: int) -> Tensor:
 
 
 class _History:
-    """The history of one request: ids of each feature of its events."""
+    """The history of one request: what each feature of its events has."""
 
-    def __init__(self, ids: Mapping[str, JaggedIds], hash_key: bytes) -> None:
-        self._ids = {name: values.long() for name, (values, _) in ids.items()}
-        self._hash_key = hash_key
-        self.num_events = len(next(iter(self._ids.values())))
-        self._bytes = torch.stack(list(self._ids.values()), dim=1).cpu().numpy().tobytes()
+    def __init__(self, entries: Mapping[str, Entries], hash_key: bytes) -> None:
+        self._entries, self._hash_key = entries, hash_key
+        self.num_events = int(next(iter(entries.values())).lengths.sum())
+        fixed = [of_feature.values for of_feature in entries.values() if of_feature.num_ids is None]
+        # What all features have of an event, together.
+        self._bytes = np.concatenate([_bytes_of(values, self.num_events) for values in fixed], axis=1)
+        self._lists = [
+            (_bytes_of(of_feature.num_ids, self.num_events), of_feature)
+            for of_feature in entries.values()
+            if of_feature.num_ids is not None
+        ]
 
     def version(self, num_events: int) -> bytes:
         """A digest of the first so many events: another history has another one."""
-        size = num_events * len(self._ids) * 8
-        return hashlib.blake2b(self._bytes[:size], digest_size=16, key=self._hash_key).digest()
+        digest = hashlib.blake2b(self._bytes[:num_events].tobytes(), digest_size=16, key=self._hash_key)
+        for numbers, of_feature in self._lists:
+            digest.update(numbers[:num_events].tobytes())
+            assert of_feature.num_ids is not None
+            num_ids = int(of_feature.num_ids[:num_events].sum())
+            digest.update(of_feature.values[:num_ids].long().cpu().numpy().tobytes())
+        return digest.digest()
 
-    def events(self, first: int) -> dict[str, JaggedIds]:
-        """Ids of the events from the given one on."""
-        return {key: (ids[first:], ids.new_tensor([self.num_events - first])) for key, ids in self._ids.items()}
+    def events(self, first: int) -> dict[str, Entries]:
+        """What the events from the given one on have."""
+        return {name: of_feature.after(first) for name, of_feature in self._entries.items()}
+
+
+def _bytes_of(values: Tensor, num_rows: int) -> np.ndarray:
+    """uint8 [rows, bytes of each]."""
+    array = (values if values.is_floating_point() else values.long()).cpu().contiguous().numpy()
+    return array.reshape(num_rows, -1).view(np.uint8) if num_rows else np.empty((0, 0), np.uint8)

@@ -18,7 +18,7 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbe
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.jagged_ids import JaggedIds
+from torchrec_amort.lists import Entries
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Bags
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
@@ -64,12 +64,12 @@ class Served:
         """Phase one of all but histories; see `Phases.request`."""
         return self.phases.request(batch, self.lookups.of_requests(batch))
 
-    def encode(self, terms: RequestTerms, tower: str, events: Mapping[str, JaggedIds]) -> HistoryState:
-        """Phase one of B histories, given the ids of each of the tower's features; see `Phases.encode`."""
+    def encode(self, terms: RequestTerms, tower: str, events: Mapping[str, Entries]) -> HistoryState:
+        """Phase one of B histories, given what each of the tower's features has; see `Phases.encode`."""
         return self.phases.encode(terms, tower, self.lookups.of_events(tower, events), _lengths(events))
 
     def extend(
-        self, terms: RequestTerms, tower: str, state: HistoryState, events: Mapping[str, JaggedIds]
+        self, terms: RequestTerms, tower: str, state: HistoryState, events: Mapping[str, Entries]
     ) -> HistoryState:
         """Phase one of the events since, where states are extendable."""
         return self.phases.extend(terms, tower, state, self.lookups.of_events(tower, events), _lengths(events))
@@ -79,8 +79,8 @@ class Served:
         return self.phases.score(terms, histories, batch, *self.lookups.of_candidates(batch))
 
 
-def _lengths(events: Mapping[str, JaggedIds]) -> Tensor:
-    return next(iter(events.values()))[1]
+def _lengths(events: Mapping[str, Entries]) -> Tensor:
+    return next(iter(events.values())).lengths.long()
 
 
 def serve(model: nn.Module, dtype: torch.dtype, backend: Backend, call: Call | None = None) -> Served:
