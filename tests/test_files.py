@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_file, new_folder, write_text
-from torchrec_amort.schema import InputError
 
 
 def fill(folder: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from torchrec_amort.versions import refuse_versions_apart
 refuse_versions_apart()
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import hash_ids
 from torchrec_amort.models.attach import attach_history
 from torchrec_amort.models.build import ModelConfig, build_model
@@ -16,7 +17,7 @@ from torchrec_amort.modules.encoder import HistoryEncoder, HistoryState
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.tower import HistoryTower
-from torchrec_amort.schema import Feature, InputError, RequestSchema, TableConfig
+from torchrec_amort.schema import Feature, RequestSchema, TableConfig
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.export import export_package
 from torchrec_amort.serving.package import load_package

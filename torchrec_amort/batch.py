@@ -17,10 +17,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from torchrec_amort.columns import MisfitError, array_of, wanted
+from torchrec_amort.errors import InputError
 from torchrec_amort.grouping import Impressions, first_rows, whole_numbers
 from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, span_of
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import ANY_ID, Content, InputError, RequestSchema, refuse_missing
+from torchrec_amort.schema import ANY_ID, Content, RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)

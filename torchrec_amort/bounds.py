@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchrec_amort.schema import Content, InputError, RequestSchema, one_line
+from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.schema import Content, RequestSchema
 
 # The first second of the year 2200.
 LATEST_TIME = 7_258_118_400

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_text
-from torchrec_amort.schema import InputError
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.yaml"

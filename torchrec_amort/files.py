@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 
 @contextmanager

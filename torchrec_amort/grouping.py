@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.jagged_ids import rows_of, rows_of_all, select_rows, shallow_copy
-from torchrec_amort.schema import InputError, one_line
 
 
 def whole_numbers(name: str, numbers: Tensor | Sequence[int]) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.columns import typed_table
+from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import hash_ids
-from torchrec_amort.schema import Feature, InputError, RequestSchema, Side, refuse_missing
+from torchrec_amort.schema import Feature, RequestSchema, Side, refuse_missing
 
 
 class Rows:

@@ -13,7 +13,7 @@ from torchrec_amort.apps import benchmark, compare, evaluate, pilot, throughput,
 from torchrec_amort.data.impressions import to_impressions, to_requests
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 RUN = ["--data=nowhere", "--run_folder=nowhere"]
 COMPARE = ["--data=nowhere", "--out=nowhere"]

@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from torchrec_amort import AmortizedDLRM, ModelConfig, RequestBatch, build_model
 from torchrec_amort.bench.methods import Methods
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 from torchrec_amort.serving.export import export_package
 
 

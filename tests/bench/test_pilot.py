@@ -18,7 +18,7 @@ from torchrec_amort.apps import evaluate, pilot, train
 from torchrec_amort.bench.pilot_analysis import by_size, cost_model, held_back, quality, sizing
 from torchrec_amort.bench.pilot_report import summary, tables
 from torchrec_amort.bench.replay import Log, Replayed
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 SMALL = ["--candidates=[2,3,4]", "--turns=3", "--warmup=2", "--bootstrap_samples=50", "--rates=[100]"]
 CHANCE = "no difference beyond chance"

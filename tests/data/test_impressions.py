@@ -21,7 +21,8 @@ from torchrec_amort.data.impressions import to_impressions, to_requests
 from torchrec_amort.data.log import SPLITS, candidate_columns, impression_schema
 from torchrec_amort.data.sample import random_requests
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.schema import AGE_BUCKETS, Feature, InputError, RequestSchema
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
 
 Row = dict[str, Any]
 

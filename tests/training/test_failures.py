@@ -30,7 +30,7 @@ from tests.training.test_training import (
 )
 from torchrec_amort.apps import evaluate, train
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.processes import process_group
 

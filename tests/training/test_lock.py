@@ -18,7 +18,7 @@ from tests.launch import start
 from tests.training.test_failures import wait_for
 from tests.training.test_training import arguments, checkpoints, refused
 from torchrec_amort.apps import train
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 from torchrec_amort.training.checkpoint import CheckpointWriter
 from torchrec_amort.training.lock import LOCK_FILE, SECONDS_TO_DEATH, FolderLock, Owner
 

@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardingPlan
 from tests.launch import torchrun
 from tests.training.every_way import WAYS, train_every_way
 from tests.training.test_training import ROUNDING
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 from torchrec_amort.training import sharding as sharding_module
 from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig, TableSharding, shard
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from torchrec_amort.config import Config, config_of, parser_of
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 from torchrec_amort.training.processes import Stopped, stop_signals
 
 # What an extra of setup.cfg brings: a plain install scores without.

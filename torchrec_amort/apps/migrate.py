@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser
 from torchrec_amort.apps.command import run_command
 from torchrec_amort.config import parser_of
 from torchrec_amort.data.impressions import REPORT_FILE, to_impressions, to_requests
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import RequestSchema
 
 
 @dataclass(kw_only=True)

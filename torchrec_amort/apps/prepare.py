@@ -10,7 +10,7 @@ from torchrec_amort.apps.command import run_command
 from torchrec_amort.config import parser_of
 from torchrec_amort.data import kuairand, mind, movielens
 from torchrec_amort.data.counts import read_counts, split_table
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 DATASETS = {"movielens-1m": movielens.prepare, "mind": mind.prepare, "kuairand": kuairand.prepare}
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, refuse_out_of_bounds
+from torchrec_amort.errors import InputError
 from torchrec_amort.models.ranker import Ranker
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.training.loop import Precision
 from torchrec_amort.training.run import load_model

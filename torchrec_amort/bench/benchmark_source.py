@@ -13,9 +13,10 @@ from torchrec_amort.bench.load import LoadConfig
 from torchrec_amort.bench.methods import METHODS, Method
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.data.sample import first_requests, random_requests, sample_requests
+from torchrec_amort.errors import InputError
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.ranker import Ranker
-from torchrec_amort.schema import Feature, InputError, RequestSchema
+from torchrec_amort.schema import Feature, RequestSchema
 from torchrec_amort.training.run import load_model, load_run
 
 NUM_IDS, NUM_REQUEST_DENSE, NUM_CANDIDATE_DENSE = 8, 5, 8

@@ -17,10 +17,11 @@ from torchrec_amort.bench.speed import SpeedConfig, measure_speed, requests_to_s
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
 from torchrec_amort.config import CONFIG_FILE, load_config, with_overrides
 from torchrec_amort.data.counts import unknown_ids
+from torchrec_amort.errors import InputError
 from torchrec_amort.jobs.evaluate import EvaluateConfig, evaluate_run
 from torchrec_amort.jobs.train import train_run
 from torchrec_amort.models.build import ENCODERS, Encoder, ModelConfig, build_model
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.bootstrap import UserWeightedMetrics, paired_differences
 from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import LoopConfig

@@ -14,12 +14,13 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.errors import one_line
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.modules.encoder import AmortizableEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import Concatenation
-from torchrec_amort.schema import RequestSchema, one_line
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.export import export_package
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native

@@ -31,9 +31,9 @@ from torchrec_amort.bench.timing import machine
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.data.sample import drawn_requests
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import InputError
 from torchrec_amort.training.environment import git_commit
 from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.run import load_run

@@ -19,8 +19,9 @@ import torch
 from torchrec_amort.bench.arms import Arm
 from torchrec_amort.bench.timing import Times, peak_memory, threads
 from torchrec_amort.data.sample import sample_requests
+from torchrec_amort.errors import InputError
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.schema import RequestSchema
 
 # Requests that are scored in one call where only the scores matter.
 REQUESTS_PER_CALL = 64

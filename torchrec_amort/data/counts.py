@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.parquet import visible_files
-from torchrec_amort.schema import KINDS_OF_IDS, Feature, InputError, RequestSchema, one_line
+from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.schema import KINDS_OF_IDS, Feature, RequestSchema
 
 COUNTS_FILE = "counts.json"
 TRAIN = "train"

@@ -37,9 +37,10 @@ from torchrec_amort.data.log import (
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.splits import lists_of, split_bounds
 from torchrec_amort.data.writer import write_requests
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_folder, write_json, write_text
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, RequestSchema
 
 REPORT_FILE = "migration.json"
 

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from torchrec_amort.data.parquet import refuse_missing_columns
 from torchrec_amort.data.splits import lists, number, split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.schema import Feature, InputError, RequestSchema
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import Feature, RequestSchema
 
 LOGS = "log_standard_*"
 SEQUENCES = "user_sequences_*.parquet"

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from torchrec_amort.columns import MisfitError, decoded, typed
 from torchrec_amort.data.parquet import HIDDEN, visible_files
+from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import InputError, RequestSchema, one_line
+from torchrec_amort.schema import RequestSchema
 
 SPLITS = ("train", "validation", "test")
 # A batch has at most as many rows, and about as many bytes: a row of a long history may have a hundred kilobytes.

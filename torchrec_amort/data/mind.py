@@ -17,7 +17,8 @@ import pyarrow.csv
 
 from torchrec_amort.data.splits import lists, number, split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.schema import Feature, InputError, RequestSchema
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import Feature, RequestSchema
 
 FILE = "behaviors.tsv"
 COLUMNS = ("impression_id", "user_id", "time", "history", "impressions")

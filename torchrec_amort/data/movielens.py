@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from torchrec_amort.data.splits import split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.schema import AGE_BUCKETS, Feature, InputError, RequestSchema
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
 
 NUM_RATINGS = 1_000_209
 NUM_USERS = 6_040

@@ -22,7 +22,8 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE
 from torchrec_amort.data.parquet import visible_files
-from torchrec_amort.schema import InputError, RequestSchema, one_line, refuse_missing
+from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.schema import RequestSchema, refuse_missing
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.reader import Piece, read_piece, row_groups
 from torchrec_amort.data.splits import lists_of
-from torchrec_amort.schema import Feature, InputError, RequestSchema
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import Feature, RequestSchema
 
 
 def sample_requests(

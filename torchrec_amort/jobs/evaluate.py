@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from torchrec_amort.bounds import AT_LEAST_ONE, refuse_out_of_bounds
 from torchrec_amort.data.counts import unknown_ids, unknown_in_words
 from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
-from torchrec_amort.schema import InputError
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from torchrec_amort.config import CONFIG_FILE, load_config, save_config
 from torchrec_amort.data.counts import TRAIN, read_counts
 from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.models.build import build_model
-from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, RequestSchema
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
 from torchrec_amort.training.lock import FolderLock, run_lock

@@ -14,6 +14,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
+from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import ManagedCollection, SequenceTables
 from torchrec_amort.models.ranker import Ranker
@@ -21,7 +22,7 @@ from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
-from torchrec_amort.schema import Feature, InputError, RequestSchema, one_line
+from torchrec_amort.schema import Feature, RequestSchema
 
 Encoder = Literal[
     "none",

@@ -17,6 +17,7 @@ from torchrec.models.dlrm import DenseArch, InteractionArch, InteractionDCNArch,
 from torchrec.modules.crossnet import LowRankCrossNet
 
 from torchrec_amort.batch import RequestBatch, refuse_weights
+from torchrec_amort.errors import InputError
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.models.ranker import CollectionRanker, Ranker
@@ -25,7 +26,6 @@ from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
-from torchrec_amort.schema import InputError
 
 # Of logits and labels, float [C, T] each: a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -27,7 +27,7 @@ from torchrec.modules.mc_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 # What the keys of a map in a state dict have, and those of its table.
 MAP = "._managed_collision_collection."

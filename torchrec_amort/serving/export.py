@@ -24,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.sample import random_requests
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.managed import SequenceTables
@@ -32,7 +33,7 @@ from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import MeanPooling
 from torchrec_amort.ops.native import EmbeddingRows, load_library
-from torchrec_amort.schema import SCHEMA_FILE, InputError, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, RequestSchema
 from torchrec_amort.serving.heads import Head
 from torchrec_amort.serving.lookup import PLAIN_TABLES, Embeddings, Lookups
 from torchrec_amort.serving.package import (

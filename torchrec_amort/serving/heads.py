@@ -32,6 +32,7 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.mlp import MLP, Perceptron
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.errors import InputError
 from torchrec_amort.models.attach import (
     AttachedCrossNet,
     AttachedInteractionArch,
@@ -48,7 +49,6 @@ from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.plain import Plain, why_other_methods, why_unlike
 from torchrec_amort.ops import native
 from torchrec_amort.ops.native import EmbeddingRows
-from torchrec_amort.schema import InputError
 from torchrec_amort.serving.lookup import Embeddings, bag_names
 from torchrec_amort.serving.native_encoder import NativeEncoder, of_each
 

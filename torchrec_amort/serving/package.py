@@ -24,10 +24,11 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbe
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.errors import InputError
 from torchrec_amort.models.collection import Reads
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.ops.native import why_no_build
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, SequenceLookup
 from torchrec_amort.serving.native_encoder import NativeState
 from torchrec_amort.serving.phases import Histories, Phases, RequestTerms

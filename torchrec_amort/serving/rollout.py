@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import mix
 from torchrec_amort.models.ranker import Ranker
-from torchrec_amort.schema import InputError
 from torchrec_amort.serving.workers import Workers
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_unequal_events, refuse_weights
+from torchrec_amort.errors import InputError
 from torchrec_amort.jagged_ids import JaggedIds, rows_of
 from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
-from torchrec_amort.schema import InputError, RequestSchema
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.cache import CachedHistory, HistoryCache
 from torchrec_amort.serving.phases import Backend, RequestTerms
 from torchrec_amort.serving.served import Served, serve

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.models.managed import refuse_other_ranks
-from torchrec_amort.schema import InputError
 from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.processes import is_first
 from torchrec_amort.training.report import Report

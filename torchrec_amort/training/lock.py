@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_file, utc_now
-from torchrec_amort.schema import InputError
 from torchrec_amort.training.processes import is_first, job_name, restarts_of_all
 
 LOCK_FILE = ".lock"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 
 @contextmanager

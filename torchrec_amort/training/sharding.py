@@ -26,9 +26,9 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
+from torchrec_amort.errors import InputError
 from torchrec_amort.models.managed import MAP, TABLE, ManagedCollection, ManagedCollectionSharder
 from torchrec_amort.models.tables import refuse_tied_tables
-from torchrec_amort.schema import InputError
 from torchrec_amort.training.average import TableDecay, WeightAverage
 
 ShardingWay = Literal[
