@@ -1,231 +1,173 @@
-"""What was known before a request of EB-NeRD: clicks, inviews and readers of each article so far, as arrays.
-
-Shapes: E events; A articles; U users; Q questions (an article and a second each). Whatever is asked for a second is told
-from events of earlier seconds alone.
-"""
+"""Features of EB-NeRD's requests, candidates and events: what was known before the second of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import torch
 
-HALF_LIVES_HOURS = (1, 6, 24)
-VECTOR_SIZE = 32
-# Readers that an article of the table and of the reader embedding has at least.
-LEAST_READERS = 5
-# A vector of a few readers says little: it is n / (n + 3) long.
-READERS_OF_HALF_LENGTH = 3
+from torchrec_amort.data.ebnerd_counters import HALF_LIVES_HOURS, VECTOR_SIZE, DecayedCounts, Embedding, Readers
+from torchrec_amort.data.ebnerd_files import Articles, Split
+from torchrec_amort.data.splits import ranges
+from torchrec_amort.errors import InputError
 
-_SECONDS_PER_HOUR = 3600
-# With these, the cosines of users are numpy's of a whole SVD to 1e-5 on the demo set.
-_SVD_SIZE, _SVD_ITERATIONS, _SVD_SEED = 96, 30, 0
-# Vectors that cancel leave a rest of rounding, which has no direction.
-_SHORTEST = 1e-6
+HistoryOf = Literal["own", "another user"]
 
+DEVICES = (1, 2, 3)
 
-@dataclass(frozen=True)
-class Embedding:
-    """Users by what they read: the 2nd to 33rd singular vectors of who read what.
+OF_REQUEST = (
+    "hour_sin", "hour_cos", *(f"device_{device}" for device in DEVICES),
+    "num_candidates", "history_length", "clicks_of_week",
+)  # fmt: skip
+COMPARED = (
+    *(f"{what}_{hours}h" for what in ("clicks", "inviews", "click_rate") for hours in HALF_LIVES_HOURS),
+    "article_age", "readers", "id_gap", "article_length",
+)  # fmt: skip
+OF_CANDIDATE = (
+    *COMPARED, "is_new", "id_rank", "length_missing", "premium", *(f"{name}_less_mean" for name in COMPARED)
+)  # fmt: skip
+# Dense features of events, and the candidate's features of which they have the scale.
+OF_EVENT = {"clicked_premium": "premium", "clicked_length": "article_length", "clicked_readers": "readers"}
 
-    Args:
-        article: int64, the articles that it is made from, in order.
-        basis: float64 [articles, 32], the right singular vectors.
-        user_vectors: float64 [U, 32], each of length one, or zero.
-    """
-
-    article: np.ndarray
-    basis: np.ndarray
-    user_vectors: np.ndarray
+_SEED_OF_OTHER_USERS = 0
 
 
-def embed_readers(user: np.ndarray, article: np.ndarray, num_users: int, like: Embedding | None = None) -> Embedding:
-    """Embed users by what they read.
+class KnownBefore:
+    """Features of requests, candidates and events of one split, of what was known before each request.
 
     Args:
-        user: int64 [E], who read, from 0.
-        article: int64 [E], what.
-        num_users: U.
-        like: another embedding, whose axes this one is turned onto by the articles that both have.
-
-    Returns:
-        Embedding: of articles with 5 readers or more, weighted by log(U / readers); the vectors of users have the mean
-        of all taken off.
+        split: its requests and events.
+        articles: what is known of all articles.
+        embedding: of the split's users with a history.
+        history_of: whose events are a request's history.
 
     Example::
 
-        train = embed_readers(user, article, num_users)
-        test = embed_readers(test_user, test_article, num_test_users, like=train)
-    """
-    user, article = np.unique(np.stack([user, article]), axis=1)
-    num_readers = np.bincount(article)
-    known = np.flatnonzero(num_readers >= LEAST_READERS)
-    is_known = num_readers[article] >= LEAST_READERS
-    user, column = user[is_known], np.searchsorted(known, article[is_known])
-    weight = np.log(num_users / num_readers[known])[column]
-    length = np.sqrt(np.bincount(user, weight**2, minlength=num_users))[user]
-    weight = np.divide(weight, length, out=np.zeros_like(weight), where=length > 0)
-    with torch.sparse.check_sparse_tensor_invariants(True):
-        rows = torch.sparse_coo_tensor(
-            torch.from_numpy(np.stack([user, column])), torch.from_numpy(weight), (num_users, len(known))
-        ).coalesce()
-    basis = _singular_vectors(rows)
-    if like is not None:
-        _, ours, theirs = np.intersect1d(known, like.article, assume_unique=True, return_indices=True)
-        left, _, right = np.linalg.svd(basis[ours].T @ like.basis[theirs])
-        basis = basis @ (left @ right)
-    vectors = (rows @ torch.from_numpy(basis)).numpy()
-    return Embedding(known, basis, unit(vectors - vectors.mean(axis=0)))
-
-
-def _singular_vectors(rows: torch.Tensor) -> np.ndarray:
-    """The right singular vectors but for the first, float64 [columns, 32]; zero where there are not so many."""
-    basis = np.zeros((rows.shape[1], VECTOR_SIZE))
-    if size := min(_SVD_SIZE, *rows.shape):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SVD_SEED)
-            _, _, vectors = torch.svd_lowrank(rows, size, niter=_SVD_ITERATIONS)
-        kept = vectors[:, 1 : 1 + VECTOR_SIZE].numpy()
-        basis[:, : kept.shape[1]] = kept
-    return basis
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """The vectors at length one; zero where there is none to speak of."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > _SHORTEST)
-
-
-class ArticleLog:
-    """Events of articles, to tell how many an article had before a second.
-
-    Args:
-        article: int64 [E].
-        time: int64 [E], seconds.
-        num_articles: A.
-
-    Example::
-
-        log = ArticleLog(article, time, num_articles)
-        first, stop = log.before(candidate, request_time)  # places in article[log.order], the latest last
+        known = KnownBefore(train, articles, embedding)
+        known.of_candidates(0, 4096)["clicks_6h"]
     """
 
-    def __init__(self, article: np.ndarray, time: np.ndarray, num_articles: int) -> None:
-        self._origin = int(time.min(initial=0))
-        self._span = int(time.max(initial=0)) - self._origin + 2
-        key = self._key(article, time)
-        self.order = np.argsort(key, kind="stable")
-        self._key_of_event = key[self.order]
-        self.bounds = np.searchsorted(self._key_of_event, np.arange(num_articles + 1) * self._span)
+    def __init__(self, split: Split, articles: Articles, embedding: Embedding, history_of: HistoryOf = "own") -> None:
+        self.split, self._articles = split, articles
+        events, num_articles, start = split.events, len(articles.ids), split.start
+        without_history = np.zeros((len(split.user_ids) - split.num_readers, VECTOR_SIZE))
+        self._readers = Readers(
+            events.user,
+            events.article,
+            events.time,
+            num_articles,
+            start,
+            np.concatenate([embedding.user_vectors, without_history]),
+        )
+        time_shown = np.repeat(split.time, np.diff(split.bounds))
+        self._clicks = DecayedCounts(events.article, events.time, num_articles, start)
+        self._inviews = DecayedCounts(split.candidate, time_shown, num_articles, start)
+        self._first_seen = np.full(num_articles, np.iinfo(np.int64).max)
+        np.minimum.at(self._first_seen, events.article, events.time)
+        np.minimum.at(self._first_seen, split.candidate, time_shown)
+        # Articles are in order of their ids.
+        newest = np.maximum.reduceat(split.candidate, split.bounds[:-1])
+        num_earlier = np.searchsorted(split.time, split.time)
+        newest_earlier = np.append(-1, np.maximum.accumulate(newest))[num_earlier]
+        self._newest_id = articles.ids[np.maximum(newest, newest_earlier)]
+        self._bounds_of_user = np.searchsorted(events.user, np.arange(len(split.user_ids) + 1))
+        self._start_of_week = np.append(0, np.cumsum(events.time < start))
+        self._own = self._history(split.user)
+        of_others = other_users(len(split.user_ids)) if history_of == "another user" else None
+        self._shown = self._own if of_others is None else self._history(of_others[split.user])
 
-    def before(self, article: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the events of each article start, and where those before each second stop."""
-        return self.bounds[article], np.searchsorted(self._key_of_event, self._key(article, time))
+    def _history(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the events of a user for each request start, and where those before the request stop."""
+        events, time = self.split.events, self.split.time
+        span = max(events.time.max(initial=0), time[-1]) + 1
+        stop = np.searchsorted(events.user * span + events.time, user * span + time)
+        return self._bounds_of_user[user], stop
 
-    def accumulate(self, ufunc: np.ufunc, values: np.ndarray) -> np.ndarray:
-        """Running totals of values that are in this order, anew for each article."""
-        totals = np.empty_like(values)
-        for first, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True):
-            if first < stop:
-                totals[first:stop] = ufunc.accumulate(values[first:stop], axis=0)
-        return totals
+    def of_requests(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        """The dense features of requests, float64, as they are before they are standardized."""
+        split, (first, stop) = self.split, self._own
+        angle = 2 * np.pi * (split.time[begin:end] % 86_400) / 86_400
+        num_candidates = np.diff(split.bounds[begin : end + 1])
+        num_before_week = self._start_of_week[stop[begin:end]] - self._start_of_week[first[begin:end]]
+        history_length = stop[begin:end] - first[begin:end]
+        devices = [(split.device[begin:end] == device).astype(float) for device in DEVICES]
+        values = (
+            np.sin(angle), np.cos(angle), *devices, np.log(num_candidates),
+            np.log1p(history_length), np.log1p(history_length - num_before_week),
+        )  # fmt: skip
+        return dict(zip(OF_REQUEST, values, strict=True))
 
-    def _key(self, article: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """Numbers in order of article and second; all seconds after the last event are one."""
-        return article * self._span + np.clip(time - self._origin, 0, self._span - 1)
+    def of_candidates(self, begin: int, end: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The dense features of candidates, float64, and their vectors, float32 [C, 32]."""
+        split = self.split
+        bounds = split.bounds[begin : end + 1] - split.bounds[begin]
+        num_candidates = np.diff(bounds)
+        article = split.candidate[split.bounds[begin] : split.bounds[end]]
+        time = np.repeat(split.time[begin:end], num_candidates)
+        clicks, inviews = self._clicks.at(article, time), self._inviews.at(article, time)
+        num_readers, vectors = self._readers.at(article, time)
+        is_new = self._first_seen[article] >= time
+        compared = (
+            *np.log1p(clicks), *np.log1p(inviews), *np.log((clicks + 0.5) / (inviews + 5)),
+            np.log1p(np.where(is_new, 0, time - self._first_seen[article])),
+            np.log1p(num_readers),
+            np.log1p(np.repeat(self._newest_id[begin:end], num_candidates) - self._articles.ids[article]),
+            np.log1p(self._articles.length[article]),
+        )  # fmt: skip
+        values = (
+            *compared,
+            is_new.astype(float),
+            _rank(article, bounds, len(self._articles.ids)),
+            np.isnan(self._articles.length[article]).astype(float),
+            self._articles.premium[article],
+            *(_less_mean(column, bounds) for column in compared),
+        )
+        return dict(zip(OF_CANDIDATE, values, strict=True)), vectors
 
+    def of_events(self, places: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The dense features of events, float64, and their vectors, float32 [N, 32].
 
-class DecayedCounts:
-    """Events of articles so far, each halved every 1, 6 or 24 hours.
-
-    Args:
-        article: int64 [E].
-        time: int64 [E], seconds.
-        num_articles: A.
-        start: the first second that is asked for. Events before it are kept as one number of each article.
-
-    Example::
-
-        clicks_1h, clicks_6h, clicks_24h = DecayedCounts(article, time, num_articles, start).at(candidate, request_time)
-    """
-
-    def __init__(self, article: np.ndarray, time: np.ndarray, num_articles: int, start: int) -> None:
-        self._start = start
-        is_early = time < start
-        article_early, age_early = article[is_early], start - time[is_early]
-        self._early = [
-            np.bincount(article_early, np.exp2(-age_early / half_life), minlength=num_articles)
-            for half_life in _half_lives()
-        ]
-        time = time[~is_early]
-        self._log = ArticleLog(article[~is_early], time, num_articles)
-        since = time[self._log.order] - start
-        # In logarithms, as weights of a month in half-lives of an hour leave the range of floats.
-        self._later = [self._log.accumulate(np.logaddexp2, since / half_life) for half_life in _half_lives()]
-
-    def at(self, article: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """The counts of each article before each second: float64 [3, Q]."""
-        first, stop = self._log.before(article, time)
-        counts = np.empty((len(HALF_LIVES_HOURS), len(article)))
-        has_later = stop > first
-        for row, half_life, early, later in zip(counts, _half_lives(), self._early, self._later, strict=True):
-            halvings = (time - self._start) / half_life
-            row[:] = early[article] * np.exp2(-halvings)
-            row[has_later] += np.exp2(later[stop[has_later] - 1] - halvings[has_later])
-        return counts
-
-
-def _half_lives() -> tuple[int, ...]:
-    return tuple(hours * _SECONDS_PER_HOUR for hours in HALF_LIVES_HOURS)
-
-
-class Readers:
-    """Who has read each article so far; a user counts once, from the first time.
-
-    Args:
-        user: int64 [E], users from 0; their events in order of time.
-        article: int64 [E].
-        time: int64 [E], seconds.
-        num_articles: A.
-        start: the first second that is asked for.
-        user_vectors: float64 [U, 32].
-
-    Example::
-
-        num_readers, vectors = Readers(user, article, time, num_articles, start, user_vectors).at(candidate, time)
-    """
-
-    def __init__(
-        self,
-        user: np.ndarray,
-        article: np.ndarray,
-        time: np.ndarray,
-        num_articles: int,
-        start: int,
-        user_vectors: np.ndarray,
-    ) -> None:
-        _, first = np.unique(user * num_articles + article, return_index=True)
-        user, article, time = user[first], article[first], time[first]
-        is_early = time < start
-        user_early, article_early = user[is_early], article[is_early]
-        self._num_early = np.bincount(article_early, minlength=num_articles)
-        self._sum_early = np.stack(
-            [np.bincount(article_early, axis[user_early], minlength=num_articles) for axis in user_vectors.T], axis=1
-        ).astype(np.float32)
-        self._log = ArticleLog(article[~is_early], time[~is_early], num_articles)
-        vectors_later = user_vectors[user[~is_early][self._log.order]]
-        self._sum_later = self._log.accumulate(np.add, vectors_later).astype(np.float32)
-
-    def at(self, article: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Readers of each article before each second, int64 [Q], and its vector, float32 [Q, 32].
-
-        The vector is the direction of the sum of its readers', n / (n + 3) long for n readers.
+        Readers are those before the event itself, or for one of before the split, those before the split.
         """
-        first, stop = self._log.before(article, time)
-        sums = self._sum_early[article]
-        has_later = stop > first
-        sums[has_later] += self._sum_later[stop[has_later] - 1]
-        num_readers = self._num_early[article] + stop - first
-        trust = num_readers / (num_readers + READERS_OF_HALF_LENGTH)
-        return num_readers, unit(sums) * trust[:, None].astype(np.float32)
+        events = self.split.events
+        article = events.article[places]
+        num_readers, vectors = self._readers.at(article, np.maximum(events.time[places], self.split.start))
+        values = (self._articles.premium[article], np.log1p(self._articles.length[article]), np.log1p(num_readers))
+        return dict(zip(OF_EVENT, values, strict=True)), vectors
+
+    def histories(self, begin: int, end: int, history_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The length of each request's history, and the places of its events, the latest ones, oldest first."""
+        first, stop = (places[begin:end] for places in self._shown)
+        first = np.maximum(first, stop - history_length)
+        return stop - first, ranges(first, stop)[1]
+
+
+def other_users(num_users: int) -> np.ndarray:
+    """For each user another one, so that no two have the same: int64 [U].
+
+    Raises:
+        InputError: there is no other user.
+    """
+    if num_users < 2:
+        raise InputError(f"history_of is 'another user', but a split has {num_users} user: it needs 2 or more")
+    cycle = np.random.default_rng(_SEED_OF_OTHER_USERS).permutation(num_users)
+    other = np.empty_like(cycle)
+    other[cycle] = np.roll(cycle, -1)
+    return other
+
+
+def _rank(article: np.ndarray, bounds: np.ndarray, num_articles: int) -> np.ndarray:
+    """The share of the other candidates of the request that have a smaller id."""
+    num_candidates = np.diff(bounds)
+    key = np.repeat(np.arange(len(num_candidates)), num_candidates) * num_articles + article
+    num_smaller = np.searchsorted(np.sort(key), key) - np.repeat(bounds[:-1], num_candidates)
+    return num_smaller / np.repeat(np.maximum(num_candidates - 1, 1), num_candidates)
+
+
+def _less_mean(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Values of candidates less the mean over their request; those that are missing do not count."""
+    is_known = ~np.isnan(values)
+    sums, counts = (
+        np.add.reduceat(column, bounds[:-1]) for column in (np.where(is_known, values, 0), is_known.astype(float))
+    )
+    return values - np.repeat(sums / np.maximum(counts, 1), np.diff(bounds))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from torchrec_amort.schema import InputError
+from torchrec_amort.errors import InputError
 
 # Spark's leftovers (`_temporary`), macOS' `._part.parquet`, files that are being written: Hive, Spark and Arrow skip
 # them, too.

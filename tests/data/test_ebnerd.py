@@ -1,0 +1,546 @@
+"""EB-NeRD against plain loops over its raw rows, on a small folder in the published format and on the public demo."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchrec_amort import InputError
+from torchrec_amort.data import ebnerd
+from torchrec_amort.data.ebnerd_counters import embed_readers
+from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_EVENT, OF_REQUEST
+from torchrec_amort.schema import RequestSchema
+
+Row = dict[str, Any]
+
+DAY = 86_400
+STARTS = {"train": ebnerd.VALIDATION_START - 6 * DAY, "validation": ebnerd.VALIDATION_START + DAY}
+HISTORY_COLUMNS = ("article_id_fixed", "impression_time_fixed", "read_time_fixed", "scroll_percentage_fixed")
+READ_TIMES = (None, 0, 4, 5, 29, 30, 240, 1800)
+SCROLLS = (None, 0, 19, 20, 50, 99, 99.5, 100)
+
+
+# ----- raw rows -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Raw:
+    """A published split as rows, and the same by article and by user. Times are seconds."""
+
+    behaviors: list[Row]
+    history: list[Row]
+    lengths: dict[int, int]
+    premium: dict[int, float]
+    reads: dict[int, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    readings: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    inviews: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        self.in_order = sorted(self.behaviors, key=lambda row: row["impression_time"])
+        for row in self.history:
+            for article, time, read_time, scroll in zip(*(row[name] for name in HISTORY_COLUMNS), strict=True):
+                self._read(row["user_id"], article, time, read_time, scroll, in_week=0)
+        for row in self.in_order:
+            for article in dict.fromkeys(row["article_ids_clicked"]):
+                self._read(row["user_id"], article, row["impression_time"], None, None, in_week=1)
+            for article in row["article_ids_inview"]:
+                self.inviews[article].append(row["impression_time"])
+        for events in self.reads.values():
+            events.sort(key=lambda event: event["time"])
+
+    def _read(
+        self, user: int, article: int, time: int, read_time: float | None, scroll: float | None, in_week: int
+    ) -> None:
+        event = {"article": article, "time": time, "read_time": read_time, "scroll": scroll, "in_week": in_week}
+        self.reads[user].append(event)
+        self.readings[article].append((time, user))
+
+    @property
+    def start(self) -> int:
+        return int(self.in_order[0]["impression_time"])
+
+
+def make_raw(seed: int) -> dict[str, Raw]:
+    """Two splits of few seconds, so that many requests share one."""
+    rng = np.random.default_rng(seed)
+    articles = (1000 + rng.permutation(400)[:55]).tolist()
+    lengths = {article: int(rng.integers(0, 5000)) for article in articles[5:]}
+    premium = {article: float(rng.integers(2)) for article in articles[5:]}
+    # No history has the last five, and nobody knows how long the first five are.
+    popularity = 1 / np.arange(1, 56)
+    raws = {}
+    for split, start in STARTS.items():
+        history = []
+        for user in range(45):
+            num_events = int(rng.integers(1, 40)) if user else 0
+            times = np.sort(rng.integers(start - 21 * DAY, start, num_events)).tolist()
+            if num_events > 2:
+                times[1] = times[0]
+            history.append(
+                {
+                    "user_id": 7 + 3 * user,
+                    "article_id_fixed": rng.choice(articles[:50], num_events).tolist(),
+                    "impression_time_fixed": times,
+                    "read_time_fixed": [READ_TIMES[place] for place in rng.integers(0, len(READ_TIMES), num_events)],
+                    "scroll_percentage_fixed": [SCROLLS[place] for place in rng.integers(0, len(SCROLLS), num_events)],
+                }
+            )
+        seconds = start + np.concatenate([[0, 1], rng.integers(0, 7 * DAY, 30)])
+        behaviors = []
+        for place in range(90):
+            shown = rng.choice(articles, int(rng.integers(1, 12)), replace=False, p=popularity / popularity.sum())
+            clicked = rng.choice(shown, int(rng.integers(1, 3))).tolist()
+            behaviors.append(
+                {
+                    "impression_id": place,
+                    "impression_time": int(rng.choice(seconds)) if place else start,
+                    # Some have no history.
+                    "user_id": 7 + 3 * int(rng.integers(0, 20) if place % 2 else rng.integers(40, 48)),
+                    "device_type": int(rng.integers(0, 4)),
+                    "article_ids_inview": shown.tolist(),
+                    "article_ids_clicked": clicked,
+                }
+            )
+        raws[split] = Raw(behaviors, history, lengths, premium)
+    return raws
+
+
+def write_folder(folder: Path, raws: dict[str, Raw], *, article_files: bool = True) -> Path:
+    moment = pa.timestamp("us")
+    for split, raw in raws.items():
+        (folder / split).mkdir(parents=True)
+        behaviors = pa.Table.from_pylist(raw.behaviors)
+        times = pa.array([row["impression_time"] * 10**6 + 999_999 for row in raw.behaviors]).cast(moment)
+        behaviors = behaviors.set_column(behaviors.column_names.index("impression_time"), "impression_time", times)
+        pq.write_table(behaviors, folder / split / "behaviors.parquet")
+        types = (pa.int32(), moment, pa.float32(), pa.float32())
+        columns = {
+            name: pa.array(
+                [[v * 10**6 for v in row[name]] if kind == moment else row[name] for row in raw.history],
+                pa.list_(pa.int64() if kind == moment else kind),
+            ).cast(pa.large_list(kind))
+            for name, kind in zip(HISTORY_COLUMNS, types, strict=True)
+        }
+        users = pa.array([row["user_id"] for row in raw.history], pa.uint32())
+        pq.write_table(pa.table({"user_id": users, **columns}), folder / split / "history.parquet")
+    if article_files:
+        for name, column, values in (
+            ("article_length", "article_length", raws["train"].lengths),
+            ("premium_articles", "premium", raws["train"].premium),
+        ):
+            table = pa.table({"article_id": list(values), column: list(values.values())})
+            pq.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+def rows_of(folder: Path, history_length: int = 15, history_of: ebnerd.HistoryOf = "own") -> dict[str, list[Row]]:
+    _, tables = ebnerd.split_requests(*ebnerd.read_folder(folder), history_length, history_of)
+    return {split: pa.concat_tables(parts).to_pylist() for split, parts in tables.items()}
+
+
+# ----- plain loops --------------------------------------------------------------------------------------------------
+
+
+def centered(values: list[float]) -> list[float]:
+    known = [value for value in values if not math.isnan(value)]
+    return [value - sum(known) / max(len(known), 1) for value in values]
+
+
+def candidates_by_loops(raw: Raw, request: Row) -> list[Row]:
+    """The dense features of a request's candidates before they are standardized."""
+    now, shown = request["impression_time"], request["article_ids_inview"]
+    newest = max(
+        max(row["article_ids_inview"]) for row in raw.in_order if row["impression_time"] < now or row is request
+    )
+    candidates: list[Row] = []
+    for article in shown:
+        values: Row = {}
+        read = [time for time, _ in raw.readings[article] if time < now]
+        seen = [time for time in raw.inviews[article] if time < now]
+        for hours in (1, 6, 24):
+            clicks, inviews = (sum(0.5 ** ((now - time) / 3600 / hours) for time in times) for times in (read, seen))
+            values[f"clicks_{hours}h"] = math.log1p(clicks)
+            values[f"inviews_{hours}h"] = math.log1p(inviews)
+            values[f"click_rate_{hours}h"] = math.log((clicks + 0.5) / (inviews + 5))
+        first = min(read + seen, default=now)
+        values["article_age"] = math.log1p(now - first)
+        values["is_new"] = float(not read + seen)
+        values["readers"] = math.log1p(len({user for time, user in raw.readings[article] if time < now}))
+        values["id_rank"] = sum(other < article for other in shown) / max(len(shown) - 1, 1)
+        values["id_gap"] = math.log1p(newest - article)
+        values["article_length"] = math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan
+        values["length_missing"] = float(article not in raw.lengths)
+        values["premium"] = raw.premium.get(article, math.nan)
+        candidates.append(values)
+    for name in COMPARED:
+        means = centered([values[name] for values in candidates])
+        for values, less_mean in zip(candidates, means, strict=True):
+            values[f"{name}_less_mean"] = less_mean
+    return candidates
+
+
+def history_by_loops(raw: Raw, user: int, now: int) -> list[Row]:
+    return [event for event in raw.reads[user] if event["time"] < now]
+
+
+def request_by_loops(raw: Raw, request: Row) -> Row:
+    now = request["impression_time"]
+    history = history_by_loops(raw, request["user_id"], now)
+    angle = 2 * math.pi * (now % DAY) / DAY
+    return {
+        "hour_sin": math.sin(angle),
+        "hour_cos": math.cos(angle),
+        **{f"device_{device}": float(request["device_type"] == device) for device in (1, 2, 3)},
+        "num_candidates": math.log(len(request["article_ids_inview"])),
+        "history_length": math.log1p(len(history)),
+        "clicks_of_week": math.log1p(sum(event["in_week"] for event in history)),
+    }
+
+
+def bucket(value: float | None, bounds: Iterable[float]) -> int:
+    return 0 if value is None else 1 + sum(value >= bound for bound in bounds)
+
+
+def vector_by_loops(raw: Raw, article: int, now: int, of_user: dict[int, np.ndarray]) -> np.ndarray:
+    readers = {user for time, user in raw.readings[article] if time < now}
+    total = sum((of_user.get(user, np.zeros(32)) for user in readers), np.zeros(32))
+    length = np.linalg.norm(total)
+    return total / length * len(readers) / (len(readers) + 3) if length > 1e-6 else np.zeros(32)
+
+
+def as_of(event: Row, raw: Raw) -> int:
+    """The second whose readers a history's event shows."""
+    return event["time"] if event["in_week"] else raw.start
+
+
+def users_by_numpy(raws: dict[str, Raw]) -> tuple[list[int], dict[str, dict[int, np.ndarray]]]:
+    """The articles of the table, and the vectors of users of both splits."""
+    known, bases, vectors = {}, {}, {}
+    for split, raw in raws.items():
+        read = {row["user_id"]: set(row["article_id_fixed"]) for row in raw.history}
+        counts = defaultdict(int)
+        for articles in read.values():
+            for article in articles:
+                counts[article] += 1
+        known[split] = sorted(article for article, count in counts.items() if count >= 5)
+        X = np.array(
+            [
+                [math.log(len(read) / counts[a]) if a in articles else 0 for a in known[split]]
+                for articles in read.values()
+            ]
+        )
+        X /= np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-30)
+        basis = np.linalg.svd(X)[2][1:33].T
+        if split == "validation":
+            both = sorted(set(known["train"]) & set(known["validation"]))
+            ours, theirs = (
+                basis[[known[split].index(a) for a in both]],
+                bases["train"][[known["train"].index(a) for a in both]],
+            )
+            left, _, right = np.linalg.svd(ours.T @ theirs)
+            basis = basis @ left @ right
+        bases[split] = basis
+        users = X @ basis
+        users -= users.mean(axis=0)
+        users /= np.linalg.norm(users, axis=1, keepdims=True)
+        vectors[split] = dict(zip(read, users, strict=True))
+    return known["train"], vectors
+
+
+# ----- a small folder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Raw], Path]:
+    raws = make_raw(request.param)
+    return raws, write_folder(tmp_path_factory.mktemp("small"), raws)
+
+
+Small = tuple[dict[str, Raw], Path]
+
+
+@pytest.fixture(scope="module")
+def small_rows(small: Small) -> dict[str, list[Row]]:
+    return rows_of(small[1])
+
+
+def requests_of(raws: dict[str, Raw]) -> dict[str, list[tuple[Raw, Row]]]:
+    """The raw requests of each split that is written, in order of time."""
+    train = [(raws["train"], row) for row in raws["train"].in_order]
+    is_fit = [row["impression_time"] < ebnerd.VALIDATION_START for _, row in train]
+    return {
+        "train": [pair for pair, fit in zip(train, is_fit, strict=True) if fit],
+        "validation": [pair for pair, fit in zip(train, is_fit, strict=True) if not fit],
+        "test": [(raws["validation"], row) for row in raws["validation"].in_order],
+    }
+
+
+def test_the_small_folder_has_what_is_difficult(small: Small) -> None:
+    raws = small[0]
+    for raw in raws.values():
+        times = [row["impression_time"] for row in raw.behaviors]
+        assert len(set(times)) < len(times)
+        assert any(len(set(row["article_ids_clicked"])) > 1 for row in raw.behaviors)
+        assert any(len(row["article_ids_clicked"]) > len(set(row["article_ids_clicked"])) for row in raw.behaviors)
+        assert {row["user_id"] for row in raw.behaviors} - {row["user_id"] for row in raw.history}
+        assert any(not row["article_id_fixed"] for row in raw.history)
+        assert any(article not in raw.lengths for row in raw.behaviors for article in row["article_ids_inview"])
+    assert all(requests_of(raws).values())
+
+
+def test_dense_features_are_those_of_plain_loops_standardized_by_train(
+    small: Small, small_rows: dict[str, list[Row]]
+) -> None:
+    by_loops = {
+        split: [(request_by_loops(raw, row), candidates_by_loops(raw, row)) for raw, row in requests]
+        for split, requests in requests_of(small[0]).items()
+    }
+
+    def scale(values: list[float]) -> Callable[[float], float]:
+        mean, deviation = np.nanmean(values), np.nanstd(values)
+        return lambda value: 0 if math.isnan(value) else float(np.clip((value - mean) / (deviation or 1), -6, 6))
+
+    train = by_loops["train"]
+    of_request = {name: scale([request[name] for request, _ in train]) for name in OF_REQUEST}
+    of_candidate = {name: scale([c[name] for _, candidates in train for c in candidates]) for name in OF_CANDIDATE}
+    for split, rows in small_rows.items():
+        for row, (request, candidates) in zip(rows, by_loops[split], strict=True):
+            for name in OF_REQUEST:
+                assert row[name] == pytest.approx(of_request[name](request[name]), abs=1e-4), name
+            for name in OF_CANDIDATE:
+                expected = [of_candidate[name](candidate[name]) for candidate in candidates]
+                assert row[name] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_candidates_labels_and_events_are_those_of_plain_loops(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    known, _ = users_by_numpy(small[0])
+    row_of = {article: place for place, article in enumerate(known, start=1)}
+    request_id = 0
+    for split, requests in requests_of(small[0]).items():
+        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
+            shown, clicked = request["article_ids_inview"], request["article_ids_clicked"]
+            events = history_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
+            assert {name: row[name] for name in row if name not in (*OF_REQUEST, *OF_CANDIDATE, *OF_EVENT)} == {
+                "request_id": request_id,
+                "user": request["user_id"],
+                "time": request["impression_time"],
+                "candidate_article": [row_of.get(article, 0) for article in shown],
+                "candidate_vector": row["candidate_vector"],
+                "clicked": [float(article in clicked) for article in shown],
+                "clicked_article": [row_of.get(event["article"], 0) for event in events],
+                "clicked_vector": row["clicked_vector"],
+                "clicked_in_week": [event["in_week"] for event in events],
+                "clicked_read_time": [bucket(event["read_time"], (5, 15, 30, 60, 120, 240)) for event in events],
+                "clicked_scroll": [bucket(event["scroll"], (20, 50, 80, 99.5)) for event in events],
+                "clicked_time": [event["time"] for event in events],
+            }
+            request_id += 1
+
+
+def test_vectors_are_those_of_readers_before_up_to_one_rotation(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    _, of_users = users_by_numpy(small[0])
+    of_raw = {id(raw): of_users[split] for split, raw in small[0].items()}
+    written, expected = [], []
+    for split, requests in requests_of(small[0]).items():
+        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
+            now, users = request["impression_time"], of_raw[id(raw)]
+            events = history_by_loops(raw, request["user_id"], now)[-15:]
+            written += row["candidate_vector"] + row["clicked_vector"]
+            expected += [vector_by_loops(raw, article, now, users) for article in request["article_ids_inview"]]
+            expected += [vector_by_loops(raw, event["article"], as_of(event, raw), users) for event in events]
+    left, _, right = np.linalg.svd(np.array(expected).T @ np.array(written))
+    np.testing.assert_allclose(np.array(expected) @ left @ right, np.array(written), atol=1e-4)
+
+
+def test_attributes_of_events_have_the_scale_of_the_candidates(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    """Of an article whose readers, length and premium are the same as a candidate and as an event."""
+    by_candidate = {}
+    for split, requests in requests_of(small[0]).items():
+        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
+            for place, values in enumerate(candidates_by_loops(raw, request)):
+                for name, of_candidate in OF_EVENT.items():
+                    by_candidate[name, round(values[of_candidate], 9)] = row[of_candidate][place]
+    compared = dict.fromkeys(OF_EVENT, 0)
+    for split, requests in requests_of(small[0]).items():
+        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
+            events = history_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
+            for place, event in enumerate(events):
+                article = event["article"]
+                readers = {user for time, user in raw.readings[article] if time < as_of(event, raw)}
+                values = {
+                    "clicked_premium": raw.premium.get(article, math.nan),
+                    "clicked_length": math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan,
+                    "clicked_readers": math.log1p(len(readers)),
+                }
+                for name, value in values.items():
+                    if math.isnan(value):
+                        assert row[name][place] == 0
+                    elif (name, round(value, 9)) in by_candidate:
+                        assert row[name][place] == pytest.approx(by_candidate[name, round(value, 9)], abs=1e-5)
+                        compared[name] += 1
+    assert min(compared.values()) > 100
+
+
+# ----- what is promised ---------------------------------------------------------------------------------------------
+
+DENSE = (*OF_REQUEST, *OF_CANDIDATE, *OF_EVENT)
+
+
+def changed_from(raw: Raw, place: int) -> Raw:
+    """The split with another user, other articles and other clicks in all requests from the second of one on but it."""
+    kept, rng = raw.in_order[place], np.random.default_rng(0)
+    articles = sorted(raw.inviews)
+
+    def change(row: Row) -> Row:
+        if row is kept or row["impression_time"] < kept["impression_time"]:
+            return row
+        shown = rng.choice(articles, 9, replace=False).tolist()
+        user = int(rng.choice([kept["user_id"], 7, 10, 13]))
+        return row | {"user_id": user, "article_ids_inview": shown, "article_ids_clicked": shown[:2]}
+
+    return Raw([change(row) for row in raw.behaviors], raw.history, raw.lengths, raw.premium)
+
+
+def upto(rows: list[Row], row: Row) -> list[Row]:
+    """The requests before a row's second, and the row itself."""
+    return [other for other in rows if other["time"] < row["time"]] + [row]
+
+
+def test_no_later_or_simultaneous_row_of_the_test_week_changes_a_request(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    raws, _ = small
+    for place in (0, 40, 80):
+        changed = raws | {"validation": changed_from(raws["validation"], place)}
+        rows = rows_of(write_folder(tmp_path / str(place), changed))
+        assert rows["train"] == small_rows["train"]
+        assert rows["validation"] == small_rows["validation"]
+        assert rows["test"] != small_rows["test"]
+        assert upto(rows["test"], rows["test"][place]) == upto(small_rows["test"], small_rows["test"][place])
+
+
+def test_no_later_or_simultaneous_row_of_the_last_day_of_train_changes_a_request(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    raws, _ = small
+    place = 2
+    changed = raws | {"train": changed_from(raws["train"], len(small_rows["train"]) + place)}
+    rows = rows_of(write_folder(tmp_path / "changed", changed))
+    assert rows["train"] == small_rows["train"]
+    assert rows["validation"] != small_rows["validation"]
+    assert rows["test"] == small_rows["test"]
+    now = upto(rows["validation"], rows["validation"][place])
+    assert now == upto(small_rows["validation"], small_rows["validation"][place])
+
+
+def test_of_later_rows_of_train_only_the_scale_of_dense_features_is_made(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    """Mean and deviation are train's; the embedding is made of histories, which end before the first request."""
+    raws, _ = small
+    changed = raws | {"train": changed_from(raws["train"], 30)}
+    rows = rows_of(write_folder(tmp_path / "changed", changed))
+
+    def undone(split: str, splits: dict[str, list[Row]]) -> list[Row]:
+        kept = upto(splits["train"], splits["train"][30]) if split == "train" else splits[split]
+        return [{name: values for name, values in row.items() if name not in DENSE} for row in kept]
+
+    for split in ("train", "test"):
+        assert undone(split, rows) == undone(split, small_rows)
+    pairs = list(zip(rows["test"], small_rows["test"], strict=True))
+    for name in OF_CANDIDATE:
+        new, old = (np.array([x for pair in pairs for x in pair[side][name]]) for side in (0, 1))
+        inside = (np.abs(new) < 6) & (np.abs(old) < 6)
+        slope, offset = np.polyfit(old[inside], new[inside], 1)
+        np.testing.assert_allclose(new[inside], slope * old[inside] + offset, atol=1e-4, err_msg=name)
+
+
+def test_the_control_has_the_events_of_one_other_user_and_all_else_the_same(
+    small: Small, small_rows: dict[str, list[Row]]
+) -> None:
+    rows = rows_of(small[1], history_of="another user")
+    others: dict[tuple[int, int], set[int]] = {}
+    for split, requests in requests_of(small[0]).items():
+        for row, own, (raw, request) in zip(rows[split], small_rows[split], requests, strict=True):
+            of_events = {name for name in row if name.startswith("clicked_")}
+            assert {n: v for n, v in row.items() if n not in of_events} == {
+                n: v for n, v in own.items() if n not in of_events
+            }
+            users = {r["user_id"] for r in (*raw.history, *raw.behaviors)}
+            fits = {
+                user
+                for user in users
+                if [event["time"] for event in history_by_loops(raw, user, request["impression_time"])][-15:]
+                == row["clicked_time"]
+            }
+            others.setdefault((id(raw), request["user_id"]), users).intersection_update(fits)
+    assert all(others.values())
+    told = {key: next(iter(fits)) for key, fits in others.items() if len(fits) == 1}
+    assert len(told) > 20
+    assert all(user != other for (_, user), other in told.items())
+    assert len({(raw, other) for (raw, _), other in told.items()}) == len(told)
+
+
+def test_a_history_keeps_its_latest_events(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    rows = rows_of(small[1], history_length=3)
+    for split, whole in small_rows.items():
+        for row, longer in zip(rows[split], whole, strict=True):
+            assert row == {n: v[-3:] if n.startswith("clicked_") else v for n, v in longer.items()}
+
+
+def test_published_articles_tell_lengths_and_premium(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    raws, _ = small
+    folder = write_folder(tmp_path / "folder", raws, article_files=False)
+    lengths, premium = raws["train"].lengths, raws["train"].premium
+    published = {
+        "article_id": list(lengths),
+        "body": ["å" * length for length in lengths.values()],
+        "premium": [premium[article] == 1 for article in lengths],
+    }
+    pq.write_table(pa.table(published), folder / "articles.parquet")
+    assert rows_of(folder) == small_rows
+
+
+def test_what_is_known_of_no_article_is_zero_and_the_rest_the_same(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    rows = rows_of(write_folder(tmp_path / "folder", small[0], article_files=False))
+    names = {"article_length", "article_length_less_mean", "length_missing", "premium"}
+    unknown = names | {"clicked_premium", "clicked_length"}
+    for split, known in small_rows.items():
+        for row, other in zip(rows[split], known, strict=True):
+            assert row == {n: [0.0] * len(v) if n in unknown else v for n, v in other.items()}
+
+
+def test_embeddings_agree_with_a_whole_svd_and_turn_onto_another() -> None:
+    rng = np.random.default_rng(0)
+    num_users, num_articles = 400, 300
+    taste, topic = rng.normal(size=(num_users, 6)), rng.normal(size=(num_articles, 6))
+    read = rng.random((num_users, num_articles)) < 1 / (1 + np.exp(3.5 - taste @ topic.T))
+    user, article = np.nonzero(read)
+    embedding = embed_readers(np.repeat(user, 2), np.repeat(article, 2), num_users)
+    assert (embedding.article == np.flatnonzero(read.sum(0) >= 5)).all()
+
+    weighted = read[:, embedding.article] * np.log(num_users / read[:, embedding.article].sum(0))
+    weighted /= np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-30)
+    vectors = weighted @ np.linalg.svd(weighted)[2][1:33].T
+    vectors -= vectors.mean(0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = embedding.user_vectors @ embedding.user_vectors.T
+    np.testing.assert_allclose(cosines, vectors @ vectors.T, atol=1e-4)
+
+    turn = np.linalg.qr(rng.normal(size=(32, 32)))[0]
+    other = replace(embedding, basis=embedding.basis @ turn)
+    turned = embed_readers(user, article, num_users, like=other)
+    np.testing.assert_allclose(turned.user_vectors, embedding.user_vectors @ turn, atol=1e-6)
