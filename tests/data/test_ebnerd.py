@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,6 +24,8 @@ from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_EVENT
 from torchrec_amort.schema import RequestSchema
 
 Row = dict[str, Any]
+
+DENSE = (*OF_REQUEST, *OF_CANDIDATE, *OF_EVENT)
 
 DAY = 86_400
 STARTS = {"train": ebnerd.VALIDATION_START - 6 * DAY, "validation": ebnerd.VALIDATION_START + DAY}
@@ -94,7 +99,7 @@ def make_raw(seed: int) -> dict[str, Raw]:
                     "scroll_percentage_fixed": [SCROLLS[place] for place in rng.integers(0, len(SCROLLS), num_events)],
                 }
             )
-        seconds = start + np.concatenate([[0, 1], rng.integers(0, 7 * DAY, 30)])
+        seconds = start + np.concatenate([rng.integers(0, 6 * DAY, 20), rng.integers(6 * DAY, 7 * DAY, 10)])
         behaviors = []
         for place in range(90):
             shown = rng.choice(articles, int(rng.integers(1, 12)), replace=False, p=popularity / popularity.sum())
@@ -206,6 +211,15 @@ def request_by_loops(raw: Raw, request: Row) -> Row:
     }
 
 
+def event_by_loops(raw: Raw, event: Row) -> Row:
+    article = event["article"]
+    return {
+        "clicked_premium": raw.premium.get(article, math.nan),
+        "clicked_length": math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan,
+        "clicked_readers": math.log1p(len({u for time, u in raw.readings[article] if time < as_of(event, raw)})),
+    }
+
+
 def bucket(value: float | None, bounds: Iterable[float]) -> int:
     return 0 if value is None else 1 + sum(value >= bound for bound in bounds)
 
@@ -284,6 +298,17 @@ def requests_of(raws: dict[str, Raw]) -> dict[str, list[tuple[Raw, Row]]]:
     }
 
 
+def paired(rows: dict[str, list[Row]], raws: dict[str, Raw]) -> Iterator[tuple[Row, Raw, Row]]:
+    """Each row that is written, with its split and its request as they are published."""
+    for split, requests in requests_of(raws).items():
+        for row, (raw, request) in zip(rows[split], requests, strict=True):
+            yield row, raw, request
+
+
+def kept_history(raw: Raw, request: Row) -> list[Row]:
+    return history_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
+
+
 def test_the_small_folder_has_what_is_difficult(small: Small) -> None:
     raws = small[0]
     for raw in raws.values():
@@ -324,75 +349,56 @@ def test_dense_features_are_those_of_plain_loops_standardized_by_train(
 def test_candidates_labels_and_events_are_those_of_plain_loops(small: Small, small_rows: dict[str, list[Row]]) -> None:
     known, _ = users_by_numpy(small[0])
     row_of = {article: place for place, article in enumerate(known, start=1)}
-    request_id = 0
-    for split, requests in requests_of(small[0]).items():
-        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
-            shown, clicked = request["article_ids_inview"], request["article_ids_clicked"]
-            events = history_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
-            assert {name: row[name] for name in row if name not in (*OF_REQUEST, *OF_CANDIDATE, *OF_EVENT)} == {
-                "request_id": request_id,
-                "user": request["user_id"],
-                "time": request["impression_time"],
-                "candidate_article": [row_of.get(article, 0) for article in shown],
-                "candidate_vector": row["candidate_vector"],
-                "clicked": [float(article in clicked) for article in shown],
-                "clicked_article": [row_of.get(event["article"], 0) for event in events],
-                "clicked_vector": row["clicked_vector"],
-                "clicked_in_week": [event["in_week"] for event in events],
-                "clicked_read_time": [bucket(event["read_time"], (5, 15, 30, 60, 120, 240)) for event in events],
-                "clicked_scroll": [bucket(event["scroll"], (20, 50, 80, 99.5)) for event in events],
-                "clicked_time": [event["time"] for event in events],
-            }
-            request_id += 1
+    for request_id, (row, raw, request) in enumerate(paired(small_rows, small[0])):
+        shown, clicked = request["article_ids_inview"], request["article_ids_clicked"]
+        events = kept_history(raw, request)
+        assert {name: row[name] for name in row if name not in DENSE} == {
+            "request_id": request_id,
+            "user": request["user_id"],
+            "time": request["impression_time"],
+            "candidate_article": [row_of.get(article, 0) for article in shown],
+            "candidate_vector": row["candidate_vector"],
+            "clicked": [float(article in clicked) for article in shown],
+            "clicked_article": [row_of.get(event["article"], 0) for event in events],
+            "clicked_vector": row["clicked_vector"],
+            "clicked_in_week": [event["in_week"] for event in events],
+            "clicked_read_time": [bucket(event["read_time"], (5, 15, 30, 60, 120, 240)) for event in events],
+            "clicked_scroll": [bucket(event["scroll"], (20, 50, 80, 99.5)) for event in events],
+            "clicked_time": [event["time"] for event in events],
+        }
 
 
 def test_vectors_are_those_of_readers_before_up_to_one_rotation(small: Small, small_rows: dict[str, list[Row]]) -> None:
     _, of_users = users_by_numpy(small[0])
     of_raw = {id(raw): of_users[split] for split, raw in small[0].items()}
     written, expected = [], []
-    for split, requests in requests_of(small[0]).items():
-        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
-            now, users = request["impression_time"], of_raw[id(raw)]
-            events = history_by_loops(raw, request["user_id"], now)[-15:]
-            written += row["candidate_vector"] + row["clicked_vector"]
-            expected += [vector_by_loops(raw, article, now, users) for article in request["article_ids_inview"]]
-            expected += [vector_by_loops(raw, event["article"], as_of(event, raw), users) for event in events]
+    for row, raw, request in paired(small_rows, small[0]):
+        written += row["candidate_vector"] + row["clicked_vector"]
+        asked = [(article, request["impression_time"]) for article in request["article_ids_inview"]]
+        asked += [(event["article"], as_of(event, raw)) for event in kept_history(raw, request)]
+        expected += [vector_by_loops(raw, article, time, of_raw[id(raw)]) for article, time in asked]
     left, _, right = np.linalg.svd(np.array(expected).T @ np.array(written))
     np.testing.assert_allclose(np.array(expected) @ left @ right, np.array(written), atol=1e-4)
 
 
 def test_attributes_of_events_have_the_scale_of_the_candidates(small: Small, small_rows: dict[str, list[Row]]) -> None:
-    """Of an article whose readers, length and premium are the same as a candidate and as an event."""
-    by_candidate = {}
-    for split, requests in requests_of(small[0]).items():
-        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
-            for place, values in enumerate(candidates_by_loops(raw, request)):
-                for name, of_candidate in OF_EVENT.items():
-                    by_candidate[name, round(values[of_candidate], 9)] = row[of_candidate][place]
+    of_candidates: dict[tuple[str, float], float] = {}
+    for row, raw, request in paired(small_rows, small[0]):
+        for place, values in enumerate(candidates_by_loops(raw, request)):
+            of_candidates |= {(name, round(values[name], 9)): row[name][place] for name in OF_EVENT.values()}
     compared = dict.fromkeys(OF_EVENT, 0)
-    for split, requests in requests_of(small[0]).items():
-        for row, (raw, request) in zip(small_rows[split], requests, strict=True):
-            events = history_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
-            for place, event in enumerate(events):
-                article = event["article"]
-                readers = {user for time, user in raw.readings[article] if time < as_of(event, raw)}
-                values = {
-                    "clicked_premium": raw.premium.get(article, math.nan),
-                    "clicked_length": math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan,
-                    "clicked_readers": math.log1p(len(readers)),
-                }
-                for name, value in values.items():
-                    if math.isnan(value):
-                        assert row[name][place] == 0
-                    elif (name, round(value, 9)) in by_candidate:
-                        assert row[name][place] == pytest.approx(by_candidate[name, round(value, 9)], abs=1e-5)
-                        compared[name] += 1
+    for row, raw, request in paired(small_rows, small[0]):
+        for place, event in enumerate(kept_history(raw, request)):
+            for name, value in event_by_loops(raw, event).items():
+                if math.isnan(value):
+                    assert row[name][place] == 0
+                elif (known := of_candidates.get((OF_EVENT[name], round(value, 9)))) is not None:
+                    assert row[name][place] == pytest.approx(known, abs=1e-5)
+                    compared[name] += 1
     assert min(compared.values()) > 100
 
 
 # ----- what is promised ---------------------------------------------------------------------------------------------
-
-DENSE = (*OF_REQUEST, *OF_CANDIDATE, *OF_EVENT)
 
 
 def changed_from(raw: Raw, place: int) -> Raw:
@@ -459,7 +465,7 @@ def test_of_later_rows_of_train_only_the_scale_of_dense_features_is_made(
     pairs = list(zip(rows["test"], small_rows["test"], strict=True))
     for name in OF_CANDIDATE:
         new, old = (np.array([x for pair in pairs for x in pair[side][name]]) for side in (0, 1))
-        inside = (np.abs(new) < 6) & (np.abs(old) < 6)
+        inside = (np.abs(new) < 6) & (np.abs(old) < 6) & (new != 0)  # Missing values are 0.
         slope, offset = np.polyfit(old[inside], new[inside], 1)
         np.testing.assert_allclose(new[inside], slope * old[inside] + offset, atol=1e-4, err_msg=name)
 
@@ -469,20 +475,16 @@ def test_the_control_has_the_events_of_one_other_user_and_all_else_the_same(
 ) -> None:
     rows = rows_of(small[1], history_of="another user")
     others: dict[tuple[int, int], set[int]] = {}
-    for split, requests in requests_of(small[0]).items():
-        for row, own, (raw, request) in zip(rows[split], small_rows[split], requests, strict=True):
-            of_events = {name for name in row if name.startswith("clicked_")}
-            assert {n: v for n, v in row.items() if n not in of_events} == {
-                n: v for n, v in own.items() if n not in of_events
+    for split in rows:
+        for row, own in zip(rows[split], small_rows[split], strict=True):
+            assert {n: v for n, v in row.items() if not n.startswith("clicked_")} == {
+                n: v for n, v in own.items() if not n.startswith("clicked_")
             }
-            users = {r["user_id"] for r in (*raw.history, *raw.behaviors)}
-            fits = {
-                user
-                for user in users
-                if [event["time"] for event in history_by_loops(raw, user, request["impression_time"])][-15:]
-                == row["clicked_time"]
-            }
-            others.setdefault((id(raw), request["user_id"]), users).intersection_update(fits)
+    for row, raw, request in paired(rows, small[0]):
+        users = {r["user_id"] for r in (*raw.history, *raw.behaviors)}
+        of_users = {user: kept_history(raw, request | {"user_id": user}) for user in users}
+        fits = {u for u, events in of_users.items() if [event["time"] for event in events] == row["clicked_time"]}
+        others.setdefault((id(raw), request["user_id"]), users).intersection_update(fits)
     assert all(others.values())
     told = {key: next(iter(fits)) for key, fits in others.items() if len(fits) == 1}
     assert len(told) > 20
@@ -544,3 +546,169 @@ def test_embeddings_agree_with_a_whole_svd_and_turn_onto_another() -> None:
     other = replace(embedding, basis=embedding.basis @ turn)
     turned = embed_readers(user, article, num_users, like=other)
     np.testing.assert_allclose(turned.user_vectors, embedding.user_vectors @ turn, atol=1e-6)
+
+
+# ----- what is refused ----------------------------------------------------------------------------------------------
+
+
+def with_column(path: Path, name: str, values: list[Any]) -> None:
+    table = pq.read_table(path)
+    place = table.column_names.index(name)
+    pq.write_table(table.set_column(place, name, pa.array(values, table[name].type)), path)
+
+
+def behaviors_with(name: str, row: int, value: Any) -> Callable[[Path], None]:
+    return partial(_file_with, "behaviors.parquet", name, row, value)
+
+
+def history_with(name: str, row: int, value: Any) -> Callable[[Path], None]:
+    return partial(_file_with, "history.parquet", name, row, value)
+
+
+def _file_with(file: str, name: str, row: int, value: Any, folder: Path) -> None:
+    values = pq.read_table(folder / "train" / file)[name].to_pylist()
+    values[row] = value(values[row]) if callable(value) else value
+    with_column(folder / "train" / file, name, values)
+
+
+def without(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+def cut(folder: Path) -> None:
+    path = folder / "train" / "behaviors.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def drop_column(folder: Path) -> None:
+    path = folder / "train" / "history.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("read_time_fixed"), path)
+
+
+def drop_rows(folder: Path) -> None:
+    path = folder / "train" / "behaviors.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+
+
+def move(folder: Path) -> None:
+    path = folder / "train" / "behaviors.parquet"
+    times = [time + timedelta(days=7) for time in pq.read_table(path)["impression_time"].to_pylist()]
+    with_column(path, "impression_time", times)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without("train/history.parquet"), r"train/history\.parquet: no such file: give a folder of EB-NeRD"),
+        (without("validation/behaviors.parquet"), r"validation/behaviors\.parquet: no such file"),
+        (cut, r"train/behaviors\.parquet: not as EB-NeRD is published \(.*\): download it again"),
+        (drop_column, r"train/history\.parquet: column 'read_time_fixed' is missing"),
+        (drop_rows, r"train/behaviors\.parquet: has 0 rows, not 1 or more"),
+        (behaviors_with("user_id", 3, None), r"train/behaviors\.parquet: row 3: user_id is null"),
+        (behaviors_with("article_ids_inview", 4, []), r"behaviors\.parquet: row 4: article_ids_inview has 0 articles"),
+        (history_with("user_id", 5, 7), r"history\.parquet: row 5: user_id 7 has 2 rows, not 1"),
+        (
+            history_with("scroll_percentage_fixed", 6, [1] * 50),
+            r"history\.parquet: row 6: scroll_percentage_fixed has 50 entries, article_id_fixed \d+: download",
+        ),
+        (
+            history_with("impression_time_fixed", 8, lambda times: [*times[:-1], datetime(2023, 6, 1)]),
+            r"history\.parquet: row 8: impression_time_fixed has 1685577600, which is not before 1684\d+, the first",
+        ),
+        (move, r"ebnerd: the first request of train is at 16849\d+, not before 1684911600"),
+    ],
+)
+def test_a_folder_that_is_not_as_published_is_refused_by_file_and_row(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    folder = write_folder(tmp_path / "folder", make_raw(0))
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        ebnerd.prepare(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_prepared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recsys\.eb\.dk"):
+        ebnerd.prepare(None, tmp_path / "out")
+    folder = write_folder(tmp_path / "folder", make_raw(0))
+    history_of: Any = "nobody"
+    with pytest.raises(InputError, match=r"history_of is 'nobody', not one of 'own', 'another user'"):
+        ebnerd.prepare(folder, tmp_path / "out", history_of=history_of)
+    alone = {
+        split: Raw([row | {"user_id": 7} for row in raw.behaviors], raw.history[:1], {}, {})
+        for split, raw in make_raw(0).items()
+    }
+    with pytest.raises(InputError, match=r"a split has 1 user: it needs 2 or more"):
+        ebnerd.prepare(write_folder(tmp_path / "alone", alone), tmp_path / "out", history_of="another user")
+
+
+# ----- the public demo ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Public:
+    """The public demo, and what it becomes; histories are cut short, as nothing here reads their vectors."""
+
+    raws: dict[str, Raw]
+    schema: RequestSchema
+    tables: dict[str, pa.Table]
+
+
+@pytest.fixture(scope="module")
+def public(shared_data: Path) -> Public:
+    folder = shared_data / "ebnerd-demo"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    schema, tables = ebnerd.split_requests(*ebnerd.read_folder(folder), history_length=5)
+    return Public(
+        read_raw(folder), schema, {split: pa.concat_tables(parts).combine_chunks() for split, parts in tables.items()}
+    )
+
+
+def read_raw(folder: Path) -> dict[str, Raw]:
+    attributes = [
+        dict(
+            zip(
+                *pq.read_table(folder / f"{name}.parquet", columns=["article_id", column]).to_pydict().values(),
+                strict=True,
+            )
+        )
+        for name, column in (("article_length", "article_length"), ("premium_articles", "premium"))
+    ]
+    raws = {}
+    for split in STARTS:
+        behaviors = pq.read_table(folder / split / "behaviors.parquet").to_pylist()
+        history = pq.read_table(folder / split / "history.parquet").to_pylist()
+        for row in behaviors:
+            row["impression_time"] = seconds(row["impression_time"])
+        for row in history:
+            row["impression_time_fixed"] = [seconds(time) for time in row["impression_time_fixed"]]
+        raws[split] = Raw(behaviors, history, *attributes)
+    return raws
+
+
+def seconds(moment: datetime) -> int:
+    return int(moment.replace(tzinfo=timezone.utc).timestamp())
+
+
+def test_the_public_demo_has_its_known_counts(public: Public) -> None:
+    counts = {
+        split: (
+            len(table),
+            len(table["clicked"].combine_chunks().flatten()),
+            int(pc.sum(table["clicked"].combine_chunks().flatten()).as_py()),
+        )
+        for split, table in public.tables.items()
+    }
+    assert counts == {
+        "train": (21_318, 240_288, 21_408),
+        "validation": (3_406, 37_851, 3_421),
+        "test": (25_356, 304_915, 25_444),
+    }
+    train, test = users_of(public, "train", "validation"), users_of(public, "test")
+    assert (len(train), len(test)) == (1_590, 1_562)
+
+
+def users_of(public: Public, *splits: str) -> set[int]:
+    return {user for split in splits for user in public.tables[split]["user"].to_pylist()}
