@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from torchrec_amort import InputError
 from torchrec_amort.data import ebnerd
 from torchrec_amort.data.ebnerd_counters import embed_readers
-from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_EVENT, OF_REQUEST
+from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_EVENT, OF_REQUEST, HistoryOf
+from torchrec_amort.data.ebnerd_files import read_folder
 from torchrec_amort.schema import RequestSchema
 
 Row = dict[str, Any]
@@ -147,8 +149,8 @@ def write_folder(folder: Path, raws: dict[str, Raw], *, article_files: bool = Tr
     return folder
 
 
-def rows_of(folder: Path, history_length: int = 15, history_of: ebnerd.HistoryOf = "own") -> dict[str, list[Row]]:
-    _, tables = ebnerd.split_requests(*ebnerd.read_folder(folder), history_length, history_of)
+def rows_of(folder: Path, history_length: int = 15, history_of: HistoryOf = "own") -> dict[str, list[Row]]:
+    _, tables = ebnerd.split_requests(*read_folder(folder), history_length, history_of)
     return {split: pa.concat_tables(parts).to_pylist() for split, parts in tables.items()}
 
 
@@ -173,7 +175,7 @@ def candidates_by_loops(raw: Raw, request: Row) -> list[Row]:
         seen = [time for time in raw.inviews[article] if time < now]
         for hours in (1, 6, 24):
             clicks, inviews = (sum(0.5 ** ((now - time) / 3600 / hours) for time in times) for times in (read, seen))
-            values[f"clicks_{hours}h"] = math.log1p(clicks)
+            values["popularity" if hours == 6 else f"clicks_{hours}h"] = math.log1p(clicks)
             values[f"inviews_{hours}h"] = math.log1p(inviews)
             values[f"click_rate_{hours}h"] = math.log((clicks + 0.5) / (inviews + 5))
         first = min(read + seen, default=now)
@@ -238,13 +240,12 @@ def as_of(event: Row, raw: Raw) -> int:
 
 def users_by_numpy(raws: dict[str, Raw]) -> tuple[list[int], dict[str, dict[int, np.ndarray]]]:
     """The articles of the table, and the vectors of users of both splits."""
-    known, bases, vectors = {}, {}, {}
+    known: dict[str, list[int]] = {}
+    bases: dict[str, np.ndarray] = {}
+    vectors: dict[str, dict[int, np.ndarray]] = {}
     for split, raw in raws.items():
         read = {row["user_id"]: set(row["article_id_fixed"]) for row in raw.history}
-        counts = defaultdict(int)
-        for articles in read.values():
-            for article in articles:
-                counts[article] += 1
+        counts = Counter(article for articles in read.values() for article in articles)
         known[split] = sorted(article for article, count in counts.items() if count >= 5)
         X = np.array(
             [
@@ -322,7 +323,7 @@ def test_the_small_folder_has_what_is_difficult(small: Small) -> None:
     assert all(requests_of(raws).values())
 
 
-def test_dense_features_are_those_of_plain_loops_standardized_by_train(
+def test_dense_features_are_those_of_plain_loops_and_all_but_popularity_standardized_by_train(
     small: Small, small_rows: dict[str, list[Row]]
 ) -> None:
     by_loops = {
@@ -337,6 +338,7 @@ def test_dense_features_are_those_of_plain_loops_standardized_by_train(
     train = by_loops["train"]
     of_request = {name: scale([request[name] for request, _ in train]) for name in OF_REQUEST}
     of_candidate = {name: scale([c[name] for _, candidates in train for c in candidates]) for name in OF_CANDIDATE}
+    of_candidate["popularity"] = float
     for split, rows in small_rows.items():
         for row, (request, candidates) in zip(rows, by_loops[split], strict=True):
             for name in OF_REQUEST:
@@ -416,6 +418,15 @@ def changed_from(raw: Raw, place: int) -> Raw:
     return Raw([change(row) for row in raw.behaviors], raw.history, raw.lengths, raw.premium)
 
 
+def assert_other_scale(written: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Values are the written ones but for their scale; a missing value is 0 in any, and the ends are clipped."""
+    inside = (np.abs(written) < 6) & (np.abs(values) < 6) & (written != 0)
+    of_line = np.stack([values, np.ones_like(values)], axis=1)[inside]
+    np.testing.assert_allclose(
+        of_line @ np.linalg.lstsq(of_line, written[inside], rcond=None)[0], written[inside], atol=2e-4, err_msg=name
+    )
+
+
 def upto(rows: list[Row], row: Row) -> list[Row]:
     """The requests before a row's second, and the row itself."""
     return [other for other in rows if other["time"] < row["time"]] + [row]
@@ -462,12 +473,9 @@ def test_of_later_rows_of_train_only_the_scale_of_dense_features_is_made(
 
     for split in ("train", "test"):
         assert undone(split, rows) == undone(split, small_rows)
-    pairs = list(zip(rows["test"], small_rows["test"], strict=True))
     for name in OF_CANDIDATE:
-        new, old = (np.array([x for pair in pairs for x in pair[side][name]]) for side in (0, 1))
-        inside = (np.abs(new) < 6) & (np.abs(old) < 6) & (new != 0)  # Missing values are 0.
-        slope, offset = np.polyfit(old[inside], new[inside], 1)
-        np.testing.assert_allclose(new[inside], slope * old[inside] + offset, atol=1e-4, err_msg=name)
+        new, old = (np.concatenate([row[name] for row in splits["test"]]) for splits in (rows, small_rows))
+        assert_other_scale(new, old, name)
 
 
 def test_the_control_has_the_events_of_one_other_user_and_all_else_the_same(
@@ -648,7 +656,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path) -> None:
 
 @dataclass
 class Public:
-    """The public demo, and what it becomes; histories are cut short, as nothing here reads their vectors."""
+    """The public demo and what it becomes, with short histories."""
 
     raws: dict[str, Raw]
     schema: RequestSchema
@@ -660,7 +668,7 @@ def public(shared_data: Path) -> Public:
     folder = shared_data / "ebnerd-demo"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
-    schema, tables = ebnerd.split_requests(*ebnerd.read_folder(folder), history_length=5)
+    schema, tables = ebnerd.split_requests(*read_folder(folder), history_length=5)
     return Public(
         read_raw(folder), schema, {split: pa.concat_tables(parts).combine_chunks() for split, parts in tables.items()}
     )
@@ -692,23 +700,101 @@ def seconds(moment: datetime) -> int:
     return int(moment.replace(tzinfo=timezone.utc).timestamp())
 
 
+def flat(public: Public, split: str, name: str) -> np.ndarray:
+    """A feature of all candidates or events of a published split."""
+    parts = ("train", "validation") if split == "train" else ("test",)
+    arrays = [public.tables[part][name].combine_chunks() for part in parts]
+    return np.concatenate([(array.flatten() if pa.types.is_list(array.type) else array).to_numpy() for array in arrays])
+
+
 def test_the_public_demo_has_its_known_counts(public: Public) -> None:
-    counts = {
-        split: (
-            len(table),
-            len(table["clicked"].combine_chunks().flatten()),
-            int(pc.sum(table["clicked"].combine_chunks().flatten()).as_py()),
-        )
-        for split, table in public.tables.items()
-    }
+    clicks = {split: table["clicked"].combine_chunks() for split, table in public.tables.items()}
+    counts = {split: (len(c), len(c.flatten()), c.flatten().to_numpy().sum()) for split, c in clicks.items()}
     assert counts == {
         "train": (21_318, 240_288, 21_408),
         "validation": (3_406, 37_851, 3_421),
         "test": (25_356, 304_915, 25_444),
     }
-    train, test = users_of(public, "train", "validation"), users_of(public, "test")
-    assert (len(train), len(test)) == (1_590, 1_562)
+    of_splits = {}
+    for split in STARTS:
+        of_request = np.add.reduceat(flat(public, split, "clicked"), bounds_of(public, split)[:-1])
+        num_candidates = np.diff(bounds_of(public, split))
+        assert (of_request >= 1).all() and (of_request < num_candidates).all()
+        users = len(np.unique(flat(public, split, "user")))
+        of_splits[split] = (users, (of_request > 1).sum(), num_candidates.min(), num_candidates.max())
+    assert of_splits == {"train": (1_590, 73, 5, 100), "validation": (1_562, 70, 5, 93)}
 
 
-def users_of(public: Public, *splits: str) -> set[int]:
-    return {user for split in splits for user in public.tables[split]["user"].to_pylist()}
+def bounds_of(public: Public, split: str) -> np.ndarray:
+    """Where the candidates of each request start."""
+    return np.cumsum([0, *(len(row["article_ids_inview"]) for row in public.raws[split].in_order)])
+
+
+@pytest.mark.parametrize(("split", "expected"), [("train", (272, 318, 17.0)), ("validation", (241, 294, 17.2))])
+def test_histories_of_the_public_demo_are_as_long_as_known(
+    public: Public, split: str, expected: tuple[float, float, float]
+) -> None:
+    raw = public.raws[split]
+    times = {user: [event["time"] for event in events] for user, events in raw.reads.items()}
+    lengths = np.array([bisect_left(times[row["user_id"]], row["impression_time"]) for row in raw.in_order])
+    before = np.array([bisect_left(times[row["user_id"]], raw.start) for row in raw.in_order])
+    have = np.median(lengths), lengths.mean(), (lengths - before).mean()
+    assert have == pytest.approx(expected, rel=2e-3)
+    assert_other_scale(flat(public, split, "history_length"), np.log1p(lengths), "history_length")
+    assert_other_scale(flat(public, split, "clicks_of_week"), np.log1p(lengths - before), "clicks_of_week")
+
+
+@pytest.mark.parametrize(("split", "candidates", "events"), [("train", 0.123, 0.90), ("validation", 0.052, 0.58)])
+def test_the_table_of_the_public_demo_knows_the_articles_of_train(
+    public: Public, split: str, candidates: float, events: float
+) -> None:
+    readers = Counter(a for row in public.raws["train"].history for a in set(row["article_id_fixed"]))
+    known = {article for article, count in readers.items() if count >= 5}
+    assert public.schema.table_sizes["candidate_article"] == len(known) + 1 == 2_526
+    shown = [a for row in public.raws[split].in_order for a in row["article_ids_inview"]]
+    ids = flat(public, split, "candidate_article")
+    assert (ids > 0).tolist() == [article in known for article in shown]
+    assert (ids > 0).mean() == pytest.approx(candidates, abs=5e-4)
+    read = [event["article"] in known for events in public.raws[split].reads.values() for event in events]
+    assert np.mean(read) == pytest.approx(events, abs=5e-3)
+
+
+@pytest.mark.parametrize("split", STARTS)
+def test_of_the_public_demos_candidates_7_2_percent_have_no_vector(public: Public, split: str) -> None:
+    assert (~vectors_of(public, split).any(axis=1)).mean() == pytest.approx(0.072, abs=5e-4)
+
+
+def vectors_of(public: Public, split: str) -> np.ndarray:
+    parts = ("train", "validation") if split == "train" else ("test",)
+    arrays = [public.tables[part]["candidate_vector"].combine_chunks().flatten().flatten() for part in parts]
+    return np.concatenate([array.to_numpy() for array in arrays]).reshape(-1, 32)
+
+
+def test_popularity_alone_ranks_the_public_demo_as_known(public: Public) -> None:
+    bounds, popularity = bounds_of(public, "validation"), flat(public, "validation", "popularity")
+    clicked = flat(public, "validation", "clicked") == 1
+    aucs = []
+    for start, stop in pairwise(bounds):
+        score, label = popularity[start:stop], clicked[start:stop]
+        above = score[label][:, None] - score[~label]
+        aucs.append(((above > 0) + 0.5 * (above == 0)).mean())
+    assert np.mean(aucs) == pytest.approx(0.7182, abs=5e-5)
+
+
+def test_random_requests_of_the_public_demo_are_those_of_plain_loops(public: Public) -> None:
+    expected: dict[str, list[float]] = defaultdict(list)
+    have: dict[str, list[float]] = defaultdict(list)
+    for split, raw in public.raws.items():
+        bounds, values = bounds_of(public, split), {name: flat(public, split, name) for name in OF_CANDIDATE}
+        lengths = np.linalg.norm(vectors_of(public, split), axis=1)
+        for place in np.random.default_rng(0).choice(len(raw.in_order), 15, replace=False):
+            shown = slice(bounds[place], bounds[place + 1])
+            by_loops = candidates_by_loops(raw, raw.in_order[place])
+            for name in OF_CANDIDATE:
+                have[name] += values[name][shown].tolist()
+                expected[name] += [candidate[name] for candidate in by_loops]
+            readers = np.expm1([candidate["readers"] for candidate in by_loops])
+            np.testing.assert_allclose(lengths[shown], readers / (readers + 3), atol=1e-5)
+    assert len(have["readers"]) > 250
+    for name in OF_CANDIDATE:
+        assert_other_scale(np.array(have[name]), np.array(expected[name]), name)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_amort.data.ebnerd_counters import VECTOR_SIZE, Embedding, embed_readers
-from torchrec_amort.data.ebnerd_features import OF_CANDIDATE, OF_EVENT, OF_REQUEST, HistoryOf, KnownBefore
+from torchrec_amort.data.ebnerd_features import OF_CANDIDATE, OF_EVENT, OF_REQUEST, POPULARITY, HistoryOf, KnownBefore
 from torchrec_amort.data.ebnerd_files import READ_TIME_BOUNDS, SCROLL_BOUNDS, Articles, Split, read_folder
 from torchrec_amort.data.splits import REQUESTS_PER_TABLE, lists_of, split_tables
 from torchrec_amort.data.writer import write_requests
@@ -210,6 +210,8 @@ def _columns(
     of_events, event_vectors = known.of_events(places)
     shown = slice(split.bounds[begin], split.bounds[end])
     candidates = {name: scales[name].of(values) for name, values in of_candidates.items()} | {
+        # As it is, for around a mean float32 would make one of many small counts.
+        POPULARITY: of_candidates[POPULARITY].astype(np.float32),
         "candidate_article": row_of_article[split.candidate[shown]],
         "candidate_vector": _vectors(candidate_vectors),
         "clicked": split.clicked[shown].astype(np.float32),

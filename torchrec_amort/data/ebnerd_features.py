@@ -19,8 +19,11 @@ OF_REQUEST = (
     "hour_sin", "hour_cos", *(f"device_{device}" for device in DEVICES),
     "num_candidates", "history_length", "clicks_of_week",
 )  # fmt: skip
+# Clicks with a half-life of 6 hours.
+POPULARITY = "popularity"
 COMPARED = (
-    *(f"{what}_{hours}h" for what in ("clicks", "inviews", "click_rate") for hours in HALF_LIVES_HOURS),
+    "clicks_1h", POPULARITY, "clicks_24h",
+    *(f"{what}_{hours}h" for what in ("inviews", "click_rate") for hours in HALF_LIVES_HOURS),
     "article_age", "readers", "id_gap", "article_length",
 )  # fmt: skip
 OF_CANDIDATE = (
@@ -44,7 +47,7 @@ class KnownBefore:
     Example::
 
         known = KnownBefore(train, articles, embedding)
-        known.of_candidates(0, 4096)["clicks_6h"]
+        dense, vectors = known.of_candidates(0, 4096)
     """
 
     def __init__(self, split: Split, articles: Articles, embedding: Embedding, history_of: HistoryOf = "own") -> None:
