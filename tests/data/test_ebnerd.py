@@ -77,7 +77,7 @@ class Raw:
 
 
 def make_raw(seed: int) -> dict[str, Raw]:
-    """Two splits of few seconds, so that many requests share one."""
+    """Two splits of few seconds, so that many requests share one, and histories in no order."""
     rng = np.random.default_rng(seed)
     articles = (1000 + rng.permutation(400)[:55]).tolist()
     lengths = {article: int(rng.integers(0, 5000)) for article in articles[5:]}
@@ -89,7 +89,7 @@ def make_raw(seed: int) -> dict[str, Raw]:
         history = []
         for user in range(45):
             num_events = int(rng.integers(1, 40)) if user else 0
-            times = np.sort(rng.integers(start - 21 * DAY, start, num_events)).tolist()
+            times = rng.integers(start - 21 * DAY, start, num_events).tolist()
             if num_events > 2:
                 times[1] = times[0]
             history.append(

@@ -187,7 +187,7 @@ class Readers:
         article: int64 [E].
         time: int64 [E], seconds.
         num_articles: A.
-        start: the first second that is asked for.
+        start: the first second whose answer is of its own; that of an earlier one is that of `start`.
         user_vectors: float64 [U, 32].
 
     Example::

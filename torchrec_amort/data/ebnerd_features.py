@@ -74,7 +74,7 @@ class KnownBefore:
         newest_earlier = np.append(-1, np.maximum.accumulate(newest))[num_earlier]
         self._newest_id = articles.ids[np.maximum(newest, newest_earlier)]
         self._bounds_of_user = np.searchsorted(events.user, np.arange(len(split.user_ids) + 1))
-        self._start_of_week = np.append(0, np.cumsum(events.time < start))
+        self._num_of_history = np.append(0, np.cumsum(events.time < start))
         self._own = self._history(split.user)
         of_others = other_users(len(split.user_ids)) if history_of == "another user" else None
         self._shown = self._own if of_others is None else self._history(of_others[split.user])
@@ -91,7 +91,7 @@ class KnownBefore:
         split, (first, stop) = self.split, self._own
         angle = 2 * np.pi * (split.time[begin:end] % 86_400) / 86_400
         num_candidates = np.diff(split.bounds[begin : end + 1])
-        num_before_week = self._start_of_week[stop[begin:end]] - self._start_of_week[first[begin:end]]
+        num_before_week = self._num_of_history[stop[begin:end]] - self._num_of_history[first[begin:end]]
         history_length = stop[begin:end] - first[begin:end]
         devices = [(split.device[begin:end] == device).astype(float) for device in DEVICES]
         values = (
@@ -130,11 +130,11 @@ class KnownBefore:
     def of_events(self, places: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The dense features of events, float64, and their vectors, float32 [N, 32].
 
-        Readers are those before the event itself, or for one of before the split, those before the split.
+        Readers are those before the event itself; for an event before the split, those before the split.
         """
         events = self.split.events
         article = events.article[places]
-        num_readers, vectors = self._readers.at(article, np.maximum(events.time[places], self.split.start))
+        num_readers, vectors = self._readers.at(article, events.time[places])
         values = (self._articles.premium[article], np.log1p(self._articles.length[article]), np.log1p(num_readers))
         return dict(zip(OF_EVENT, values, strict=True)), vectors
 
