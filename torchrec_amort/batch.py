@@ -6,22 +6,24 @@ Shape suffixes: B requests; C candidates, N history events, all requests togethe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from torchrec_amort.columns import MisfitError, array_of, wanted
+from torchrec_amort.checks import Checks, array_of
+from torchrec_amort.columns import MisfitError, column_of, wanted
 from torchrec_amort.errors import InputError
 from torchrec_amort.grouping import Impressions, first_rows, whole_numbers
-from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, span_of
+from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, taken
+from torchrec_amort.lists import Layout, Lists
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import ANY_ID, Content, RequestSchema, refuse_missing
+from torchrec_amort.schema import Content, RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)
@@ -36,12 +38,18 @@ class RequestBatch(Pipelineable):
         candidate_dense: float [C, I_c]; I_c may be 0.
         request_sparse: ids of the request, stride B.
         candidate_sparse: ids of each candidate, stride C.
-        sequences: stride B: a list of ids per request for each feature of its history events
-            (`history_item`, ...; oldest first) and for its candidates' items (`candidate_item`). If `history_item` is
-            there, all other features of events have as many.
+        sequences: stride B: a list of ids per request for each feature of the events of its histories (oldest first),
+            and for each of its candidates', or its own, that shares a table with them.
         num_candidates: int64 [B], each at least 1; their sum is C.
         labels: float [C, T], or None when scoring.
         users: int64 [B], or None: whose request it is. Never an input of the model: metrics group by it.
+        dense_sequences: for each feature of events that is numbers, float [N, their number], with one row of B per
+            request; and for each vector of candidates like one of events, [C, its size].
+        num_ids: for each key of `sequences` whose events or candidates have several ids or none: how many, int64 [N] or
+            [C], with one row of B per request.
+        weights: float [C], or None: of each candidate's share of the loss.
+        layout: whose the keys of `sequences` and `dense_sequences` are. Of keys that it does not name, `candidate_item`
+            is the candidates', and the others are of events: with `history_item` of one history, without of one each.
 
     Example::
 
@@ -59,10 +67,17 @@ class RequestBatch(Pipelineable):
     num_candidates: Tensor
     labels: Tensor | None = None
     users: Tensor | None = None
+    dense_sequences: Mapping[str, JaggedTensor] = field(default_factory=dict)
+    num_ids: Mapping[str, JaggedTensor] = field(default_factory=dict)
+    weights: Tensor | None = None
+    layout: Layout | None = None
 
     @classmethod
     def from_requests(
-        cls, requests: Iterable[Mapping[str, Any]], schema: RequestSchema, history_length: int | None = None
+        cls,
+        requests: Iterable[Mapping[str, Any]],
+        schema: RequestSchema,
+        history_length: int | Mapping[str, int] | None = None,
     ) -> RequestBatch:
         """Build a batch from plain Python requests.
 
@@ -93,10 +108,11 @@ class RequestBatch(Pipelineable):
         cls,
         table: pa.Table,
         schema: RequestSchema,
-        history_length: int | None = None,
+        history_length: int | Mapping[str, int] | None = None,
         *,
         source: str = "requests",
         first_row: int = 0,
+        validate: bool = True,
     ) -> RequestBatch:
         """Build a batch from a table with one row per request.
 
@@ -107,9 +123,10 @@ class RequestBatch(Pipelineable):
                 seconds are cut, or whole seconds since 1970. Floats are rounded to float32.
             schema: what the requests are made of. By the vocabulary of its features, ids become rows of tables here
                 and nowhere else: the ids of a batch are mapped already.
-            history_length: keep at most this many events of each history, the most recent ones.
+            history_length: keep at most this many events of each history, or of those named, the most recent ones.
             source: where the table comes from, for error messages.
             first_row: number of the table's first row there, for error messages.
+            validate: whether to refuse what `validate` refuses; rows that are checked already need not be again.
 
         Raises:
             InputError: a column is missing, has a null or a value that its type does not hold (text or a boolean for
@@ -117,17 +134,23 @@ class RequestBatch(Pipelineable):
         """
         rows = Rows(table, schema, source, first_row)
         labels = [f for f in schema.of("candidate", "label") if f.source in table.column_names]
+        sequences, num_ids = rows.sequences()
         batch = cls(
             request_dense=rows.dense("request"),
             candidate_dense=rows.dense("candidate"),
             request_sparse=rows.sparse("request"),
             candidate_sparse=rows.sparse("candidate"),
-            sequences=rows.sequences(),
+            sequences=sequences,
             num_candidates=torch.tensor(rows.num_candidates, dtype=torch.int64),
             labels=rows.stack(schema.of("candidate", "label")) if labels else None,
             users=torch.from_numpy(rows.scalars("user").copy()) if "user" in table.column_names else None,
+            dense_sequences=rows.dense_sequences(),
+            num_ids=num_ids,
+            weights=rows.weights(),
+            layout=schema.layout,
         )
-        batch.validate(schema.table_sizes, source=source, first_row=first_row)
+        if validate:
+            batch.validate(schema.table_sizes, source=source, first_row=first_row)
         return batch if history_length is None else batch.keep_latest(history_length)
 
     @classmethod
@@ -265,13 +288,22 @@ class RequestBatch(Pipelineable):
             request_sparse=shallow_copy(self.request_sparse),
             candidate_sparse=shallow_copy(self.candidate_sparse),
             sequences=shallow_copy(self.sequences),
+            dense_sequences=_shallow_copies(self.dense_sequences),
+            num_ids=_shallow_copies(self.num_ids),
         )
 
     def _map(self, function: Callable[[Any], Any]) -> RequestBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: None if v is None else function(v) for name, v in values.items()}
+        def mapped(value: Any) -> Any:
+            if value is None or isinstance(value, Layout):
+                return value
+            if isinstance(value, Mapping):
+                return {key: mapped(one) for key, one in value.items()}
+            if isinstance(value, JaggedTensor):
+                return JaggedTensor(function(value.values()), lengths=function(value.lengths()))
+            return function(value)
+
         # Of the same class, which may have more fields.
-        return replace(self, **moved)
+        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RequestBatch:
         """Copy the batch to a device."""
@@ -284,41 +316,47 @@ class RequestBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that a stream uses the batch."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                value.record_stream(stream)
 
-    def keep_latest(self, history_length: int) -> RequestBatch:
+        def recorded(value: Any) -> Any:
+            value.record_stream(stream)
+            return value
+
+        self._map(recorded)
+
+    @property
+    def lists(self) -> Lists:
+        """All that the requests list."""
+        sequences, layout = shallow_copy(self.sequences), self.layout or Layout({}, ())
+        return Lists(sequences, self.dense_sequences, self.num_ids, layout.with_usual(sequences.keys()))
+
+    def _with_lists(self, lists: Lists, **changed: Any) -> RequestBatch:
+        return replace(self, sequences=lists.sequences, dense_sequences=lists.dense, num_ids=lists.num_ids, **changed)
+
+    def keep_latest(self, history_length: int | Mapping[str, int]) -> RequestBatch:
         """The same requests with at most `history_length` events in each history, the latest ones.
 
         A model may be served with shorter histories than it was trained with.
 
+        Args:
+            history_length: of all histories, or of each that is named.
+
         Raises:
-            InputError: `history_length` is below 0.
+            InputError: `history_length` is below 0, or there is no such history.
 
         Example::
 
             logits_CT = model(batch.keep_latest(50))
         """
-        if history_length < 0:
-            raise InputError(f"history_length is {history_length}, not 0 or more")
-        batch = self.shallow_copy()
-        keys, lengths, weights = batch.sequences.keys(), batch.sequences.lengths(), batch.sequences.weights_or_none()
-        is_event = torch.tensor([key != "candidate_item" for key in keys], dtype=torch.bool, device=lengths.device)
-        limited = lengths.clamp(max=history_length)
-        kept = torch.where(is_event.repeat_interleave(len(self)), limited, lengths)
-        ends = torch.cumsum(lengths, 0).repeat_interleave(lengths)
-        recency = ends - 1 - torch.arange(ends.numel(), device=ends.device)
-        is_kept = recency < kept.repeat_interleave(lengths)
-        batch.sequences = KeyedJaggedTensor(
-            keys=keys,
-            values=batch.sequences.values()[is_kept],
-            weights=None if weights is None else weights[is_kept],
-            lengths=kept,
-            stride=len(self),
-        )
-        return batch
+        lists = self.lists
+        limits = history_length
+        if not isinstance(limits, Mapping):
+            limits = dict.fromkeys(lists.layout.histories, limits)
+        for name, limit in limits.items():
+            if name not in lists.layout.histories:
+                raise InputError(f"history_length: no history {name!r}; there are {list(lists.layout.histories)}")
+            if limit < 0:
+                raise InputError(f"history_length is {limit}, not 0 or more")
+        return self.shallow_copy()._with_lists(lists.keep_latest(limits))
 
     def select(self, requests: Tensor) -> RequestBatch:
         """Some of the requests, as a batch of their own; a copy.
@@ -333,19 +371,17 @@ class RequestBatch(Pipelineable):
 
             logits_CT = model(batch.select(torch.tensor([2, 0])))
         """
-        counts_S = self.num_candidates[requests]
-        first_S = torch.cumsum(self.num_candidates, 0)[requests] - torch.cumsum(counts_S, 0)
-        candidates_C = torch.repeat_interleave(first_S, counts_S)
-        candidates_C = candidates_C + torch.arange(candidates_C.numel(), device=requests.device)
-        return RequestBatch(
+        candidates_C, counts_S = taken(self.num_candidates, requests)
+        return self._with_lists(
+            self.lists.select(requests),
             request_dense=self.request_dense[requests],
             candidate_dense=self.candidate_dense[candidates_C],
             request_sparse=select_rows(self.request_sparse, requests, self.request_sparse.keys()),
             candidate_sparse=select_rows(self.candidate_sparse, candidates_C, self.candidate_sparse.keys()),
-            sequences=select_rows(self.sequences, requests, self.sequences.keys()),
             num_candidates=counts_S,
             labels=None if self.labels is None else self.labels[candidates_C],
             users=None if self.users is None else self.users[requests],
+            weights=None if self.weights is None else self.weights[candidates_C],
         )
 
     def part(self, start: int, stop: int) -> RequestBatch:
@@ -372,14 +408,13 @@ class RequestBatch(Pipelineable):
         ends_B = torch.cumsum(self.num_candidates, 0)
         starts_B = ends_B - self.num_candidates
         num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
-        events = rows_of_all(batch.sequences, 0, len(self), _event_features(batch.sequences))
-        return replace(
-            batch,
+        return batch._with_lists(
+            self.lists.part(start, stop, num_candidates_B),
             candidate_dense=self.candidate_dense[start:stop],
             candidate_sparse=rows_of_all(batch.candidate_sparse, start, stop),
-            sequences=_with_items(events, batch.sequences, start, stop, num_candidates_B),
             num_candidates=num_candidates_B,
             labels=None if self.labels is None else self.labels[start:stop],
+            weights=None if self.weights is None else self.weights[start:stop],
         )
 
     def to_impressions(self) -> RequestBatch:
@@ -393,19 +428,13 @@ class RequestBatch(Pipelineable):
 
             torch.testing.assert_close(model(batch.to_impressions()), model(batch))
         """
-        num_impressions = self.candidate_dense.shape[0]
-        requests_C = torch.repeat_interleave(self.num_candidates, output_size=num_impressions)
-        ones_C = torch.ones_like(requests_C)
-        sequences = shallow_copy(self.sequences)
-        events = select_rows(sequences, requests_C, _event_features(sequences))
-        return RequestBatch(
+        requests_C = torch.repeat_interleave(self.num_candidates, output_size=self.stride())
+        return self._with_lists(
+            self.lists.impressions(requests_C),
             request_dense=self.request_dense[requests_C],
-            candidate_dense=self.candidate_dense,
             request_sparse=select_rows(self.request_sparse, requests_C, self.request_sparse.keys()),
             candidate_sparse=shallow_copy(self.candidate_sparse),
-            sequences=_with_items(events, sequences, 0, num_impressions, ones_C),
-            num_candidates=ones_C,
-            labels=self.labels,
+            num_candidates=torch.ones_like(requests_C),
             users=None if self.users is None else self.users[requests_C],
         )
 
@@ -432,8 +461,53 @@ class RequestBatch(Pipelineable):
 
             model(batch.validate(schema.table_sizes))
         """
-        _Check(self, table_sizes or {}, source, first_row).run()
+        sizes = table_sizes or {}
+        checks = Checks(source, first_row, self.num_candidates)
+        batch = self.shallow_copy()
+        for name, of_candidates in _FIELDS_OF_ROWS.items():
+            if (value := getattr(batch, name)) is not None:
+                checks.rows(name, value.shape[0], of_candidates)
+        checks.ids("request_sparse", batch.request_sparse, False, sizes)
+        checks.ids("candidate_sparse", batch.candidate_sparse, True, sizes)
+        lengths = checks.ids("sequences", batch.sequences, False, sizes)
+        for key, num_ids in batch.num_ids.items():
+            checks.num_ids(key, num_ids, lengths[key])
+        for key, numbers in batch.dense_sequences.items():
+            checks.jagged(f"dense_sequences[{key!r}]", numbers)
+        _check_entries(batch.lists, checks, array_of(self.num_candidates))
+        checks.finite("request_dense", self.request_dense, False)
+        checks.finite("candidate_dense", self.candidate_dense, True)
+        if self.labels is not None:
+            checks.between("labels", self.labels, 0, 1, "a number from 0 to 1")
+        if self.weights is not None:
+            checks.between("weights", self.weights[:, None], 0, _GREATEST, "a finite number, 0 or more")
         return self
+
+
+def _shallow_copies(jagged: Mapping[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+    return {key: JaggedTensor(of_key.values(), lengths=of_key.lengths()) for key, of_key in jagged.items()}
+
+
+# Whether they have a row for each candidate, or for each request.
+_FIELDS_OF_ROWS = {"request_dense": False, "candidate_dense": True, "users": False, "labels": True, "weights": True}
+_GREATEST = float(np.finfo(np.float32).max)
+
+
+def _check_entries(lists: Lists, checks: Checks, num_candidates: np.ndarray) -> None:
+    """Refuse features of one history, or of the candidates, that differ in their numbers of entries."""
+    groups: list[tuple[Sequence[str], str | None]] = [(lists.layout.candidates, None)]
+    groups += [(keys, name) for name, keys in lists.layout.histories.items()]
+    for keys, history in groups:
+        expected, other = num_candidates, "num_candidates"
+        first = history is not None
+        for key in keys:
+            entries = lists.num_entries(key)
+            if entries is None:
+                continue
+            if first:
+                expected, other, first = array_of(entries), f"sequences[{key!r}]", False
+            else:
+                checks.lengths(key, array_of(entries), other, expected)
 
 
 def _listed(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -465,10 +539,10 @@ def _to_arrow(
     for column in columns:
         name, content = column.name, contents[column.name]
         try:
-            arrays[name] = array_of(request[name], column.type, content)
+            arrays[name] = column_of(request[name], column.type, content, column.nullable)
         except MisfitError as misfit:
             raise InputError(
-                f"requests: request {row}: {name} {misfit}: write {wanted(column.type, content)}"
+                f"requests: request {row}: {name} {misfit}: write {wanted(column.type, content, column.nullable)}"
             ) from misfit
     return pa.table(arrays)
 
@@ -483,11 +557,11 @@ def refuse_missing_features(batch: RequestBatch, features: Mapping[str, Sequence
     Raises:
         InputError: one is not there.
     """
-    for field, names in features.items():
-        have = getattr(batch, field).keys()
+    for part, names in features.items():
+        have = getattr(batch, part).keys()
         for name in names:
             if name not in have:
-                raise InputError(f"batch: {field} has {list(have)}, but the model reads {name!r}, too: add it")
+                raise InputError(f"batch: {part} has {list(have)}, but the model reads {name!r}, too: add it")
 
 
 def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str]]) -> None:
@@ -535,198 +609,3 @@ def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) ->
             f"batch: {name} has no weights, but the model's collection of bags is weighted: give each id its weight, "
             "1.0 where there is none"
         )
-
-
-def _event_features(sequences: KeyedJaggedTensor) -> list[str]:
-    return [key for key in sequences.keys() if key != "candidate_item"]
-
-
-def _with_items(
-    events: KeyedJaggedTensor, sequences: KeyedJaggedTensor, start: int, stop: int, num_candidates: Tensor
-) -> KeyedJaggedTensor:
-    """Histories together with the items of the candidates from `start` to `stop`, if the sequences have items."""
-    if "candidate_item" not in sequences.keys():
-        return events
-    span, weights = span_of(sequences, "candidate_item", 0, sequences.stride()), sequences.weights_or_none()
-    items = KeyedJaggedTensor(
-        ["candidate_item"],
-        sequences.values()[span][start:stop],
-        weights=None if weights is None else weights[span][start:stop],
-        lengths=num_candidates.to(sequences.lengths().dtype),
-        stride=num_candidates.numel(),
-    )
-    return KeyedJaggedTensor.concat([events, items])
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """As numpy, whose small operations take a fraction of the time of torch's: a service checks every request."""
-    if not tensor.is_cpu or tensor.requires_grad:
-        tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-class _Check:
-    """The checks of `RequestBatch.validate`, in the order in which one makes the next meaningful."""
-
-    def __init__(self, batch: RequestBatch, table_sizes: Mapping[str, int], source: str, first_row: int) -> None:
-        self.batch = batch.shallow_copy()
-        self.table_sizes = table_sizes
-        self.source = source
-        self.first_row = first_row
-        self.num_candidates = _array(batch.num_candidates)
-
-    def run(self) -> None:
-        self._counts()
-        self._rows()
-        for name, kjt, per_candidate in (
-            ("request_sparse", self.batch.request_sparse, False),
-            ("candidate_sparse", self.batch.candidate_sparse, True),
-            ("sequences", self.batch.sequences, False),
-        ):
-            self._keyed(name, kjt, per_candidate)
-        self._finite("request_dense", self.batch.request_dense, False)
-        self._finite("candidate_dense", self.batch.candidate_dense, True)
-        if self.batch.labels is not None:
-            labels = _array(self.batch.labels)
-            self._refuse("labels", labels, (labels >= 0) & (labels <= 1), True, "a number from 0 to 1")
-
-    def _request(self, row: int) -> str:
-        return f"{self.source}: request {self.first_row + row}"
-
-    def _candidate(self, candidate: int) -> str:
-        row = int(np.searchsorted(np.cumsum(self.num_candidates), candidate, side="right"))
-        return f"{self._request(row)}, candidate {candidate - int(self.num_candidates[:row].sum())}"
-
-    def _counts(self) -> None:
-        counts = self.batch.num_candidates
-        if counts.dim() != 1 or counts.dtype != torch.int64:
-            raise InputError(
-                f"{self.source}: num_candidates is {counts.dtype} with shape {tuple(counts.shape)}, not int64 [B]"
-            )
-        if len(empty := np.flatnonzero(self.num_candidates < 1)):
-            row = int(empty[0])
-            raise InputError(
-                f"{self._request(row)}: num_candidates is {self.num_candidates[row]}, not 1 or more: leave the "
-                "request out"
-            )
-
-    def _rows(self) -> None:
-        batch, requests = self.batch, len(self.batch)
-        candidates = int(self.num_candidates.sum())
-        rows = {
-            "request_dense": (batch.request_dense.shape[0], requests),
-            "request_sparse": (batch.request_sparse.stride(), requests),
-            "sequences": (batch.sequences.stride(), requests),
-            "candidate_dense": (batch.candidate_dense.shape[0], candidates),
-            "candidate_sparse": (batch.candidate_sparse.stride(), candidates),
-        }
-        if batch.users is not None:
-            rows["users"] = (batch.users.shape[0], requests)
-        if batch.labels is not None:
-            rows["labels"] = (batch.labels.shape[0], candidates)
-        for name in ("request_sparse", "candidate_sparse", "sequences"):
-            # Without keys there is nothing of which a row could be missing.
-            if not getattr(batch, name).keys():
-                del rows[name]
-        for name, (have, expected) in rows.items():
-            if have != expected:
-                raise InputError(
-                    f"{self.source}: {name} has {have} rows, but num_candidates tells of {requests} requests "
-                    f"and {candidates} candidates, so {expected} are needed"
-                )
-
-    def _keyed(self, name: str, kjt: KeyedJaggedTensor, per_candidate: bool) -> None:
-        if not (keys := list(kjt.keys())):
-            return
-        lengths, values = _array(kjt.lengths()), _array(kjt.values())
-        if lengths.size != len(keys) * kjt.stride():
-            raise InputError(
-                f"{self.source}: {name} has {lengths.size} lengths for {len(keys)} keys of {kjt.stride()} rows, "
-                f"not {len(keys) * kjt.stride()}"
-            )
-        lengths = lengths.reshape(len(keys), kjt.stride())
-        if lengths.min(initial=0) < 0:
-            key, row = np.argwhere(lengths < 0)[0].tolist()
-            raise InputError(f"{self._request(row)}: {name}[{keys[key]!r}] has length {lengths[key, row]}, below 0")
-        counts = lengths.sum(1)
-        if counts.sum() != values.size:
-            raise InputError(
-                f"{self.source}: the lengths of {name} add up to {counts.sum()}, but it has {values.size} values"
-            )
-        if not self._are_ids(keys, counts, values):
-            self._refuse_id(name, keys, lengths, values, per_candidate)
-        if (weights := kjt.weights_or_none()) is not None:
-            self._weights(name, keys, lengths, weights, per_candidate)
-        if name == "sequences":
-            self._sequence_lengths(keys, lengths)
-
-    def _are_ids(self, keys: list[str], counts: np.ndarray, values: np.ndarray) -> bool:
-        if values.size == 0:
-            return True
-        sizes, starts = self._sizes(keys), np.cumsum(counts) - counts
-        if counts.min() == 0:
-            sizes, starts = sizes[counts > 0], starts[counts > 0]
-        # The greatest id of each key, without an array of the size of the batch.
-        return bool(values.min() >= 0 and (np.maximum.reduceat(values, starts) < sizes).all())
-
-    def _sizes(self, keys: list[str]) -> np.ndarray:
-        return np.array([self.table_sizes.get(key, ANY_ID) for key in keys])
-
-    def _refuse_id(
-        self, name: str, keys: list[str], lengths: np.ndarray, values: np.ndarray, per_candidate: bool
-    ) -> None:
-        sizes = np.repeat(self._sizes(keys), lengths.sum(1))
-        position = int(np.flatnonzero((values < 0) | (values >= sizes))[0])
-        limit = "0 to 2**63 - 2" if sizes[position] == ANY_ID else f"0 to {sizes[position] - 1}, the rows of its table"
-        raise InputError(
-            f"{self._entry(name, keys, lengths, position, per_candidate)} has id {values[position]}, not {limit}: map "
-            "the id, enlarge the table, or give the feature vocabulary 'unknown' or 'hash'"
-        )
-
-    def _weights(self, name: str, keys: list[str], lengths: np.ndarray, weights: Tensor, per_candidate: bool) -> None:
-        num_values = int(lengths.sum())
-        if not weights.is_floating_point() or weights.shape != (num_values,):
-            raise InputError(
-                f"{self.source}: the weights of {name} are {weights.dtype} with shape {tuple(weights.shape)}, but it "
-                f"has {num_values} values: give each its weight, a float"
-            )
-        if len(wrong := np.flatnonzero(~np.isfinite(array := _array(weights)))):
-            entry = self._entry(name, keys, lengths, int(wrong[0]), per_candidate)
-            raise InputError(f"{entry} has weight {array[wrong[0]]}, not a finite number")
-
-    def _entry(self, name: str, keys: list[str], lengths: np.ndarray, position: int, per_candidate: bool) -> str:
-        """Where the value at a position of a field is."""
-        place = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
-        key, row = divmod(place, lengths.shape[1])
-        return f"{self._candidate(row) if per_candidate else self._request(row)}: {name}[{keys[key]!r}]"
-
-    def _sequence_lengths(self, keys: list[str], lengths: np.ndarray) -> None:
-        for key, have in zip(keys, lengths, strict=True):
-            if key == "candidate_item":
-                expected, other = self.num_candidates, "num_candidates"
-            elif "history_item" in keys:
-                expected, other = lengths[keys.index("history_item")], "sequences['history_item']"
-            else:
-                # No name tells which of the other keys are of one history.
-                continue
-            if len(wrong := np.flatnonzero(have != expected)):
-                row = int(wrong[0])
-                raise InputError(
-                    f"{self._request(row)}: sequences[{key!r}] has {have[row]} entries, but {other} tells of "
-                    f"{expected[row]}"
-                )
-
-    def _finite(self, name: str, values: Tensor, per_candidate: bool) -> None:
-        array = _array(values)
-        # The sum of what is not finite is not finite, either, and needs no array of the size of the batch.
-        with np.errstate(invalid="ignore"):
-            total = array.sum(dtype=np.float64)
-        if not np.isfinite(total):
-            self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
-
-    def _refuse(self, name: str, values: np.ndarray, right: np.ndarray, per_candidate: bool, expected: str) -> None:
-        """Refuse the first of the values [rows, columns] that is not right."""
-        if not right.all():
-            row, column = np.argwhere(~right)[0].tolist()
-            where = self._candidate(row) if per_candidate else self._request(row)
-            raise InputError(f"{where}: {name} column {column} is {values[row, column]}, not {expected}")

@@ -29,8 +29,15 @@ _KINDS_OF_LISTS = (
     pa.types.is_list_view,
     pa.types.is_large_list_view,
 )
+_TYPES: dict[Content, pa.DataType] = {
+    "id": pa.int64(),
+    "text": pa.string(),
+    "time": pa.int64(),
+    "number": pa.float32(),
+}
 _WANTED: dict[Content, str] = {
     "id": "integers",
+    "text": "text",
     "time": "timestamps or whole seconds since 1970",
     "number": "numbers",
 }
@@ -78,22 +85,24 @@ def typed_table(table: pa.Table, schema: RequestSchema, source: str = "requests"
     for field in fields:
         content = contents[field.name]
         try:
-            arrays.append(typed(table[field.name], field.type, content, rounded=True, finite=False))
+            column, nullable = table[field.name], field.nullable
+            arrays.append(typed(column, field.type, content, rounded=True, finite=False, nullable=nullable))
         except MisfitError as misfit:
             raise InputError(
                 f"{source}: request {first_row + misfit.place}: {field.name} {misfit}: write "
-                f"{wanted(field.type, content)}"
+                f"{wanted(field.type, content, field.nullable)}"
             ) from misfit
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
-def array_of(value: Any, expected: pa.DataType, content: Content) -> pa.Array:
+def column_of(value: Any, expected: pa.DataType, content: Content, nullable: bool = False) -> pa.Array:
     """One Python value of a request as a column of one row.
 
     Args:
         value: a number or time, or a list or numpy array of them.
         expected: the column's type.
         content: what its values are.
+        nullable: whether ids, and lists of them, may be null.
 
     Raises:
         MisfitError: the value cannot be had in the column's type.
@@ -104,18 +113,27 @@ def array_of(value: Any, expected: pa.DataType, content: Content) -> pa.Array:
         array = pa.array([_seconds_of_numpy(value)])
     except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
         raise MisfitError(0, f"cannot be read ({one_line(error)})") from error
-    return typed(pa.chunked_array([array]), expected, content, rounded=True, finite=False)
+    return typed(pa.chunked_array([array]), expected, content, rounded=True, finite=False, nullable=nullable)
 
 
-def typed(column: pa.ChunkedArray, expected: pa.DataType, content: Content, *, rounded: bool, finite: bool) -> pa.Array:
+def typed(
+    column: pa.ChunkedArray,
+    expected: pa.DataType,
+    content: Content,
+    *,
+    rounded: bool,
+    finite: bool,
+    nullable: bool = False,
+) -> pa.Array:
     """A column in another type, in one piece.
 
     Args:
         column: of any type.
-        expected: int64, float32 or lists of them.
+        expected: int64, float32, strings or lists of them.
         content: what its values are.
         rounded: whether floats may be rounded to float32, and timestamps cut to whole seconds.
         finite: whether NaN and infinite numbers are refused.
+        nullable: whether ids, and lists of several ids, may be null.
 
     Returns:
         pa.Array: the column itself, if it is that already.
@@ -129,7 +147,7 @@ def typed(column: pa.ChunkedArray, expected: pa.DataType, content: Content, *, r
     arrays, first_row = [], 0
     for chunk in chunks:
         try:
-            arrays.append(_typed(chunk, expected, content, rounded, finite))
+            arrays.append(_typed(chunk, expected, content, rounded, finite, nullable))
         except MisfitError as misfit:
             misfit.place += first_row
             raise
@@ -141,9 +159,12 @@ def typed(column: pa.ChunkedArray, expected: pa.DataType, content: Content, *, r
     return pa.concat_arrays(arrays) if arrays else pa.array([], expected)
 
 
-def wanted(expected: pa.DataType, content: Content) -> str:
+def wanted(expected: pa.DataType, content: Content, nullable: bool = False) -> str:
     """What to write into a column, for messages."""
-    return f"{'lists of ' if pa.types.is_list(expected) else ''}{_WANTED[content]}, none null"
+    lists = ""
+    while pa.types.is_list(expected):
+        lists, expected = f"{lists}lists of ", expected.value_type
+    return f"{lists}{_WANTED[content]}{'' if nullable else ', none null'}"
 
 
 def decoded(array: pa.Array) -> pa.Array:
@@ -160,37 +181,55 @@ def decoded(array: pa.Array) -> pa.Array:
 # ----- lists --------------------------------------------------------------------------------------------------------
 
 
-def _typed(array: pa.Array, expected: pa.DataType, content: Content, rounded: bool, finite: bool) -> pa.Array:
+def _typed(
+    array: pa.Array, expected: pa.DataType, content: Content, rounded: bool, finite: bool, nullable: bool
+) -> pa.Array:
     if not len(array):
         return array if array.type.equals(expected) else pa.array([], expected)
     array = decoded(array)
-    if array.null_count:
+    is_list = pa.types.is_list(expected)
+    # Of lists, those of ids of one entry may be null, and not those of events or candidates.
+    if array.null_count and not (nullable and not (is_list and pa.types.is_list(expected.value_type))):
         raise MisfitError(int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), "is null")
+    if pa.types.is_null(array.type):
+        array = array.cast(expected)
     if _is_typed(array, expected, content, finite):
         return array
-    if not pa.types.is_list(expected):
-        if content == "time":
-            return _times(array, rounded)
-        return _integers(array) if content == "id" else _floats(array, rounded, finite)
+    if not is_list:
+        return _scalars(array, content, rounded, finite)
     if not any(is_kind(array.type) for is_kind in _KINDS_OF_LISTS):
         raise MisfitError(0, f"is {array.type}, not a list")
     # Not a cast: pyarrow's own of a list view leaves its sizes out.
     entries = array.flatten()
-    lengths = pc.list_value_length(array).to_numpy()
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     try:
-        converted = _typed(entries, expected.value_type, content, rounded, finite)
+        converted = _typed(entries, expected.value_type, content, rounded, finite, nullable)
     except MisfitError as misfit:
         row = int(np.searchsorted(np.cumsum(lengths), misfit.place, side="right"))
         raise MisfitError(row, _of_list(str(misfit)), misfit.if_rounded) from misfit
-    if converted is entries and array.type.equals(expected):
+    if converted is entries and array.type.equals(expected) and not array.null_count:
         return array
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), converted)
 
 
+def _scalars(array: pa.Array, content: Content, rounded: bool, finite: bool) -> pa.Array:
+    if array.null_count:
+        is_null, some = array.is_null(), array.drop_null()
+        given = _scalars(some, content, rounded, finite) if len(some) else pa.array([], _TYPES[content])
+        return pc.replace_with_mask(pa.nulls(len(array), given.type), pc.invert(is_null), given)
+    if content == "time":
+        return _times(array, rounded)
+    if content == "text":
+        return _strings(array)
+    return _integers(array) if content == "id" else _floats(array, rounded, finite)
+
+
 def _is_typed(array: pa.Array, expected: pa.DataType, content: Content, finite: bool) -> bool:
     """Whether an array is what it should be already, told by its type and its counts of nulls alone."""
     if not array.type.equals(expected) or content == "time" or (content == "number" and finite):
+        return False
+    if array.null_count:
         return False
     while pa.types.is_list(array.type):
         array = array.values
@@ -270,6 +309,16 @@ def _floats(array: pa.Array, rounded: bool, finite: bool) -> pa.Array:
         is_told = (np.abs(wide) < 2.0**53) | (values.dtype.kind == "f")
         _refuse_others(values, fits & (narrow == wide) & is_told, "float32", "to round it")
     return array if kind.equals(pa.float32()) else pa.array(narrow)
+
+
+def _strings(array: pa.Array) -> pa.Array:
+    """Text of any type, as strings."""
+    kind = array.type
+    if kind.equals(pa.string()):
+        return array
+    if not (pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise MisfitError(0, f"is {kind}, not text")
+    return array.cast(pa.string())
 
 
 # ----- times --------------------------------------------------------------------------------------------------------

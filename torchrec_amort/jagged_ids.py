@@ -70,19 +70,32 @@ def select_rows(kjt: KeyedJaggedTensor, rows: Tensor, keys: Sequence[str]) -> Ke
     """The given rows of the given keys, in that order; a row may be taken many times."""
     kjt = shallow_copy(kjt)
     first_of_key = torch.tensor([kjt.keys().index(key) * kjt.stride() for key in keys], device=rows.device)
-    lists = (first_of_key[:, None] + rows).flatten().long()
-    lengths = kjt.lengths()[lists]
-    ends = torch.cumsum(lengths, 0)
-    # Where an entry goes, less where its list goes, plus where its list comes from.
-    shift = torch.repeat_interleave(kjt.offsets()[lists] - (ends - lengths), lengths)
-    taken, weights = torch.arange(shift.numel(), device=rows.device) + shift, kjt.weights_or_none()
+    places, lengths = taken(kjt.lengths(), (first_of_key[:, None] + rows).flatten().long())
+    weights = kjt.weights_or_none()
     return KeyedJaggedTensor(
         keys=list(keys),
-        values=kjt.values()[taken],
-        weights=None if weights is None else weights[taken],
+        values=kjt.values()[places],
+        weights=None if weights is None else weights[places],
         lengths=lengths,
         stride=rows.numel(),
     )
+
+
+def taken(lengths: Tensor, lists: Tensor) -> JaggedIds:
+    """Some of many lists that stand one after the other.
+
+    Args:
+        lengths: [L], of all lists.
+        lists: int64 [S], the wanted ones; one may be wanted many times.
+
+    Returns:
+        tuple: int64, the places of their entries, and [S], their lengths.
+    """
+    starts = torch.cumsum(lengths, 0) - lengths
+    lengths = lengths[lists]
+    # Where an entry goes, less where its list goes, plus where its list comes from.
+    shift = torch.repeat_interleave(starts[lists] - (torch.cumsum(lengths, 0) - lengths), lengths)
+    return torch.arange(shift.numel(), device=lists.device) + shift, lengths
 
 
 def keyed(rows: Mapping[str, JaggedIds], stride: int) -> KeyedJaggedTensor:

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_amort.columns import typed_table
 from torchrec_amort.errors import InputError
-from torchrec_amort.hashing import hash_ids
-from torchrec_amort.schema import Feature, RequestSchema, Side, refuse_missing
+from torchrec_amort.hashing import hash_ids, ids_of_text
+from torchrec_amort.schema import ANY_ID, KINDS_OF_TIMES, Feature, RequestSchema, Side, refuse_missing
 
 
 class Rows:
@@ -35,11 +35,12 @@ class Rows:
         self.source = source
         self.first_row = first_row
         labels = {f.source for f in schema.of("candidate", "label")}
+        weights = {f.source for f in schema.features if f.kind == "weight"}
         scoring = not labels & set(table.column_names)
-        needed = [f.source for f in schema.features if not (scoring and f.source in labels)]
+        needed = [f.source for f in schema.features if not (scoring and f.source in labels | weights)]
         refuse_missing([*needed, *(["time"] if schema.needs_time else [])], table.column_names, source)
         self.table = typed_table(table, schema, source, first_row)
-        self.num_candidates = self._lengths("candidate_item")
+        self.num_candidates = self._lengths(schema.candidate_column)
 
     def _array(self, column: str) -> pa.Array:
         return self.table.column(column).chunk(0)
@@ -54,93 +55,160 @@ class Rows:
     def _lengths(self, column: str) -> np.ndarray:
         return self._array(column).value_lengths().to_numpy()
 
-    def _lists(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Values and lengths of a column of lists."""
-        return self._array(column).flatten().to_numpy(), self._lengths(column)
+    def _row_of(self, lengths: np.ndarray, entry: int) -> int:
+        return int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
 
-    def _refuse_other_lengths(self, column: str, lengths: np.ndarray, other: str) -> None:
-        expected = self._lengths(other)
-        if len(wrong := np.flatnonzero(lengths != expected)):
-            row = int(wrong[0])
-            raise InputError(
-                f"{self._at(row)}: {column} lists {lengths[row]} entries but {other} lists {expected[row]}: "
-                "they need one entry for each"
-            )
-
-    def _candidates(self, column: str) -> pa.Array:
-        """The entries of a candidate column, one per candidate of all requests."""
-        array = self._array(column)
-        self._refuse_other_lengths(column, array.value_lengths().to_numpy(), "candidate_item")
-        return array.flatten()
-
-    def _entries(self, feature: Feature) -> pa.Array:
-        """The entries of a feature: one per request, or one per candidate."""
-        return self._array(feature.source) if feature.side == "request" else self._candidates(feature.source)
+    def _entries(self, feature: Feature) -> tuple[pa.Array, np.ndarray]:
+        """The entries of a feature, one for each request, candidate or event, and how many each request has."""
+        array = self._array(feature.source)
+        if feature.side == "request":
+            return array, np.ones(len(array), dtype=np.int64)
+        lengths = array.value_lengths().to_numpy().astype(np.int64, copy=False)
+        schema = self.schema
+        other = schema.event_columns[feature.history] if feature.side == "event" else schema.candidate_column
+        if feature.source != other:
+            expected = self._lengths(other)
+            if len(wrong := np.flatnonzero(lengths != expected)):
+                row = int(wrong[0])
+                raise InputError(
+                    f"{self._at(row)}: {feature.source} lists {lengths[row]} entries but {other} lists "
+                    f"{expected[row]}: they need one entry for each"
+                )
+        return array.flatten(), lengths
 
     def stack(self, features: Sequence[Feature]) -> Tensor:
-        """Float columns side by side: [rows, len(features)]."""
-        columns = [self._entries(feature).to_numpy() for feature in features]
-        return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32, copy=False))
+        """Numbers side by side: [rows, their number]."""
+        columns = [self._numbers(feature)[0] for feature in features]
+        if all(column.ndim == 1 for column in columns):
+            return torch.from_numpy(np.stack(columns, axis=1))
+        return torch.from_numpy(np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1))
+
+    def _numbers(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
+        """float32 of each entry, [entries] or, of a vector, [entries, size], and how many each request has."""
+        entries, lengths = self._entries(feature)
+        if feature.kind == "vector":
+            sizes = entries.value_lengths().to_numpy()
+            if len(wrong := np.flatnonzero(sizes != feature.size)):
+                row = self._row_of(lengths, int(wrong[0]))
+                raise InputError(
+                    f"{self._at(row)}: {feature.source} has a vector of {sizes[wrong[0]]} numbers, but the schema says "
+                    f"{feature.size}"
+                )
+            return entries.flatten().to_numpy().reshape(-1, feature.size), lengths
+        if feature.kind in KINDS_OF_TIMES:
+            seconds = self._seconds(feature, entries.to_numpy(), lengths)
+            return np.log2(1.0 + seconds).astype(np.float32), lengths
+        return entries.to_numpy().astype(np.float32, copy=False), lengths
 
     def dense(self, side: Side) -> Tensor:
-        """The dense features of a side: [rows, features]; it may have none."""
-        if features := self.schema.of(side, "dense"):
+        """The numbers of a side: [rows, their number]; it may have none."""
+        if features := self.schema.dense_features[side]:
             return self.stack(features)
         return torch.empty(self._stride(side), 0)
+
+    def dense_sequences(self) -> dict[str, JaggedTensor]:
+        """The numbers of events, and the vectors of candidates like theirs."""
+        sequences = {}
+        for feature in self.schema.dense_sequence_features:
+            values, lengths = self._numbers(feature)
+            # A copy: what Arrow holds cannot be written to, and a tensor can.
+            of_entries = torch.from_numpy(values.reshape(len(values), feature.num_inputs).copy())
+            sequences[feature.name] = JaggedTensor(of_entries, lengths=torch.from_numpy(lengths.copy()))
+        return sequences
+
+    def weights(self) -> Tensor | None:
+        """The weight of each candidate, its request's included: [C]; None if there is none."""
+        columns = []
+        for side in ("request", "candidate"):
+            for feature in self.schema.of(side, "weight"):
+                if feature.source in self.table.column_names:
+                    weights, _ = self._numbers(feature)
+                    columns.append(np.repeat(weights, self.num_candidates) if side == "request" else weights)
+        return torch.from_numpy(np.prod(columns, axis=0, dtype=np.float32)) if columns else None
 
     def _stride(self, side: Side) -> int:
         return self.table.num_rows if side == "request" else int(self.num_candidates.sum())
 
     def sparse(self, side: Side) -> KeyedJaggedTensor:
         """The ids of a side."""
+        features = self.schema.bag_features[side]
         values, lengths = [], []
-        features = self.schema.of(side, "id", "ids")
         for feature in features:
-            entries = self._entries(feature)
-            if feature.kind == "ids":
-                lengths.append(entries.value_lengths().to_numpy())
-                entries = entries.flatten()
-            else:
-                lengths.append(np.ones(len(entries), dtype=np.int64))
-            values.append(_table_rows(feature, entries.to_numpy()))
+            rows, num_ids, _ = self._ids(feature)
+            values.append(rows)
+            lengths.append(num_ids)
         return _keyed_jagged([f.name for f in features], values, lengths, self._stride(side))
 
-    def sequences(self) -> KeyedJaggedTensor:
-        """The events' features and the candidates' items."""
+    def sequences(self) -> tuple[KeyedJaggedTensor, dict[str, JaggedTensor]]:
+        """Ids of events and of what shares their tables, and how many each entry has of those that have several."""
         features = self.schema.sequence_features
-        columns = [self._sequence(feature) for feature in features]
-        values, lengths = zip(*columns, strict=True)
-        return _keyed_jagged([f.name for f in features], values, lengths, self.table.num_rows)
+        values, lengths, num_ids = [], [], {}
+        for feature in features:
+            rows, of_entries, entries = self._ids(feature)
+            values.append(rows)
+            if feature.kind == "ids":
+                of_each = JaggedTensor(torch.from_numpy(of_entries), lengths=torch.from_numpy(entries))
+                num_ids[feature.name] = of_each
+                ends = np.concatenate([[0], np.cumsum(of_entries)])[np.cumsum(entries)]
+                lengths.append(np.diff(ends, prepend=0))
+            else:
+                lengths.append(entries)
+        return _keyed_jagged([f.name for f in features], values, lengths, self.table.num_rows), num_ids
 
-    def _sequence(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
-        values, lengths = self._lists(feature.source)
-        if feature.side == "event":
-            self._refuse_other_lengths(feature.source, lengths, "history_item")
+    def _ids(self, feature: Feature) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the feature's table, how many each entry has, and how many entries each request has."""
+        entries, lengths = self._entries(feature)
+        num_ids = np.ones(len(entries), dtype=np.int64)
+        if feature.kind == "ids":
+            num_ids = entries.value_lengths().to_numpy().astype(np.int64, copy=False)
+            entries = entries.flatten()
+        if feature.kind in KINDS_OF_TIMES:
+            seconds = self._seconds(feature, entries.to_numpy(), lengths)
+            return np.frexp(seconds.astype(np.float64))[1].astype(np.int64), num_ids, lengths
+        return self._table_rows(feature, entries), num_ids, lengths
+
+    def _seconds(self, feature: Feature, times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Seconds from each time to that of its request, or from that of the event before."""
         if feature.kind == "age":
-            return self._age_buckets(values, lengths), lengths
-        return _table_rows(feature, values), lengths
-
-    def _age_buckets(self, event_times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        times = np.repeat(self.scalars("time"), lengths)
-        ages = times - event_times
-        if len(wrong := np.flatnonzero(ages < 0)):
+            now = np.repeat(self.scalars("time"), lengths)
+            seconds = now - times
+            if len(wrong := np.flatnonzero(seconds < 0)):
+                entry = int(wrong[0])
+                what = "event" if feature.side == "event" else feature.side
+                raise InputError(
+                    f"{self._at(self._row_of(lengths, entry))}: {feature.source} has an {what} at {times[entry]}, "
+                    f"after the request's time {now[entry]}: a history is what was known at the request"
+                )
+            return seconds
+        seconds = np.diff(times, prepend=0)
+        firsts = (np.cumsum(lengths) - lengths)[lengths > 0]
+        seconds[firsts] = 0
+        if len(wrong := np.flatnonzero(seconds < 0)):
             event = int(wrong[0])
-            row = int(np.searchsorted(np.cumsum(lengths), event, side="right"))
             raise InputError(
-                f"{self._at(row)}: history_time has an event at {event_times[event]}, after the request's "
-                f"time {times[event]}: a history is what was known at the request"
+                f"{self._at(self._row_of(lengths, event))}: {feature.source} has an event at {times[event]} after one "
+                f"at {times[event - 1]}: list events with the oldest first"
             )
-        return np.frexp(ages.astype(np.float64))[1].astype(np.int64)
+        return seconds
 
-
-def _table_rows(feature: Feature, ids: np.ndarray) -> np.ndarray:
-    """The row of the feature's table for each id; ids that are to be refused stay as they are."""
-    table_size = feature.table_size or 0
-    if feature.vocabulary == "hash":
-        return hash_ids(ids, table_size)
-    if feature.vocabulary == "unknown":
-        return np.where((ids >= 0) & (ids < table_size), ids, 0)
-    return ids
+    def _table_rows(self, feature: Feature, array: pa.Array) -> np.ndarray:
+        """The row of the feature's table for each id; ids that are to be refused stay as they are."""
+        is_null = None
+        if array.null_count:
+            is_null = array.is_null().to_numpy(zero_copy_only=False)
+            array = array.fill_null("" if feature.text else 0)
+        ids = ids_of_text(array) if feature.text else array.to_numpy()
+        table_size = feature.table_size or 0
+        if feature.vocabulary == "hash":
+            ids = hash_ids(ids, table_size)
+        elif feature.vocabulary == "file":
+            ids = self.schema.vocabularies[feature.table].rows(ids)
+        elif feature.vocabulary == "unknown":
+            ids = np.where((ids >= 0) & (ids < table_size), ids, 0)
+        elif feature.text:
+            # Of managed tables, ids are not negative.
+            ids = np.minimum(ids & ANY_ID, ANY_ID - 1)
+        return ids if is_null is None else np.where(is_null, 0, ids)
 
 
 def _keyed_jagged(

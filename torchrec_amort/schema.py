@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import write_text
 from torchrec_amort.hashing import Vocabulary
+from torchrec_amort.lists import Layout
 
 FORMAT_VERSION = 2
 SCHEMA_FILE = "schema.json"
@@ -335,6 +336,16 @@ class RequestSchema:
         return {name: tuple(f for f in self.of("event") if f.history == name) for name in names}
 
     @cached_property
+    def candidate_column(self) -> str:
+        """The column whose entries are counted as candidates: of its item, or of its first feature."""
+        return _counted(self.of("candidate"))
+
+    @cached_property
+    def event_columns(self) -> dict[str, str]:
+        """The column of each history whose entries are counted as events: of their item, or of their first feature."""
+        return {name: _counted(features) for name, features in self.histories.items()}
+
+    @cached_property
     def sequence_features(self) -> tuple[Feature, ...]:
         """The keys of `RequestBatch.sequences`: events' ids, and then the other ids of tables that sides share."""
         sides: dict[str, set[str]] = {}
@@ -351,6 +362,14 @@ class RequestSchema:
         events = tuple(f for f in self.of("event") if f.num_inputs)
         of_events = {f.table for f in events if f.kind == "vector"}
         return events + tuple(f for f in self.of("candidate", "vector") if f.table in of_events)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Whose the keys of a batch's sequences are."""
+        keys = [*self.sequence_features, *self.dense_sequence_features]
+        candidates, requests = (tuple(f.name for f in keys if f.side == side) for side in ("candidate", "request"))
+        events = {name: tuple(f.name for f in features) for name, features in self.histories.items()}
+        return Layout(events, candidates, requests)
 
     @cached_property
     def bag_features(self) -> dict[str, tuple[Feature, ...]]:
@@ -532,6 +551,11 @@ class RequestSchema:
 def vocabulary_file(table: str) -> str:
     """Name of the file of a table's vocabulary, beside `schema.json`."""
     return f"vocabulary-{table}.parquet"
+
+
+def _counted(features: Iterable[Feature]) -> str:
+    inputs = [feature for feature in features if feature.kind not in ("label", "weight")]
+    return next((feature for feature in inputs if feature.kind == "item"), inputs[0]).source
 
 
 def _read_as(feature: Feature) -> tuple[object, ...]:

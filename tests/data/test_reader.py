@@ -245,6 +245,6 @@ def test_a_folder_that_is_not_prepared_is_refused(data_folder: Path, tmp_path: P
 
 def test_a_schema_of_a_newer_version_is_refused(copied: Path) -> None:
     file = copied / "schema.json"
-    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(InputError, match="format_version is 2, this torchrec-amort reads up to 1: upgrade"):
+    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(InputError, match="format_version is 3, this torchrec-amort reads up to 2: upgrade"):
         RequestDataset(copied, "train", batch_size=16)

@@ -31,7 +31,7 @@ def sample_requests(
         seed: of the draw.
 
     Returns:
-        pa.Table: columns of the schema, without labels.
+        pa.Table: columns of the schema, without labels and weights.
 
     Raises:
         InputError: too few requests have a history that long.
@@ -45,25 +45,27 @@ def sample_requests(
     schema = RequestSchema.load(folder)
     table = pa.concat_tables(read_piece(piece, schema) for piece in _pieces(folder, split, schema)).combine_chunks()
     random = np.random.default_rng(seed)
-    features = [f for f in schema.features if f.kind != "label"]
+    features = [f for f in schema.features if f.kind not in ("label", "weight")]
     pools = {f.source: pc.list_flatten(table[f.source]).combine_chunks() for f in features if f.side == "candidate"}
     long_enough = np.arange(table.num_rows)
-    if schema.of("event"):
-        long_enough = np.flatnonzero(pc.list_value_length(table["history_item"]).to_numpy() >= history_length)
+    if columns := list(schema.event_columns.values()):
+        lengths = np.stack([pc.list_value_length(table[column]).to_numpy() for column in columns])
+        long_enough = np.flatnonzero((lengths >= history_length).all(0))
     if len(long_enough) < num_requests:
         raise InputError(
             f"{folder}/{split}: {len(long_enough)} requests have {history_length} events or more, not {num_requests}: "
             "ask for fewer requests or shorter histories"
         )
     table = table.take(np.sort(random.choice(long_enough, num_requests, replace=False)))
-    pool_size = len(pools["candidate_item"])
+    pool_size = len(pools[schema.candidate_column])
     drawn = random.integers(pool_size, size=num_requests * num_candidates)
     offsets = pa.array(np.arange(num_requests + 1) * num_candidates, pa.int32())
-    labels = {f.source for f in schema.of("candidate", "label")}
-    columns = {name: table[name] for name in schema.arrow_schema().names if name not in labels}
+    inputs = {f.source for f in features}
+    left_out = {f.source for f in schema.features} - inputs
+    drawn_of: dict[str, Any] = {name: table[name] for name in schema.arrow_schema().names if name not in left_out}
     for name, pool in pools.items():
-        columns[name] = pa.ListArray.from_arrays(offsets, pool.take(drawn))
-    return pa.table(columns)
+        drawn_of[name] = pa.ListArray.from_arrays(offsets, pool.take(drawn))
+    return pa.table(drawn_of)
 
 
 def first_requests(folder: str | Path, split: str, num_requests: int) -> pa.Table:
@@ -130,16 +132,16 @@ def _pieces(folder: str | Path, split: str, schema: RequestSchema) -> list[Piece
 def random_requests(
     schema: RequestSchema, num_events: Sequence[int], num_candidates: Sequence[int], *, seed: int
 ) -> pa.Table:
-    """Requests of random ids, numbers and times.
+    """Requests of random ids, text, numbers and times.
 
     Args:
         schema: what they are made of.
-        num_events: length of each request's history.
+        num_events: length of each request's histories.
         num_candidates: candidates of each request.
         seed: of the draw.
 
     Returns:
-        pa.Table: columns of the schema, without labels.
+        pa.Table: columns of the schema, without labels and weights.
 
     Example::
 
@@ -151,7 +153,7 @@ def random_requests(
     users = random.integers(2**40, size=len(num_events))
     columns: dict[str, Any] = {"request_id": np.arange(len(num_events)), "time": np.full(len(num_events), _NOW)}
     for feature in schema.features:
-        if feature.kind == "label" or feature.source in columns:
+        if feature.kind in ("label", "weight") or feature.source in columns:
             continue
         entries = _random_entries(feature, int(np.sum(lengths[feature.side])), random)
         columns[feature.source] = entries if feature.side == "request" else lists_of(lengths[feature.side], entries)
@@ -167,9 +169,20 @@ MOST_IDS = 3
 def _random_entries(feature: Feature, count: int, random: np.random.Generator) -> Any:
     if feature.kind == "dense":
         return random.random(count, dtype=np.float32)
+    if feature.kind == "vector":
+        size = feature.size or 1
+        return lists_of([size] * count, random.standard_normal(size * count, dtype=np.float32))
     if feature.kind == "age":
         return _NOW - random.integers(1, 10**7, size=count)
+    if feature.kind == "gap":
+        # In order, whichever request they fall to.
+        return _NOW - np.sort(random.integers(1, 10**7, size=count))[::-1]
     if feature.kind == "ids":
         lengths = random.integers(MOST_IDS + 1, size=count)
-        return lists_of(lengths, random.integers(feature.table_size or 1, size=int(lengths.sum())))
-    return random.integers(feature.table_size or 1, size=count)
+        return lists_of(lengths, _random_ids(feature, int(lengths.sum()), random))
+    return _random_ids(feature, count, random)
+
+
+def _random_ids(feature: Feature, count: int, random: np.random.Generator) -> pa.Array:
+    ids = random.integers(feature.table_size or 1, size=count)
+    return pa.array(ids).cast(pa.string()) if feature.text else pa.array(ids)

@@ -1,0 +1,191 @@
+"""Batches of schemas of any features hold what their requests say, whatever becomes of them."""
+
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tests.schemas import Shapes, entries_of, make_requests, schemas, shapes
+from tests.test_batch import assert_same
+from torchrec_amort import Feature, InputError, RequestBatch, RequestSchema
+from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.data.sample import random_requests
+from torchrec_amort.data.writer import write_requests
+
+
+def rows(jagged: Any) -> list[Any]:
+    return [row.tolist() for row in jagged.values().split(jagged.lengths().tolist())]
+
+
+def refuse_other_batch(batch: RequestBatch, requests: list[dict[str, Any]], schema: RequestSchema) -> None:
+    """The parts of a batch, told by the requests in plain loops."""
+    assert batch.num_candidates.tolist() == [len(request["film"]) for request in requests]
+    for side, ids, dense in (
+        ("request", batch.request_sparse, batch.request_dense),
+        ("candidate", batch.candidate_sparse, batch.candidate_dense),
+    ):
+        assert list(ids.keys()) == [feature.name for feature in schema.bag_features[side]]
+        for feature in schema.bag_features[side]:
+            assert rows(ids[feature.name]) == [entry for r in requests for entry in entries_of(feature, r)]
+        columns = [[e for r in requests for e in entries_of(feature, r)] for feature in schema.dense_features[side]]
+        assert (
+            dense.tolist()
+            == [pytest.approx([number for entry in row for number in entry]) for row in zip(*columns, strict=True)]
+            or not columns
+        )
+    assert list(batch.sequences.keys()) == [feature.name for feature in schema.sequence_features]
+    for feature in schema.sequence_features:
+        entries = [entries_of(feature, request) for request in requests]
+        joined = [[one for entry in of_request for one in entry] for of_request in entries]
+        assert rows(batch.sequences[feature.name]) == joined
+        if feature.kind == "ids":
+            assert rows(batch.num_ids[feature.name]) == [[len(entry) for entry in of_each] for of_each in entries]
+        else:
+            assert feature.name not in batch.num_ids
+    assert list(batch.dense_sequences) == [feature.name for feature in schema.dense_sequence_features]
+    for feature in schema.dense_sequence_features:
+        expected = [entries_of(feature, request) for request in requests]
+        for have, entries in zip(rows(batch.dense_sequences[feature.name]), expected, strict=True):
+            assert [pytest.approx(entry) for entry in entries] == have
+    if schema.of("request", "weight"):
+        assert batch.weights is not None
+        assert batch.weights.tolist() == pytest.approx([r["worth"] * share for r in requests for share in r["share"]])
+    else:
+        assert batch.weights is None
+
+
+@given(schemas(), shapes(), st.integers(0, 2**20))
+@settings(max_examples=200)
+def test_a_batch_holds_what_its_requests_say(schema: RequestSchema, sizes: Shapes, seed: int) -> None:
+    requests = make_requests(schema, sizes, seed)
+    refuse_other_batch(RequestBatch.from_requests(requests, schema), requests, schema)
+
+
+def without_candidates(request: dict[str, Any], schema: RequestSchema, keep: slice) -> dict[str, Any]:
+    columns = {feature.source for feature in schema.of("candidate")}
+    return {name: value[keep] if name in columns else value for name, value in request.items()}
+
+
+def with_latest(request: dict[str, Any], schema: RequestSchema, limits: dict[str, int]) -> dict[str, Any]:
+    limit_of = {feature.source: limits.get(feature.history) for feature in schema.of("event")}
+    return {
+        name: value if (limit := limit_of.get(name)) is None else value[max(len(value) - limit, 0) :]
+        for name, value in request.items()
+    }
+
+
+@given(schemas(), shapes(), st.data(), st.integers(0, 2**20))
+@settings(max_examples=200)
+def test_whatever_becomes_of_a_batch_is_as_if_its_requests_had_been_so(
+    schema: RequestSchema, sizes: Shapes, data: st.DataObject, seed: int
+) -> None:
+    requests = make_requests(schema, sizes, seed)
+    batch = RequestBatch.from_requests(requests, schema)
+    chosen = data.draw(st.lists(st.integers(0, len(requests) - 1), min_size=1))
+    refuse_other_batch(batch.select(torch.tensor(chosen)), [requests[row] for row in chosen], schema)
+    alone = [
+        without_candidates(request, schema, slice(place, place + 1))
+        for request in requests
+        for place in range(len(request["film"]))
+    ]
+    refuse_other_batch(batch.to_impressions().validate(schema.table_sizes), alone, schema)
+    start = data.draw(st.integers(0, batch.stride() - 1))
+    stop = data.draw(st.integers(start + 1, batch.stride()))
+    parts, first = [], 0
+    for request in requests:
+        end = first + len(request["film"])
+        parts.append(without_candidates(request, schema, slice(max(start - first, 0), max(min(stop, end) - first, 0))))
+        first = end
+    refuse_other_batch(batch.part(start, stop), parts, schema)
+    assert_same(batch.to(torch.device("cpu")), batch)
+
+
+@given(schemas(), shapes(), st.integers(0, 6), st.integers(0, 2**20))
+def test_each_history_is_kept_to_its_own_limit(schema: RequestSchema, sizes: Shapes, limit: int, seed: int) -> None:
+    # The gap before an event that is kept is still told when the event before it is not.
+    without_gaps = [feature for feature in schema.features if feature.kind != "gap"]
+    schema = RequestSchema("films", tuple(without_gaps))
+    requests = make_requests(schema, sizes, seed)
+    limits = dict(zip(schema.histories, (limit, 2), strict=False))
+    latest = [with_latest(request, schema, limits) for request in requests]
+    kept = RequestBatch.from_requests(requests, schema, limits)
+    refuse_other_batch(kept.validate(schema.table_sizes), latest, schema)
+    if schema.histories:
+        every = RequestBatch.from_requests(requests, schema).keep_latest(limit)
+        latest = [with_latest(request, schema, dict.fromkeys(schema.histories, limit)) for request in requests]
+        refuse_other_batch(every, latest, schema)
+
+
+@given(schema=schemas(), sizes=shapes(), seed=st.integers(0, 2**20))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_folder_keeps_all_of_it(schema: RequestSchema, sizes: Shapes, seed: int, tmp_path: Path) -> None:
+    requests = make_requests(schema, sizes, seed)
+    table = pa.Table.from_pylist(requests, schema.arrow_schema())
+    write_requests(tmp_path / "films", schema, {"train": [table]}, overwrite=True)
+    assert RequestSchema.load(tmp_path / "films") == schema
+    (batch,) = RequestDataset(tmp_path / "films", "train", batch_size=len(requests))
+    assert_same(batch, RequestBatch.from_requests(requests, schema))
+
+
+@given(schemas(), st.integers(0, 2**20))
+def test_random_requests_fit_any_schema(schema: RequestSchema, seed: int) -> None:
+    table = random_requests(schema, [0, 3], [1, 4], seed=seed)
+    assert RequestBatch.from_arrow(table, schema).num_candidates.tolist() == [1, 4]
+
+
+FILM = Feature("film", "candidate", "id", 30, table="film")
+CLICKS = (
+    Feature("clicked", "event", "id", 30, table="film", history="clicks"),
+    Feature("clicked_tags", "event", "ids", 9, history="clicks"),
+    Feature("clicked_at", "event", "gap", history="clicks"),
+    Feature("content", "event", "vector", size=2, history="clicks"),
+)
+REQUEST = {
+    "time": 100,
+    "film": [1, 2],
+    "clicked": [3, 4],
+    "clicked_tags": [[1], []],
+    "clicked_at": [10, 20],
+    "content": [[0.5, 1.0], [0.0, 2.0]],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"content": [[0.5, 1.0], [0.0]]}, "0: content has a vector of 1 numbers, but the schema says 2"),
+        (
+            {"content": [[0.5, 1.0], [0.0, float("nan")]]},
+            r"dense_sequences\['content'\] column 1 is nan, not",
+        ),
+        (
+            {"clicked_at": [20, 10]},
+            "0: clicked_at has an event at 10 after one at 20: list events with",
+        ),
+        ({"clicked_tags": [[1]]}, "request 0: clicked_tags lists 1 entries but clicked lists 2"),
+        (
+            {"clicked_tags": [[1], None]},
+            "clicked_tags has a null: write lists of lists of integers, none null",
+        ),
+        ({"clicked_tags": [[1], [9]]}, r"request 0: sequences\['clicked_tags'\] has id 9, not 0 to 8"),
+    ],
+)
+def test_bad_events_are_refused_with_field_request_and_numbers(changes: dict[str, Any], message: str) -> None:
+    schema = RequestSchema("films", (FILM, *CLICKS))
+    RequestBatch.from_requests([REQUEST], schema)
+    with pytest.raises(InputError, match=message):
+        RequestBatch.from_requests([REQUEST | changes], schema)
+
+
+def test_numbers_of_ids_have_to_add_up() -> None:
+    batch = RequestBatch.from_requests([REQUEST], RequestSchema("films", (FILM, *CLICKS)))
+    tags = batch.num_ids["clicked_tags"]
+    tags.values()[0] = 2
+    with pytest.raises(InputError, match=r"\['clicked_tags'\] has 1 entries, but num_ids\['clicked_tags'\] tells of 2"):
+        batch.validate()
+    assert isinstance(batch.sequences, KeyedJaggedTensor)
