@@ -20,9 +20,11 @@ import pytest
 
 from torchrec_amort import InputError
 from torchrec_amort.data import ebnerd
+from torchrec_amort.data.counts import read_counts
 from torchrec_amort.data.ebnerd_counters import embed_readers
 from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_EVENT, OF_REQUEST, HistoryOf
 from torchrec_amort.data.ebnerd_files import read_folder
+from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.schema import RequestSchema
 
 Row = dict[str, Any]
@@ -531,6 +533,26 @@ def test_what_is_known_of_no_article_is_zero_and_the_rest_the_same(
     for split, known in small_rows.items():
         for row, other in zip(rows[split], known, strict=True):
             assert row == {n: [0.0] * len(v) if n in unknown else v for n, v in other.items()}
+
+
+def test_prepared_requests_are_read_as_batches(small: Small, small_rows: dict[str, list[Row]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sizes = ebnerd.prepare(small[1], out, history_length=15)
+    for split, rows in small_rows.items():
+        assert sizes[split] == {
+            "requests": len(rows),
+            "candidates": sum(len(row["clicked"]) for row in rows),
+            "users": len({row["user"] for row in rows}),
+        }
+        ids = [article for row in rows for article in row["candidate_article"]]
+        assert read_counts(out)[split]["unknown_ids"]["candidate_article"] == pytest.approx(ids.count(0) / len(ids))
+        (batch,) = RequestDataset(out, split, batch_size=len(rows), num_lanes=1, seed=None)
+        assert batch.num_candidates.tolist() == [len(row["clicked"]) for row in rows]
+        assert batch.candidate_dense.shape == (len(ids), len(OF_CANDIDATE))
+        assert batch.sequences["candidate_article"].values().tolist() == ids
+        assert batch.sequences["clicked_time"].lengths().tolist() == [len(row["clicked_time"]) for row in rows]
+        vectors = [vector for row in rows for vector in row["clicked_vector"]]
+        assert batch.dense_sequences["clicked_vector"].tolist() == vectors
 
 
 def test_embeddings_agree_with_a_whole_svd_and_turn_onto_another() -> None:

@@ -79,7 +79,7 @@ def make_schema(num_articles: int) -> RequestSchema:
 
         make_schema(num_articles=2525)
     """
-    article: dict[str, Any] = {"table": "article", "table_size": num_articles + 1}
+    article: dict[str, Any] = {"table": "article", "table_size": num_articles + 1, "vocabulary": "unknown"}
     vector: dict[str, Any] = {"table": "reader_vector", "size": VECTOR_SIZE}
     clicks: dict[str, Any] = {"history": "clicks"}
     return RequestSchema(
