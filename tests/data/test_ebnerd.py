@@ -552,7 +552,7 @@ def test_prepared_requests_are_read_as_batches(small: Small, small_rows: dict[st
         assert batch.sequences["candidate_article"].values().tolist() == ids
         assert batch.sequences["clicked_time"].lengths().tolist() == [len(row["clicked_time"]) for row in rows]
         vectors = [vector for row in rows for vector in row["clicked_vector"]]
-        assert batch.dense_sequences["clicked_vector"].tolist() == vectors
+        assert batch.dense_sequences["clicked_vector"].values().tolist() == vectors
 
 
 def test_embeddings_agree_with_a_whole_svd_and_turn_onto_another() -> None:
