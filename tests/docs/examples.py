@@ -80,6 +80,10 @@ EXAMPLES = dict(_found())
 
 def _not_run() -> dict[str, str]:
     modules = {
+        "data.ebnerd": PUBLISHED,
+        "data.ebnerd_counters": PUBLISHED,
+        "data.ebnerd_features": PUBLISHED,
+        "data.ebnerd_files": PUBLISHED,
         "data.kuairand": PUBLISHED,
         "data.mind": PUBLISHED,
         "data.movielens": PUBLISHED,

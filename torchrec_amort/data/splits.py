@@ -91,9 +91,14 @@ def lists(values: np.ndarray | pa.Array, starts: np.ndarray, stops: np.ndarray) 
 
         lists(np.array([5, 6, 7]), np.array([0, 0]), np.array([1, 3]))  # [[5], [5, 6, 7]]
     """
-    offsets = np.concatenate([[0], np.cumsum(stops - starts)])
-    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], stops - starts)
+    offsets, places = ranges(starts, stops)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values).take(pa.array(places)))
+
+
+def ranges(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places from each start to its stop, one range after the other: where each range begins, and the places."""
+    offsets = np.concatenate([[0], np.cumsum(stops - starts)])
+    return offsets, np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], stops - starts)
 
 
 def lists_of(lengths: Sequence[int] | np.ndarray, entries: np.ndarray | pa.Array) -> pa.ListArray:

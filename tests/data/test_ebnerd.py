@@ -1,0 +1,822 @@
+"""EB-NeRD against plain loops over its raw rows, on a small folder in the published format and on the public demo."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchrec_amort import InputError
+from torchrec_amort.data import ebnerd
+from torchrec_amort.data.counts import read_counts
+from torchrec_amort.data.ebnerd_counters import embed_readers
+from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_EVENT, OF_REQUEST, HistoryOf
+from torchrec_amort.data.ebnerd_files import read_folder
+from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.schema import RequestSchema
+
+Row = dict[str, Any]
+
+DENSE = (*OF_REQUEST, *OF_CANDIDATE, *OF_EVENT)
+
+DAY = 86_400
+STARTS = {"train": ebnerd.VALIDATION_START - 6 * DAY, "validation": ebnerd.VALIDATION_START + DAY}
+HISTORY_COLUMNS = ("article_id_fixed", "impression_time_fixed", "read_time_fixed", "scroll_percentage_fixed")
+READ_TIMES = (None, 0, 4, 5, 29, 30, 240, 1800)
+SCROLLS = (None, 0, 19, 20, 50, 99, 99.5, 100)
+
+
+# ----- raw rows -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Raw:
+    """A published split as rows, and the same by article and by user. Times are seconds."""
+
+    behaviors: list[Row]
+    history: list[Row]
+    lengths: dict[int, int]
+    premium: dict[int, float]
+    reads: dict[int, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    readings: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    inviews: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        self.in_order = sorted(self.behaviors, key=lambda row: row["impression_time"])
+        for row in self.history:
+            for article, time, read_time, scroll in zip(*(row[name] for name in HISTORY_COLUMNS), strict=True):
+                self._read(row["user_id"], article, time, read_time, scroll, in_week=0)
+        for row in self.in_order:
+            for article in dict.fromkeys(row["article_ids_clicked"]):
+                self._read(row["user_id"], article, row["impression_time"], None, None, in_week=1)
+            for article in row["article_ids_inview"]:
+                self.inviews[article].append(row["impression_time"])
+        for events in self.reads.values():
+            events.sort(key=lambda event: event["time"])
+
+    def _read(
+        self, user: int, article: int, time: int, read_time: float | None, scroll: float | None, in_week: int
+    ) -> None:
+        event = {"article": article, "time": time, "read_time": read_time, "scroll": scroll, "in_week": in_week}
+        self.reads[user].append(event)
+        self.readings[article].append((time, user))
+
+    @property
+    def start(self) -> int:
+        return int(self.in_order[0]["impression_time"])
+
+
+def make_raw(seed: int) -> dict[str, Raw]:
+    """Two splits of few seconds, so that many requests share one, and histories in no order."""
+    rng = np.random.default_rng(seed)
+    articles = (1000 + rng.permutation(400)[:55]).tolist()
+    lengths = {article: int(rng.integers(0, 5000)) for article in articles[5:]}
+    premium = {article: float(rng.integers(2)) for article in articles[5:]}
+    # No history has the last five, and nobody knows how long the first five are.
+    popularity = 1 / np.arange(1, 56)
+    raws = {}
+    for split, start in STARTS.items():
+        history = []
+        for user in range(45):
+            num_events = int(rng.integers(1, 40)) if user else 0
+            times = rng.integers(start - 21 * DAY, start, num_events).tolist()
+            if num_events > 2:
+                times[1] = times[0]
+            history.append(
+                {
+                    "user_id": 7 + 3 * user,
+                    "article_id_fixed": rng.choice(articles[:50], num_events).tolist(),
+                    "impression_time_fixed": times,
+                    "read_time_fixed": [READ_TIMES[place] for place in rng.integers(0, len(READ_TIMES), num_events)],
+                    "scroll_percentage_fixed": [SCROLLS[place] for place in rng.integers(0, len(SCROLLS), num_events)],
+                }
+            )
+        seconds = start + np.concatenate([rng.integers(0, 6 * DAY, 20), rng.integers(6 * DAY, 7 * DAY, 10)])
+        behaviors = []
+        for place in range(90):
+            shown = rng.choice(articles, int(rng.integers(1, 12)), replace=False, p=popularity / popularity.sum())
+            clicked = rng.choice(shown, int(rng.integers(1, 3))).tolist()
+            behaviors.append(
+                {
+                    "impression_id": place,
+                    "impression_time": int(rng.choice(seconds)) if place else start,
+                    # Some have no history.
+                    "user_id": 7 + 3 * int(rng.integers(0, 20) if place % 2 else rng.integers(40, 48)),
+                    "device_type": int(rng.integers(0, 4)),
+                    "article_ids_inview": shown.tolist(),
+                    "article_ids_clicked": clicked,
+                }
+            )
+        raws[split] = Raw(behaviors, history, lengths, premium)
+    return raws
+
+
+def write_folder(folder: Path, raws: dict[str, Raw], *, article_files: bool = True) -> Path:
+    moment = pa.timestamp("us")
+    for split, raw in raws.items():
+        (folder / split).mkdir(parents=True)
+        behaviors = pa.Table.from_pylist(raw.behaviors)
+        times = pa.array([row["impression_time"] * 10**6 + 999_999 for row in raw.behaviors]).cast(moment)
+        behaviors = behaviors.set_column(behaviors.column_names.index("impression_time"), "impression_time", times)
+        pq.write_table(behaviors, folder / split / "behaviors.parquet")
+        types = (pa.int32(), moment, pa.float32(), pa.float32())
+        columns = {
+            name: pa.array(
+                [[v * 10**6 for v in row[name]] if kind == moment else row[name] for row in raw.history],
+                pa.list_(pa.int64() if kind == moment else kind),
+            ).cast(pa.large_list(kind))
+            for name, kind in zip(HISTORY_COLUMNS, types, strict=True)
+        }
+        users = pa.array([row["user_id"] for row in raw.history], pa.uint32())
+        pq.write_table(pa.table({"user_id": users, **columns}), folder / split / "history.parquet")
+    if article_files:
+        for name, column, values in (
+            ("article_length", "article_length", raws["train"].lengths),
+            ("premium_articles", "premium", raws["train"].premium),
+        ):
+            table = pa.table({"article_id": list(values), column: list(values.values())})
+            pq.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+def rows_of(folder: Path, history_length: int = 15, history_of: HistoryOf = "own") -> dict[str, list[Row]]:
+    _, tables = ebnerd.split_requests(*read_folder(folder), history_length, history_of)
+    return {split: pa.concat_tables(parts).to_pylist() for split, parts in tables.items()}
+
+
+# ----- plain loops --------------------------------------------------------------------------------------------------
+
+
+def centered(values: list[float]) -> list[float]:
+    known = [value for value in values if not math.isnan(value)]
+    return [value - sum(known) / max(len(known), 1) for value in values]
+
+
+def candidates_by_loops(raw: Raw, request: Row) -> list[Row]:
+    """The dense features of a request's candidates before they are standardized."""
+    now, shown = request["impression_time"], request["article_ids_inview"]
+    newest = max(
+        max(row["article_ids_inview"]) for row in raw.in_order if row["impression_time"] < now or row is request
+    )
+    candidates: list[Row] = []
+    for article in shown:
+        values: Row = {}
+        read = [time for time, _ in raw.readings[article] if time < now]
+        seen = [time for time in raw.inviews[article] if time < now]
+        for hours in (1, 6, 24):
+            clicks, inviews = (sum(0.5 ** ((now - time) / 3600 / hours) for time in times) for times in (read, seen))
+            values["popularity" if hours == 6 else f"clicks_{hours}h"] = math.log1p(clicks)
+            values[f"inviews_{hours}h"] = math.log1p(inviews)
+            values[f"click_rate_{hours}h"] = math.log((clicks + 0.5) / (inviews + 5))
+        first = min(read + seen, default=now)
+        values["article_age"] = math.log1p(now - first)
+        values["is_new"] = float(not read + seen)
+        values["readers"] = math.log1p(len({user for time, user in raw.readings[article] if time < now}))
+        values["id_rank"] = sum(other < article for other in shown) / max(len(shown) - 1, 1)
+        values["id_gap"] = math.log1p(newest - article)
+        values["article_length"] = math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan
+        values["length_missing"] = float(article not in raw.lengths)
+        values["premium"] = raw.premium.get(article, math.nan)
+        candidates.append(values)
+    for name in COMPARED:
+        means = centered([values[name] for values in candidates])
+        for values, less_mean in zip(candidates, means, strict=True):
+            values[f"{name}_less_mean"] = less_mean
+    return candidates
+
+
+def history_by_loops(raw: Raw, user: int, now: int) -> list[Row]:
+    return [event for event in raw.reads[user] if event["time"] < now]
+
+
+def request_by_loops(raw: Raw, request: Row) -> Row:
+    now = request["impression_time"]
+    history = history_by_loops(raw, request["user_id"], now)
+    angle = 2 * math.pi * (now % DAY) / DAY
+    return {
+        "hour_sin": math.sin(angle),
+        "hour_cos": math.cos(angle),
+        **{f"device_{device}": float(request["device_type"] == device) for device in (1, 2, 3)},
+        "num_candidates": math.log(len(request["article_ids_inview"])),
+        "history_length": math.log1p(len(history)),
+        "clicks_of_week": math.log1p(sum(event["in_week"] for event in history)),
+    }
+
+
+def event_by_loops(raw: Raw, event: Row) -> Row:
+    article = event["article"]
+    return {
+        "clicked_premium": raw.premium.get(article, math.nan),
+        "clicked_length": math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan,
+        "clicked_readers": math.log1p(len({u for time, u in raw.readings[article] if time < as_of(event, raw)})),
+    }
+
+
+def bucket(value: float | None, bounds: Iterable[float]) -> int:
+    return 0 if value is None else 1 + sum(value >= bound for bound in bounds)
+
+
+def vector_by_loops(raw: Raw, article: int, now: int, of_user: dict[int, np.ndarray]) -> np.ndarray:
+    readers = {user for time, user in raw.readings[article] if time < now}
+    total = sum((of_user.get(user, np.zeros(32)) for user in readers), np.zeros(32))
+    length = np.linalg.norm(total)
+    return total / length * len(readers) / (len(readers) + 3) if length > 1e-6 else np.zeros(32)
+
+
+def as_of(event: Row, raw: Raw) -> int:
+    """The second whose readers a history's event shows."""
+    return event["time"] if event["in_week"] else raw.start
+
+
+def users_by_numpy(raws: dict[str, Raw]) -> tuple[list[int], dict[str, dict[int, np.ndarray]]]:
+    """The articles of the table, and the vectors of users of both splits."""
+    known: dict[str, list[int]] = {}
+    bases: dict[str, np.ndarray] = {}
+    vectors: dict[str, dict[int, np.ndarray]] = {}
+    for split, raw in raws.items():
+        read = {row["user_id"]: set(row["article_id_fixed"]) for row in raw.history}
+        counts = Counter(article for articles in read.values() for article in articles)
+        known[split] = sorted(article for article, count in counts.items() if count >= 5)
+        X = np.array(
+            [
+                [math.log(len(read) / counts[a]) if a in articles else 0 for a in known[split]]
+                for articles in read.values()
+            ]
+        )
+        X /= np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-30)
+        basis = np.linalg.svd(X)[2][1:33].T
+        if split == "validation":
+            both = sorted(set(known["train"]) & set(known["validation"]))
+            ours, theirs = (
+                basis[[known[split].index(a) for a in both]],
+                bases["train"][[known["train"].index(a) for a in both]],
+            )
+            left, _, right = np.linalg.svd(ours.T @ theirs)
+            basis = basis @ left @ right
+        bases[split] = basis
+        users = X @ basis
+        users -= users.mean(axis=0)
+        users /= np.linalg.norm(users, axis=1, keepdims=True)
+        vectors[split] = dict(zip(read, users, strict=True))
+    return known["train"], vectors
+
+
+# ----- a small folder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Raw], Path]:
+    raws = make_raw(request.param)
+    return raws, write_folder(tmp_path_factory.mktemp("small"), raws)
+
+
+Small = tuple[dict[str, Raw], Path]
+
+
+@pytest.fixture(scope="module")
+def small_rows(small: Small) -> dict[str, list[Row]]:
+    return rows_of(small[1])
+
+
+def requests_of(raws: dict[str, Raw]) -> dict[str, list[tuple[Raw, Row]]]:
+    """The raw requests of each split that is written, in order of time."""
+    train = [(raws["train"], row) for row in raws["train"].in_order]
+    is_fit = [row["impression_time"] < ebnerd.VALIDATION_START for _, row in train]
+    return {
+        "train": [pair for pair, fit in zip(train, is_fit, strict=True) if fit],
+        "validation": [pair for pair, fit in zip(train, is_fit, strict=True) if not fit],
+        "test": [(raws["validation"], row) for row in raws["validation"].in_order],
+    }
+
+
+def paired(rows: dict[str, list[Row]], raws: dict[str, Raw]) -> Iterator[tuple[Row, Raw, Row]]:
+    """Each row that is written, with its split and its request as they are published."""
+    for split, requests in requests_of(raws).items():
+        for row, (raw, request) in zip(rows[split], requests, strict=True):
+            yield row, raw, request
+
+
+def kept_history(raw: Raw, request: Row) -> list[Row]:
+    return history_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
+
+
+def test_the_small_folder_has_what_is_difficult(small: Small) -> None:
+    raws = small[0]
+    for raw in raws.values():
+        times = [row["impression_time"] for row in raw.behaviors]
+        assert len(set(times)) < len(times)
+        assert any(len(set(row["article_ids_clicked"])) > 1 for row in raw.behaviors)
+        assert any(len(row["article_ids_clicked"]) > len(set(row["article_ids_clicked"])) for row in raw.behaviors)
+        assert {row["user_id"] for row in raw.behaviors} - {row["user_id"] for row in raw.history}
+        assert any(not row["article_id_fixed"] for row in raw.history)
+        assert any(article not in raw.lengths for row in raw.behaviors for article in row["article_ids_inview"])
+    assert all(requests_of(raws).values())
+
+
+def test_dense_features_are_those_of_plain_loops_and_all_but_popularity_standardized_by_train(
+    small: Small, small_rows: dict[str, list[Row]]
+) -> None:
+    by_loops = {
+        split: [(request_by_loops(raw, row), candidates_by_loops(raw, row)) for raw, row in requests]
+        for split, requests in requests_of(small[0]).items()
+    }
+
+    def scale(values: list[float]) -> Callable[[float], float]:
+        mean, deviation = np.nanmean(values), np.nanstd(values)
+        return lambda value: 0 if math.isnan(value) else float(np.clip((value - mean) / (deviation or 1), -6, 6))
+
+    train = by_loops["train"]
+    of_request = {name: scale([request[name] for request, _ in train]) for name in OF_REQUEST}
+    of_candidate = {name: scale([c[name] for _, candidates in train for c in candidates]) for name in OF_CANDIDATE}
+    of_candidate["popularity"] = float
+    for split, rows in small_rows.items():
+        for row, (request, candidates) in zip(rows, by_loops[split], strict=True):
+            for name in OF_REQUEST:
+                assert row[name] == pytest.approx(of_request[name](request[name]), abs=1e-4), name
+            for name in OF_CANDIDATE:
+                expected = [of_candidate[name](candidate[name]) for candidate in candidates]
+                assert row[name] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_candidates_labels_and_events_are_those_of_plain_loops(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    known, _ = users_by_numpy(small[0])
+    row_of = {article: place for place, article in enumerate(known, start=1)}
+    for request_id, (row, raw, request) in enumerate(paired(small_rows, small[0])):
+        shown, clicked = request["article_ids_inview"], request["article_ids_clicked"]
+        events = kept_history(raw, request)
+        assert {name: row[name] for name in row if name not in DENSE} == {
+            "request_id": request_id,
+            "user": request["user_id"],
+            "time": request["impression_time"],
+            "candidate_article": [row_of.get(article, 0) for article in shown],
+            "candidate_vector": row["candidate_vector"],
+            "clicked": [float(article in clicked) for article in shown],
+            "clicked_article": [row_of.get(event["article"], 0) for event in events],
+            "clicked_vector": row["clicked_vector"],
+            "clicked_in_week": [event["in_week"] for event in events],
+            "clicked_read_time": [bucket(event["read_time"], (5, 15, 30, 60, 120, 240)) for event in events],
+            "clicked_scroll": [bucket(event["scroll"], (20, 50, 80, 99.5)) for event in events],
+            "clicked_time": [event["time"] for event in events],
+        }
+
+
+def test_vectors_are_those_of_readers_before_up_to_one_rotation(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    _, of_users = users_by_numpy(small[0])
+    of_raw = {id(raw): of_users[split] for split, raw in small[0].items()}
+    written, expected = [], []
+    for row, raw, request in paired(small_rows, small[0]):
+        written += row["candidate_vector"] + row["clicked_vector"]
+        asked = [(article, request["impression_time"]) for article in request["article_ids_inview"]]
+        asked += [(event["article"], as_of(event, raw)) for event in kept_history(raw, request)]
+        expected += [vector_by_loops(raw, article, time, of_raw[id(raw)]) for article, time in asked]
+    left, _, right = np.linalg.svd(np.array(expected).T @ np.array(written))
+    np.testing.assert_allclose(np.array(expected) @ left @ right, np.array(written), atol=1e-4)
+
+
+def test_attributes_of_events_have_the_scale_of_the_candidates(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    of_candidates: dict[tuple[str, float], float] = {}
+    for row, raw, request in paired(small_rows, small[0]):
+        for place, values in enumerate(candidates_by_loops(raw, request)):
+            of_candidates |= {(name, round(values[name], 9)): row[name][place] for name in OF_EVENT.values()}
+    compared = dict.fromkeys(OF_EVENT, 0)
+    for row, raw, request in paired(small_rows, small[0]):
+        for place, event in enumerate(kept_history(raw, request)):
+            for name, value in event_by_loops(raw, event).items():
+                if math.isnan(value):
+                    assert row[name][place] == 0
+                elif (known := of_candidates.get((OF_EVENT[name], round(value, 9)))) is not None:
+                    assert row[name][place] == pytest.approx(known, abs=1e-5)
+                    compared[name] += 1
+    assert min(compared.values()) > 100
+
+
+# ----- what is promised ---------------------------------------------------------------------------------------------
+
+
+def changed_from(raw: Raw, place: int) -> Raw:
+    """The split with another user, other articles and other clicks in all requests from the second of one on but it."""
+    kept, rng = raw.in_order[place], np.random.default_rng(0)
+    articles = sorted(raw.inviews)
+
+    def change(row: Row) -> Row:
+        if row is kept or row["impression_time"] < kept["impression_time"]:
+            return row
+        shown = rng.choice(articles, 9, replace=False).tolist()
+        user = int(rng.choice([kept["user_id"], 7, 10, 13]))
+        return row | {"user_id": user, "article_ids_inview": shown, "article_ids_clicked": shown[:2]}
+
+    return Raw([change(row) for row in raw.behaviors], raw.history, raw.lengths, raw.premium)
+
+
+def assert_other_scale(written: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Values are the written ones but for their scale; a missing value is 0 in any, and the ends are clipped."""
+    inside = (np.abs(written) < 6) & (np.abs(values) < 6) & (written != 0)
+    of_line = np.stack([values, np.ones_like(values)], axis=1)[inside]
+    np.testing.assert_allclose(
+        of_line @ np.linalg.lstsq(of_line, written[inside], rcond=None)[0], written[inside], atol=2e-4, err_msg=name
+    )
+
+
+def upto(rows: list[Row], row: Row) -> list[Row]:
+    """The requests before a row's second, and the row itself."""
+    return [other for other in rows if other["time"] < row["time"]] + [row]
+
+
+def test_no_later_or_simultaneous_row_of_the_test_week_changes_a_request(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    raws, _ = small
+    for place in (0, 40, 80):
+        changed = raws | {"validation": changed_from(raws["validation"], place)}
+        rows = rows_of(write_folder(tmp_path / str(place), changed))
+        assert rows["train"] == small_rows["train"]
+        assert rows["validation"] == small_rows["validation"]
+        assert rows["test"] != small_rows["test"]
+        assert upto(rows["test"], rows["test"][place]) == upto(small_rows["test"], small_rows["test"][place])
+
+
+def test_no_later_or_simultaneous_row_of_the_last_day_of_train_changes_a_request(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    raws, _ = small
+    place = 2
+    changed = raws | {"train": changed_from(raws["train"], len(small_rows["train"]) + place)}
+    rows = rows_of(write_folder(tmp_path / "changed", changed))
+    assert rows["train"] == small_rows["train"]
+    assert rows["validation"] != small_rows["validation"]
+    assert rows["test"] == small_rows["test"]
+    now = upto(rows["validation"], rows["validation"][place])
+    assert now == upto(small_rows["validation"], small_rows["validation"][place])
+
+
+def test_of_later_rows_of_train_only_the_scale_of_dense_features_is_made(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    """Mean and deviation are train's; the embedding is made of histories, which end before the first request."""
+    raws, _ = small
+    changed = raws | {"train": changed_from(raws["train"], 30)}
+    rows = rows_of(write_folder(tmp_path / "changed", changed))
+
+    def undone(split: str, splits: dict[str, list[Row]]) -> list[Row]:
+        kept = upto(splits["train"], splits["train"][30]) if split == "train" else splits[split]
+        return [{name: values for name, values in row.items() if name not in DENSE} for row in kept]
+
+    for split in ("train", "test"):
+        assert undone(split, rows) == undone(split, small_rows)
+    for name in OF_CANDIDATE:
+        new, old = (np.concatenate([row[name] for row in splits["test"]]) for splits in (rows, small_rows))
+        assert_other_scale(new, old, name)
+
+
+def test_the_control_has_the_events_of_one_other_user_and_all_else_the_same(
+    small: Small, small_rows: dict[str, list[Row]]
+) -> None:
+    rows = rows_of(small[1], history_of="another user")
+    others: dict[tuple[int, int], set[int]] = {}
+    for split in rows:
+        for row, own in zip(rows[split], small_rows[split], strict=True):
+            assert {n: v for n, v in row.items() if not n.startswith("clicked_")} == {
+                n: v for n, v in own.items() if not n.startswith("clicked_")
+            }
+    for row, raw, request in paired(rows, small[0]):
+        users = {r["user_id"] for r in (*raw.history, *raw.behaviors)}
+        of_users = {user: kept_history(raw, request | {"user_id": user}) for user in users}
+        fits = {u for u, events in of_users.items() if [event["time"] for event in events] == row["clicked_time"]}
+        others.setdefault((id(raw), request["user_id"]), users).intersection_update(fits)
+    assert all(others.values())
+    told = {key: next(iter(fits)) for key, fits in others.items() if len(fits) == 1}
+    assert len(told) > 20
+    assert all(user != other for (_, user), other in told.items())
+    assert len({(raw, other) for (raw, _), other in told.items()}) == len(told)
+
+
+def test_a_history_keeps_its_latest_events(small: Small, small_rows: dict[str, list[Row]]) -> None:
+    rows = rows_of(small[1], history_length=3)
+    for split, whole in small_rows.items():
+        for row, longer in zip(rows[split], whole, strict=True):
+            assert row == {n: v[-3:] if n.startswith("clicked_") else v for n, v in longer.items()}
+
+
+def test_published_articles_tell_lengths_and_premium(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    raws, _ = small
+    folder = write_folder(tmp_path / "folder", raws, article_files=False)
+    lengths, premium = raws["train"].lengths, raws["train"].premium
+    published = {
+        "article_id": list(lengths),
+        "body": ["å" * length for length in lengths.values()],
+        "premium": [premium[article] == 1 for article in lengths],
+    }
+    pq.write_table(pa.table(published), folder / "articles.parquet")
+    assert rows_of(folder) == small_rows
+
+
+def test_what_is_known_of_no_article_is_zero_and_the_rest_the_same(
+    small: Small, small_rows: dict[str, list[Row]], tmp_path: Path
+) -> None:
+    rows = rows_of(write_folder(tmp_path / "folder", small[0], article_files=False))
+    names = {"article_length", "article_length_less_mean", "length_missing", "premium"}
+    unknown = names | {"clicked_premium", "clicked_length"}
+    for split, known in small_rows.items():
+        for row, other in zip(rows[split], known, strict=True):
+            assert row == {n: [0.0] * len(v) if n in unknown else v for n, v in other.items()}
+
+
+def test_prepared_requests_are_read_as_batches(small: Small, small_rows: dict[str, list[Row]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sizes = ebnerd.prepare(small[1], out, history_length=15)
+    for split, rows in small_rows.items():
+        assert sizes[split] == {
+            "requests": len(rows),
+            "candidates": sum(len(row["clicked"]) for row in rows),
+            "users": len({row["user"] for row in rows}),
+        }
+        ids = [article for row in rows for article in row["candidate_article"]]
+        assert read_counts(out)[split]["unknown_ids"]["candidate_article"] == pytest.approx(ids.count(0) / len(ids))
+        (batch,) = RequestDataset(out, split, batch_size=len(rows), num_lanes=1, seed=None)
+        assert batch.num_candidates.tolist() == [len(row["clicked"]) for row in rows]
+        assert batch.candidate_dense.shape == (len(ids), len(OF_CANDIDATE))
+        assert batch.sequences["candidate_article"].values().tolist() == ids
+        assert batch.sequences["clicked_time"].lengths().tolist() == [len(row["clicked_time"]) for row in rows]
+        vectors = [vector for row in rows for vector in row["clicked_vector"]]
+        assert batch.dense_sequences["clicked_vector"].values().tolist() == vectors
+
+
+def test_embeddings_agree_with_a_whole_svd_and_turn_onto_another() -> None:
+    rng = np.random.default_rng(0)
+    num_users, num_articles = 400, 300
+    taste, topic = rng.normal(size=(num_users, 6)), rng.normal(size=(num_articles, 6))
+    read = rng.random((num_users, num_articles)) < 1 / (1 + np.exp(3.5 - taste @ topic.T))
+    user, article = np.nonzero(read)
+    embedding = embed_readers(np.repeat(user, 2), np.repeat(article, 2), num_users)
+    assert (embedding.article == np.flatnonzero(read.sum(0) >= 5)).all()
+
+    weighted = read[:, embedding.article] * np.log(num_users / read[:, embedding.article].sum(0))
+    weighted /= np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-30)
+    vectors = weighted @ np.linalg.svd(weighted)[2][1:33].T
+    vectors -= vectors.mean(0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = embedding.user_vectors @ embedding.user_vectors.T
+    np.testing.assert_allclose(cosines, vectors @ vectors.T, atol=1e-4)
+
+    turn = np.linalg.qr(rng.normal(size=(32, 32)))[0]
+    other = replace(embedding, basis=embedding.basis @ turn)
+    turned = embed_readers(user, article, num_users, like=other)
+    np.testing.assert_allclose(turned.user_vectors, embedding.user_vectors @ turn, atol=1e-6)
+
+
+# ----- what is refused ----------------------------------------------------------------------------------------------
+
+
+def with_column(path: Path, name: str, values: list[Any]) -> None:
+    table = pq.read_table(path)
+    place = table.column_names.index(name)
+    pq.write_table(table.set_column(place, name, pa.array(values, table[name].type)), path)
+
+
+def behaviors_with(name: str, row: int, value: Any) -> Callable[[Path], None]:
+    return partial(_file_with, "behaviors.parquet", name, row, value)
+
+
+def history_with(name: str, row: int, value: Any) -> Callable[[Path], None]:
+    return partial(_file_with, "history.parquet", name, row, value)
+
+
+def _file_with(file: str, name: str, row: int, value: Any, folder: Path) -> None:
+    values = pq.read_table(folder / "train" / file)[name].to_pylist()
+    values[row] = value(values[row]) if callable(value) else value
+    with_column(folder / "train" / file, name, values)
+
+
+def without(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+def cut(folder: Path) -> None:
+    path = folder / "train" / "behaviors.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def drop_column(folder: Path) -> None:
+    path = folder / "train" / "history.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("read_time_fixed"), path)
+
+
+def drop_rows(folder: Path) -> None:
+    path = folder / "train" / "behaviors.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+
+
+def move(folder: Path) -> None:
+    path = folder / "train" / "behaviors.parquet"
+    times = [time + timedelta(days=7) for time in pq.read_table(path)["impression_time"].to_pylist()]
+    with_column(path, "impression_time", times)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without("train/history.parquet"), r"train/history\.parquet: no such file: give a folder of EB-NeRD"),
+        (without("validation/behaviors.parquet"), r"validation/behaviors\.parquet: no such file"),
+        (cut, r"train/behaviors\.parquet: not as EB-NeRD is published \(.*\): download it again"),
+        (drop_column, r"train/history\.parquet: column 'read_time_fixed' is missing"),
+        (drop_rows, r"train/behaviors\.parquet: has 0 rows, not 1 or more"),
+        (behaviors_with("user_id", 3, None), r"train/behaviors\.parquet: row 3: user_id is null"),
+        (behaviors_with("article_ids_inview", 4, []), r"behaviors\.parquet: row 4: article_ids_inview has 0 articles"),
+        (history_with("user_id", 5, 7), r"history\.parquet: row 5: user_id 7 has 2 rows, not 1"),
+        (
+            history_with("scroll_percentage_fixed", 6, [1] * 50),
+            r"history\.parquet: row 6: scroll_percentage_fixed has 50 entries, article_id_fixed \d+: download",
+        ),
+        (
+            history_with("impression_time_fixed", 8, lambda times: [*times[:-1], datetime(2023, 6, 1)]),
+            r"history\.parquet: row 8: impression_time_fixed has 1685577600, which is not before 1684\d+, the first",
+        ),
+        (move, r"ebnerd: the first request of train is at 16849\d+, not before 1684911600"),
+    ],
+)
+def test_a_folder_that_is_not_as_published_is_refused_by_file_and_row(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    folder = write_folder(tmp_path / "folder", make_raw(0))
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        ebnerd.prepare(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_prepared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recsys\.eb\.dk"):
+        ebnerd.prepare(None, tmp_path / "out")
+    folder = write_folder(tmp_path / "folder", make_raw(0))
+    history_of: Any = "nobody"
+    with pytest.raises(InputError, match=r"history_of is 'nobody', not one of 'own', 'another user'"):
+        ebnerd.prepare(folder, tmp_path / "out", history_of=history_of)
+    alone = {
+        split: Raw([row | {"user_id": 7} for row in raw.behaviors], raw.history[:1], {}, {})
+        for split, raw in make_raw(0).items()
+    }
+    with pytest.raises(InputError, match=r"a split has 1 user: it needs 2 or more"):
+        ebnerd.prepare(write_folder(tmp_path / "alone", alone), tmp_path / "out", history_of="another user")
+
+
+# ----- the public demo ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Public:
+    """The public demo and what it becomes, with short histories."""
+
+    raws: dict[str, Raw]
+    schema: RequestSchema
+    tables: dict[str, pa.Table]
+
+
+@pytest.fixture(scope="module")
+def public(shared_data: Path) -> Public:
+    folder = shared_data / "ebnerd-demo"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    schema, tables = ebnerd.split_requests(*read_folder(folder), history_length=5)
+    return Public(
+        read_raw(folder), schema, {split: pa.concat_tables(parts).combine_chunks() for split, parts in tables.items()}
+    )
+
+
+def read_raw(folder: Path) -> dict[str, Raw]:
+    attributes = [
+        dict(
+            zip(
+                *pq.read_table(folder / f"{name}.parquet", columns=["article_id", column]).to_pydict().values(),
+                strict=True,
+            )
+        )
+        for name, column in (("article_length", "article_length"), ("premium_articles", "premium"))
+    ]
+    raws = {}
+    for split in STARTS:
+        behaviors = pq.read_table(folder / split / "behaviors.parquet").to_pylist()
+        history = pq.read_table(folder / split / "history.parquet").to_pylist()
+        for row in behaviors:
+            row["impression_time"] = seconds(row["impression_time"])
+        for row in history:
+            row["impression_time_fixed"] = [seconds(time) for time in row["impression_time_fixed"]]
+        raws[split] = Raw(behaviors, history, *attributes)
+    return raws
+
+
+def seconds(moment: datetime) -> int:
+    return int(moment.replace(tzinfo=timezone.utc).timestamp())
+
+
+def flat(public: Public, split: str, name: str) -> np.ndarray:
+    """A feature of all candidates or events of a published split."""
+    parts = ("train", "validation") if split == "train" else ("test",)
+    arrays = [public.tables[part][name].combine_chunks() for part in parts]
+    return np.concatenate([(array.flatten() if pa.types.is_list(array.type) else array).to_numpy() for array in arrays])
+
+
+def test_the_public_demo_has_its_known_counts(public: Public) -> None:
+    clicks = {split: table["clicked"].combine_chunks() for split, table in public.tables.items()}
+    counts = {split: (len(c), len(c.flatten()), c.flatten().to_numpy().sum()) for split, c in clicks.items()}
+    assert counts == {
+        "train": (21_318, 240_288, 21_408),
+        "validation": (3_406, 37_851, 3_421),
+        "test": (25_356, 304_915, 25_444),
+    }
+    of_splits = {}
+    for split in STARTS:
+        of_request = np.add.reduceat(flat(public, split, "clicked"), bounds_of(public, split)[:-1])
+        num_candidates = np.diff(bounds_of(public, split))
+        assert (of_request >= 1).all() and (of_request < num_candidates).all()
+        users = len(np.unique(flat(public, split, "user")))
+        of_splits[split] = (users, (of_request > 1).sum(), num_candidates.min(), num_candidates.max())
+    assert of_splits == {"train": (1_590, 73, 5, 100), "validation": (1_562, 70, 5, 93)}
+
+
+def bounds_of(public: Public, split: str) -> np.ndarray:
+    """Where the candidates of each request start."""
+    return np.cumsum([0, *(len(row["article_ids_inview"]) for row in public.raws[split].in_order)])
+
+
+@pytest.mark.parametrize(("split", "expected"), [("train", (272, 318, 17.0)), ("validation", (241, 294, 17.2))])
+def test_histories_of_the_public_demo_are_as_long_as_known(
+    public: Public, split: str, expected: tuple[float, float, float]
+) -> None:
+    raw = public.raws[split]
+    times = {user: [event["time"] for event in events] for user, events in raw.reads.items()}
+    lengths = np.array([bisect_left(times[row["user_id"]], row["impression_time"]) for row in raw.in_order])
+    before = np.array([bisect_left(times[row["user_id"]], raw.start) for row in raw.in_order])
+    have = np.median(lengths), lengths.mean(), (lengths - before).mean()
+    assert have == pytest.approx(expected, rel=2e-3)
+    assert_other_scale(flat(public, split, "history_length"), np.log1p(lengths), "history_length")
+    assert_other_scale(flat(public, split, "clicks_of_week"), np.log1p(lengths - before), "clicks_of_week")
+
+
+@pytest.mark.parametrize(("split", "candidates", "events"), [("train", 0.123, 0.90), ("validation", 0.052, 0.58)])
+def test_the_table_of_the_public_demo_knows_the_articles_of_train(
+    public: Public, split: str, candidates: float, events: float
+) -> None:
+    readers = Counter(a for row in public.raws["train"].history for a in set(row["article_id_fixed"]))
+    known = {article for article, count in readers.items() if count >= 5}
+    assert public.schema.table_sizes["candidate_article"] == len(known) + 1 == 2_526
+    shown = [a for row in public.raws[split].in_order for a in row["article_ids_inview"]]
+    ids = flat(public, split, "candidate_article")
+    assert (ids > 0).tolist() == [article in known for article in shown]
+    assert (ids > 0).mean() == pytest.approx(candidates, abs=5e-4)
+    read = [event["article"] in known for events in public.raws[split].reads.values() for event in events]
+    assert np.mean(read) == pytest.approx(events, abs=5e-3)
+
+
+@pytest.mark.parametrize("split", STARTS)
+def test_of_the_public_demos_candidates_7_2_percent_have_no_vector(public: Public, split: str) -> None:
+    assert (~vectors_of(public, split).any(axis=1)).mean() == pytest.approx(0.072, abs=5e-4)
+
+
+def vectors_of(public: Public, split: str) -> np.ndarray:
+    parts = ("train", "validation") if split == "train" else ("test",)
+    arrays = [public.tables[part]["candidate_vector"].combine_chunks().flatten().flatten() for part in parts]
+    return np.concatenate([array.to_numpy() for array in arrays]).reshape(-1, 32)
+
+
+def test_popularity_alone_ranks_the_public_demo_as_known(public: Public) -> None:
+    bounds, popularity = bounds_of(public, "validation"), flat(public, "validation", "popularity")
+    clicked = flat(public, "validation", "clicked") == 1
+    aucs = []
+    for start, stop in pairwise(bounds):
+        score, label = popularity[start:stop], clicked[start:stop]
+        above = score[label][:, None] - score[~label]
+        aucs.append(((above > 0) + 0.5 * (above == 0)).mean())
+    assert np.mean(aucs) == pytest.approx(0.7182, abs=5e-5)
+
+
+def test_random_requests_of_the_public_demo_are_those_of_plain_loops(public: Public) -> None:
+    expected: dict[str, list[float]] = defaultdict(list)
+    have: dict[str, list[float]] = defaultdict(list)
+    for split, raw in public.raws.items():
+        bounds, values = bounds_of(public, split), {name: flat(public, split, name) for name in OF_CANDIDATE}
+        lengths = np.linalg.norm(vectors_of(public, split), axis=1)
+        for place in np.random.default_rng(0).choice(len(raw.in_order), 15, replace=False):
+            shown = slice(bounds[place], bounds[place + 1])
+            by_loops = candidates_by_loops(raw, raw.in_order[place])
+            for name in OF_CANDIDATE:
+                have[name] += values[name][shown].tolist()
+                expected[name] += [candidate[name] for candidate in by_loops]
+            readers = np.expm1([candidate["readers"] for candidate in by_loops])
+            np.testing.assert_allclose(lengths[shown], readers / (readers + 3), atol=1e-5)
+    assert len(have["readers"]) > 250
+    for name in OF_CANDIDATE:
+        assert_other_scale(np.array(have[name]), np.array(expected[name]), name)

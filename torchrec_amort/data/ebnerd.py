@@ -1,0 +1,238 @@
+"""EB-NeRD, the news of Ekstra Bladet, as requests: format `ebnerd`, version 1.
+
+A request is one row of `behaviors.parquet`: the articles in view, and which of them were clicked. Its history is what
+the user had read before: the user's row of `history.parquet`, then what the user clicked in earlier requests of the
+split. All features are of what was known before the request's second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from torchrec_amort.data.ebnerd_counters import VECTOR_SIZE, Embedding, embed_readers
+from torchrec_amort.data.ebnerd_features import OF_CANDIDATE, OF_EVENT, OF_REQUEST, POPULARITY, HistoryOf, KnownBefore
+from torchrec_amort.data.ebnerd_files import READ_TIME_BOUNDS, SCROLL_BOUNDS, Articles, Split, read_folder
+from torchrec_amort.data.splits import REQUESTS_PER_TABLE, lists_of, split_tables
+from torchrec_amort.data.writer import write_requests
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
+
+HISTORY_LENGTH = 100
+# 24 May 2023, 7:00 UTC: the last day of the published train split is for validation.
+VALIDATION_START = 1_684_911_600
+# Of standardized features, on both sides.
+CLIP = 6.0
+
+
+def prepare(
+    source: str | Path | None,
+    out: str | Path,
+    *,
+    history_length: int = HISTORY_LENGTH,
+    overwrite: bool = False,
+    history_of: HistoryOf = "own",
+) -> dict[str, dict[str, int]]:
+    """Write EB-NeRD as request-level Parquet.
+
+    Args:
+        source: the folder `ebnerd_demo`, `ebnerd_small` or `ebnerd_large`, with its `train` and `validation`.
+        out: the data folder to make.
+        history_length: events that are kept of each history, the latest ones.
+        overwrite: replace a folder that is there.
+        history_of: `another user` gives each user the events of one other user of the split before the same second,
+            all else equal: what a model gains by it is not of the user's own history.
+
+    Returns:
+        dict: requests, candidates and users of each split.
+
+    Raises:
+        InputError: there is no source, it is not EB-NeRD, there is no such `history_of`, or `out` is there already.
+
+    Example::
+
+        prepare("ebnerd_demo", "data/ebnerd")
+    """
+    if source is None:
+        raise InputError("ebnerd: no source: get EB-NeRD from https://recsys.eb.dk and give its folder with --source")
+    if history_of not in get_args(HistoryOf):
+        raise InputError(f"history_of is {history_of!r}, not one of {', '.join(map(repr, get_args(HistoryOf)))}")
+    schema, tables = split_requests(*read_folder(Path(source)), history_length, history_of)
+    return write_requests(out, schema, tables, overwrite=overwrite)
+
+
+def make_schema(num_articles: int) -> RequestSchema:
+    """What the requests are made of; id 0 stands for an article that few users of train had read.
+
+    Args:
+        num_articles: how many articles have a row of the table.
+
+    Returns:
+        RequestSchema: with a table of one row more.
+
+    Example::
+
+        make_schema(num_articles=2525)
+    """
+    article: dict[str, Any] = {"table": "article", "table_size": num_articles + 1, "vocabulary": "unknown"}
+    vector: dict[str, Any] = {"table": "reader_vector", "size": VECTOR_SIZE}
+    clicks: dict[str, Any] = {"history": "clicks"}
+    return RequestSchema(
+        dataset="ebnerd",
+        features=(
+            *(Feature(name, "request", "dense") for name in OF_REQUEST),
+            *(Feature(name, "candidate", "dense") for name in OF_CANDIDATE),
+            Feature("candidate_article", "candidate", "id", **article),
+            Feature("candidate_vector", "candidate", "vector", **vector),
+            Feature("clicked_article", "event", "id", **article, **clicks),
+            Feature("clicked_vector", "event", "vector", **vector, **clicks),
+            *(Feature(name, "event", "dense", **clicks) for name in OF_EVENT),
+            Feature("clicked_in_week", "event", "id", table_size=2, **clicks),
+            Feature("clicked_read_time", "event", "id", table_size=len(READ_TIME_BOUNDS) + 2, **clicks),
+            Feature("clicked_scroll", "event", "id", table_size=len(SCROLL_BOUNDS) + 2, **clicks),
+            Feature("clicked_time", "event", "age", table_size=AGE_BUCKETS, **clicks),
+            Feature("clicked", "candidate", "label"),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of a feature over the train split."""
+
+    mean: float
+    deviation: float
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """The values standardized and clipped, float32; a missing one is 0, the mean."""
+        scaled = np.clip((values - self.mean) / self.deviation, -CLIP, CLIP)
+        return np.where(np.isnan(values), 0, scaled).astype(np.float32)
+
+
+def split_requests(
+    articles: Articles,
+    train: Split,
+    validation: Split,
+    history_length: int = HISTORY_LENGTH,
+    history_of: HistoryOf = "own",
+) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
+    """Make features of the requests; the last day of train is for validation, and the published validation for test.
+
+    Args:
+        articles: what is known of them.
+        train: the published split.
+        validation: the published split.
+        history_length: events that are kept of each history, the latest ones.
+        history_of: whose events they are.
+
+    Returns:
+        tuple: the schema, whose table has a row for each article that 5 users or more of train had read, and for each
+        split tables with its columns.
+
+    Raises:
+        InputError: train has no request before its last day.
+
+    Example::
+
+        schema, tables = split_requests(*read_folder(Path("ebnerd_demo")))
+    """
+    num_train = len(train.time)
+    num_fit = int(np.searchsorted(train.time, VALIDATION_START))
+    if not num_fit:
+        raise InputError(
+            f"ebnerd: the first request of train is at {train.time[0]}, not before {VALIDATION_START}, the last day of "
+            "the published split: give EB-NeRD as published"
+        )
+    of_train = _embedding(train)
+    of_validation = _embedding(validation, like=of_train)
+    known = [
+        KnownBefore(split, articles, embedding, history_of)
+        for split, embedding in ((train, of_train), (validation, of_validation))
+    ]
+    scales = _scales(known[0], num_fit)
+    row_of_article = np.zeros(len(articles.ids), dtype=np.int64)
+    row_of_article[of_train.article] = np.arange(1, len(of_train.article) + 1)
+
+    def columns(start: int, stop: int) -> dict[str, Any]:
+        before = num_train if start >= num_train else 0
+        return _columns(known[before > 0], start - before, stop - before, history_length, scales, row_of_article)
+
+    bounds = {
+        "train": (0, num_fit),
+        "validation": (num_fit, num_train),
+        "test": (num_train, num_train + len(validation.time)),
+    }
+    schema = make_schema(len(of_train.article))
+    return schema, split_tables(bounds, schema, columns)
+
+
+def _embedding(split: Split, like: Embedding | None = None) -> Embedding:
+    of_history = split.events.time < split.start
+    user, article = split.events.user[of_history], split.events.article[of_history]
+    return embed_readers(user, article, split.num_readers, like)
+
+
+def _scales(known: KnownBefore, num_requests: int) -> dict[str, Scale]:
+    """Of all dense features, over the first requests."""
+    moments = dict.fromkeys((*OF_REQUEST, *OF_CANDIDATE), np.zeros(3))
+    for begin in range(0, num_requests, REQUESTS_PER_TABLE):
+        end = min(begin + REQUESTS_PER_TABLE, num_requests)
+        for name, values in {**known.of_requests(begin, end), **known.of_candidates(begin, end)[0]}.items():
+            present = values[~np.isnan(values)]
+            moments[name] = moments[name] + [len(present), present.sum(), np.square(present).sum()]
+    return {name: _scale(*sums) for name, sums in moments.items()}
+
+
+def _scale(count: float, total: float, squares: float) -> Scale:
+    mean = total / max(count, 1)
+    variance = squares / max(count, 1) - mean**2
+    # Where rounding is all that differs, the feature is constant.
+    is_constant = variance <= 1e-9 * (1 + mean**2)
+    return Scale(mean, 1.0 if is_constant else float(np.sqrt(variance)))
+
+
+def _columns(
+    known: KnownBefore,
+    begin: int,
+    end: int,
+    history_length: int,
+    scales: Mapping[str, Scale],
+    row_of_article: np.ndarray,
+) -> dict[str, Any]:
+    split, events = known.split, known.split.events
+    of_candidates, candidate_vectors = known.of_candidates(begin, end)
+    num_events, places = known.histories(begin, end, history_length)
+    of_events, event_vectors = known.of_events(places)
+    shown = slice(split.bounds[begin], split.bounds[end])
+    candidates = {name: scales[name].of(values) for name, values in of_candidates.items()} | {
+        # As it is, for around a mean float32 would make one of many small counts.
+        POPULARITY: of_candidates[POPULARITY].astype(np.float32),
+        "candidate_article": row_of_article[split.candidate[shown]],
+        "candidate_vector": _vectors(candidate_vectors),
+        "clicked": split.clicked[shown].astype(np.float32),
+    }
+    clicks = {name: scales[OF_EVENT[name]].of(values) for name, values in of_events.items()} | {
+        "clicked_article": row_of_article[events.article[places]],
+        "clicked_vector": _vectors(event_vectors),
+        "clicked_in_week": (events.time[places] >= split.start).astype(np.int64),
+        "clicked_read_time": events.read_time[places],
+        "clicked_scroll": events.scroll[places],
+        "clicked_time": events.time[places],
+    }
+    num_candidates = np.diff(split.bounds[begin : end + 1])
+    return {
+        "user": split.user_ids[split.user[begin:end]],
+        "time": split.time[begin:end],
+        **{name: scales[name].of(values) for name, values in known.of_requests(begin, end).items()},
+        **{name: lists_of(num_candidates, values) for name, values in candidates.items()},
+        **{name: lists_of(num_events, values) for name, values in clicks.items()},
+    }
+
+
+def _vectors(vectors: np.ndarray) -> pa.ListArray:
+    return lists_of(np.full(len(vectors), VECTOR_SIZE), vectors.ravel())
