@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from torchrec_amort.errors import InputError
 from torchrec_amort.jagged_ids import rows_of, span_of, taken
 
 
@@ -46,6 +47,27 @@ class Layout:
             one = {name: (*self.histories.get(name, ()), *events)}
         items = ("candidate_item",) if "candidate_item" in others else ()
         return Layout({**self.histories, **one}, (*self.candidates, *items), self.requests)
+
+    def limits(self, features: Mapping[str, Sequence[str]], limits: Mapping[str, int | None]) -> dict[str, int]:
+        """Events that are kept of each history, so that towers that read it know their places.
+
+        Args:
+            features: of the events that each tower reads.
+            limits: of each tower; None if it knows any number.
+
+        Raises:
+            InputError: towers of one history have other limits.
+        """
+        kept: dict[str, int | None] = {}
+        for tower, (first, *_) in features.items():
+            history = self.history_of(first)
+            limit = limits[tower]
+            if history is not None and kept.setdefault(history, limit) != limit:
+                raise InputError(
+                    f"batch: towers read history {history!r}, one knows places for {kept[history]} events and "
+                    f"{tower!r} for {limit}: say in the batch's layout which features are of which history"
+                )
+        return {history: limit for history, limit in kept.items() if limit is not None}
 
     def history_of(self, key: str) -> str | None:
         """The history whose events a key is of; None if it is of none."""

@@ -418,6 +418,10 @@ class RequestSchema:
             )
         return replace(self, features=tuple(f for f in self.features if f.name not in left_out))
 
+    def without_pretrained(self) -> RequestSchema:
+        """The schema with tables that start at random, of a model whose weights are loaded."""
+        return replace(self, tables={name: replace(table, pretrained=None) for name, table in self.tables.items()})
+
     def with_tables(self, tables: Mapping[str, TableConfig]) -> RequestSchema:
         """The schema with other tables for some ids, so that a run reads the same data into smaller ones.
 

@@ -115,10 +115,10 @@ def in_float64(ranker: ModelRanker) -> ModelRanker:
     """All after lookups in float64: TorchRec's collections return float32 whatever their tables are."""
     collection = ranker.double().collection
     for bags in (collection.request_bags, collection.candidate_bags):
-        assert bags is not None
-        bags.register_forward_hook(
-            lambda _, args, bags: KeyedTensor(bags.keys(), bags.length_per_key(), bags.values().double())
-        )
+        if bags is not None:
+            bags.register_forward_hook(
+                lambda _, args, bags: KeyedTensor(bags.keys(), bags.length_per_key(), bags.values().double())
+            )
     for sequences in collection.sequences:
         sequences.register_forward_hook(
             lambda _, args, rows: {

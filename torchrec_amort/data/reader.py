@@ -57,7 +57,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         rank: this process.
         world_size: all processes; at most `num_lanes` and at most `batch_size`.
         seed: shuffles row groups, and the rows of `shuffle_rows` neighbours; in file order if None.
-        history_length: keep at most this many events of each history, the latest ones; all if None.
+        history_length: keep at most this many events of each history, or of those named, the latest ones; all if None.
         unknown_rate: for a request id feature, the share of requests whose id is replaced by 0, the
             unknown id, so that the model learns to score those it will not know. Needs a seed.
         schema: what to read the requests by, such as a run's with tables of its own; the folder's if None.
@@ -85,7 +85,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         rank: int = 0,
         world_size: int = 1,
         seed: int | None = None,
-        history_length: int | None = None,
+        history_length: int | Mapping[str, int] | None = None,
         unknown_rate: Mapping[str, float] | None = None,
         schema: RequestSchema | None = None,
         num_lanes: int = 12,

@@ -109,7 +109,7 @@ def predict_split(
         batch_size=batch_size,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        history_length=trained.model.history_length if history_length is None else history_length,
+        history_length=trained.model.history_lengths(schema) if history_length is None else history_length,
         schema=schema,
     )
     model = shard(

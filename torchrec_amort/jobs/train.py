@@ -119,7 +119,7 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         seed=config.seed,
-        history_length=config.model.history_length,
+        history_length=config.model.history_lengths(schema),
         unknown_rate=config.unknown_rate,
         schema=schema,
     )
@@ -129,8 +129,11 @@ def sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.devi
     """The untrained model, its tables spread over all ranks."""
     world_size = dist.get_world_size()
     counts = read_counts(config.data)[TRAIN]
-    events = {feature.name: float(config.model.history_length) for feature in schema.of("event")}
+    lengths = config.model.history_lengths(schema)
+    length_of = lengths if isinstance(lengths, dict) else dict.fromkeys(schema.histories, lengths)
+    events = {feature.name: float(length_of.get(feature.history, 0)) for feature in schema.of("event")}
     candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
+    frozen = frozenset(name for name, table in schema.tables.items() if not table.trains)
     return shard(
         GlobalBatchTrain(build_model(schema, config.model, seed=config.seed), config.loop.precision),
         device=device,
@@ -139,6 +142,7 @@ def sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.devi
         sharding=config.sharding,
         average_decay=config.loop.average_decay,
         ids_per_request=events | candidates | {"item": float(config.model.history_length)},
+        frozen=frozen,
     )
 
 

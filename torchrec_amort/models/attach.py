@@ -205,6 +205,12 @@ def call_with_dense_of_candidates(model: nn.Module, batch: RequestBatch, rows: R
     return logits_CT
 
 
+def call_with_constant(model: nn.Module, batch: RequestBatch, rows: RequestBatch | CandidateRows) -> Tensor:
+    """Call a model of requests and candidates without dense inputs: it reads a 1."""
+    logits_CT: Tensor = model(batch.candidate_dense.new_ones(batch.stride(), 1), rows)
+    return logits_CT
+
+
 def _with_former_prefix(name: str, former: Mapping[str, str]) -> str:
     prefix = next((prefix for prefix in former if name.startswith(prefix)), "")
     return former.get(prefix, "") + name.removeprefix(prefix)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.models.dlrm import DLRM, DLRM_DCN
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.models.attach import call_with_constant
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import ManagedCollection, SequenceTables
-from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.models.ranker import ModelRanker, Ranker, call_model
+from torchrec_amort.models.towers import build_collection
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
-from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.schema import HISTORY, Feature, RequestSchema
 
 Encoder = Literal[
     "none",
@@ -38,21 +41,63 @@ ENCODERS = get_args(Encoder)
 
 
 @dataclass(kw_only=True)
+class TowerConfig:
+    """A tower of its own for a history; what is not given is as the model's.
+
+    Args:
+        history: that it reads; the one of its own name unless given.
+        encoder: as `ModelConfig.history`, but `none`.
+        length: as `history_length`; towers of one history have the same.
+        layers: as `history_layers`.
+        heads: as `history_heads`.
+        feedforward_dim: as `history_feedforward_dim`.
+        positions: as the model's.
+        vectors: as `history_vectors`.
+        summary: as `history_summary`.
+        recent_events: as the model's.
+        summary_tokens: as the model's.
+        combine: as the model's.
+    """
+
+    history: str | None = None
+    encoder: Encoder | None = None
+    length: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    feedforward_dim: int | None = None
+    positions: Literal["recency", "rotary", "none"] | None = None
+    vectors: int | None = None
+    summary: bool | None = None
+    recent_events: int | None = None
+    summary_tokens: int | None = None
+    combine: Literal["sum", "concatenate"] | None = None
+
+
+# Fields of the model that a tower's have another name than.
+_OF_MODEL = {
+    "encoder": "history",
+    **{name: f"history_{name}" for name in ("length", "layers", "heads", "feedforward_dim", "vectors", "summary")},
+}
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
-    """The size and kind of an AmortizedDLRM, or the function that makes another ranker.
+    """The size and kind of a DLRM with histories, or the function that makes another ranker.
 
     Args:
         build: `package.module.function` of a function of yours that makes a ranker for a `RequestSchema`, in place of
             the sizes below, of which it goes with `history_length` and `leave_out` alone. Its module is found on
             PYTHONPATH, or in the current folder.
-        embedding_dim: D, of all tables and of the history encoder.
+        embedding_dim: D, of tables that have no other width, of slots and of history encoders.
         history: the history encoder. Candidates appended to the history, with cross-attention to it: `append_cross`,
             or `append_cross_causal` if events read older ones only; with a candidate that reads itself, too:
             `append_candidate_self`; `mean_pooling`; `target_attention`. These encode a history once per request.
             Those that cannot: `append_self` (events read the candidate), `concatenation` (a candidate beside every
             event). `none` is the control.
-        leave_out: ids and ages of the data set that the model does not read.
-        history_length: events that a history may have; the latest ones are kept.
+        towers: of data with several histories, or for several towers of one: what each tower is, by its name. A tower
+            for each history, as the fields below say, unless given.
+        leave_out: features that are looked up, or that events have, that the model does not read.
+        history_length: events that each history may have; the latest ones are kept.
         history_layers: layers of the history encoder.
         history_heads: its attention heads.
         history_feedforward_dim: width of its feed-forward networks; twice `embedding_dim` unless given.
@@ -63,6 +108,7 @@ class ModelConfig:
         recent_events: append_cross and its kin keep these latest events, and make `summary_tokens` rows of the older
             ones; all events are kept unless given.
         summary_tokens: rows that stand for the older events.
+        combine: how the features of an event become its vector: their `sum`, or `concatenate` and then a linear layer.
         dropout: dropout in the history encoder.
         interaction: `dot` or `dcn`.
         dcn_num_layers: cross layers of the DCN interaction.
@@ -75,6 +121,7 @@ class ModelConfig:
     build: str | None = None
     embedding_dim: int = 32
     history: Encoder = "append_cross"
+    towers: dict[str, TowerConfig] = field(default_factory=dict)
     leave_out: list[str] = field(default_factory=list)
     history_length: int = 100
     history_layers: int = 2
@@ -85,6 +132,7 @@ class ModelConfig:
     history_summary: bool = False
     recent_events: int | None = None
     summary_tokens: int = 4
+    combine: Literal["sum", "concatenate"] = "sum"
     dropout: float = 0.0
     interaction: Literal["dot", "dcn"] = "dot"
     dcn_num_layers: int = 2
@@ -101,6 +149,48 @@ class ModelConfig:
         refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, BELOW_ONE: ("dropout",)}, "model.")
         if self.build is not None:
             self._refuse_sizes()
+
+    def of_towers(self, schema: RequestSchema) -> dict[str, ModelConfig]:
+        """What each tower is, as a model with that history alone; none if the model reads no history.
+
+        Args:
+            schema: of the requests.
+
+        Raises:
+            InputError: there is no such history, or towers of one history keep different numbers of events.
+        """
+        if self.history == "none":
+            return {}
+        given = self.towers or {name: TowerConfig() for name in schema.histories}
+        settings: dict[str, ModelConfig] = {}
+        lengths: dict[str, int] = {}
+        for name, tower in given.items():
+            history = tower.history or name
+            if history not in schema.histories:
+                raise InputError(
+                    f"model.towers.{name}: no history {history!r} in data set {schema.dataset!r}, which has "
+                    f"{list(schema.histories)}"
+                )
+            own = {key: value for key, value in asdict(tower).items() if value is not None and key != "history"}
+            settings[name] = replace(self, **{_OF_MODEL.get(key, key): value for key, value in own.items()}, towers={})
+            length = settings[name].history_length
+            if lengths.setdefault(history, length) != length:
+                raise InputError(
+                    f"model.towers.{name}: keeps {length} events of {history!r}, and another tower "
+                    f"{lengths[history]}: give them the same"
+                )
+        return settings
+
+    def history_lengths(self, schema: RequestSchema) -> int | dict[str, int]:
+        """Events that are kept of each history; one number if it is of all.
+
+        Args:
+            schema: of the requests.
+        """
+        if not self.towers:
+            return self.history_length
+        settings = self.of_towers(schema)
+        return {tower.history or name: settings[name].history_length for name, tower in self.towers.items()}
 
     def _refuse_sizes(self) -> None:
         """Refuse sizes that a function of the user's does not read."""
@@ -132,7 +222,8 @@ def build_model(
         seed: makes the initial weights, the same for the same seed; the global generator's if None.
 
     Returns:
-        Ranker: untrained; an `AmortizedDLRM`, or what the function of `config.build` makes.
+        Ranker: untrained. An `AmortizedDLRM` for data of one history of ids, in tables of one width; otherwise a DLRM
+            on an `AmortizedEmbeddingBagCollection`; or what the function of `config.build` makes.
 
     Raises:
         InputError: the config asks for a history, or leaves out a feature, that the schema does not have; no id of the
@@ -143,8 +234,10 @@ def build_model(
 
         model = build_model(RequestSchema.load("data/movielens-1m"), ModelConfig(), seed=0)
     """
-    schema = schema.without(config.leave_out)
-    make = partial(_build, config=config, device=device) if config.build is None else _function(config.build)
+    make: Callable[[RequestSchema], Any] = partial(_build_with_towers, config=config, device=device)
+    if config.build is not None or _is_of_one_history(schema, config):
+        schema = schema.without(config.leave_out)
+        make = partial(_build, config=config, device=device) if config.build is None else _function(config.build)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -157,6 +250,46 @@ def build_model(
     if config.build is not None:
         _refuse_other_ranker(ranker, schema, config)
     return ranker if device is None else ranker.to(device)
+
+
+def _is_of_one_history(schema: RequestSchema, config: ModelConfig) -> bool:
+    """Whether an AmortizedDLRM reads it: one history of ids, the candidate's item, and tables of one width."""
+    is_other = config.towers or config.combine != "sum" or schema.tables or schema.dense_sequence_features
+    lists = [f for f in schema.sequence_features if f.kind == "ids" or (f.side != "event" and f.kind != "item")]
+    return not is_other and not lists and set(schema.histories) <= {HISTORY}
+
+
+def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> ModelRanker:
+    if unknown := sorted(set(config.leave_out) - {feature.name for feature in schema.features}):
+        raise InputError(f"model.leave_out: schema {schema.dataset!r} has no feature {unknown[0]!r}")
+    settings = config.of_towers(schema)
+    if config.history != "none" and not settings:
+        raise InputError(
+            f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
+            "set model.history to none"
+        )
+    towers = {}
+    for name, of_tower in settings.items():
+        places = of_tower.history_length if of_tower.positions == "recency" else None
+        parts = build_encoder(of_tower, device), places, of_tower.dropout, of_tower.combine
+        towers[name] = (config.towers[name].history or name if config.towers else name), parts
+    dim = config.embedding_dim
+    sparse = build_collection(schema, towers, dim, leave_out=config.leave_out, device=device)
+    num_dense = sum(f.num_inputs for features in schema.dense_features.values() for f in features)
+    layers = {
+        "dense_in_features": max(1, num_dense),
+        "dense_arch_layer_sizes": [*config.dense_layers, dim],
+        "over_arch_layer_sizes": [*config.over_layers, len(schema.labels)],
+        "dense_device": device,
+    }
+    if not sparse.embedding_bag_configs():
+        raise InputError(f"schema {schema.dataset!r}: the model would read no id and no history: it needs one at least")
+    if config.interaction == "dcn":
+        cross = {"dcn_num_layers": config.dcn_num_layers, "dcn_low_rank_dim": config.dcn_low_rank_dim}
+        dlrm: nn.Module = DLRM_DCN(sparse, **layers, **cross)
+    else:
+        dlrm = DLRM(sparse, **layers)
+    return ModelRanker(dlrm, call_model if num_dense else call_with_constant)
 
 
 def _function(path: str) -> Callable[[RequestSchema], Any]:
@@ -219,18 +352,18 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
             f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
             "set model.history to none"
         )
-    if not schema.of("candidate", "id", "ids"):
+    if not schema.bag_features["candidate"]:
         raise InputError(
             f"schema {schema.dataset!r}: the candidate has no feature of kind 'id' or 'ids', and the model reads 1 or "
             "more: add one, such as Feature('item_id', 'candidate', 'id', table_size, column='candidate_item')"
         )
     dim = config.embedding_dim
     has_history = config.history != "none"
-    request_ids = schema.of("request", "id", "ids")
+    request_ids = schema.bag_features["request"]
     return AmortizedDLRM(
-        candidate_embedding_bag_collection=_bags(schema.of("candidate", "id", "ids"), dim, device),
+        candidate_embedding_bag_collection=_bags(schema.bag_features["candidate"], dim, device),
         request_embedding_bag_collection=_bags(request_ids, dim, device) if request_ids else None,
-        dense_in_features=len(schema.of("request", "dense") + schema.of("candidate", "dense")),
+        dense_in_features=sum(f.num_inputs for features in schema.dense_features.values() for f in features),
         dense_arch_layer_sizes=[*config.dense_layers, dim],
         over_arch_layer_sizes=[*config.over_layers, len(schema.labels)],
         history_embedding_collection=_sequences(schema, config, device) if has_history else None,

@@ -90,9 +90,13 @@ class CollectionRanker(Ranker):
 
     @property
     def history_length(self) -> int | None:
-        """Events that a history may have; None if any number."""
-        limits = [tower.event_encoder.max_length for tower in self.collection.towers]
-        return min((limit for limit in limits if limit is not None), default=None)
+        """Events that a history may have, the least of several histories' limits; None if any number."""
+        return min((limit for limit in self.history_lengths.values() if limit is not None), default=None)
+
+    @property
+    def history_lengths(self) -> dict[str, int | None]:
+        """Events that the history of each tower may have; None if any number."""
+        return {tower.name: tower.event_encoder.max_length for tower in self.collection.towers}
 
     def encode_request(self, batch: RequestBatch) -> RequestState:
         """Phase one; see `Ranker.encode_request`."""

@@ -187,7 +187,7 @@ def export_package(
     if reason := _why_other_tables(phases.ranker, collections) or _why_not_exportable(collection):
         raise InputError(f"the model cannot be exported: {reason}; serve it by AmortizedScorer itself")
     _refuse_other_sides(served.lookups, schema)
-    requests = _some_requests(schema, served.history_length or CHECKED_REQUESTS)
+    requests = _some_requests(schema, _longest(served) or CHECKED_REQUESTS)
     in_float32 = AmortizedScorer(model, schema=schema, backend="eager", call=call).score(requests)
     with new_folder(folder, overwrite) as temporary, torch.no_grad():
         program = _compile(phases, collection, schema, temporary)
@@ -200,7 +200,7 @@ def export_package(
                 "versions": {"python": platform.python_version(), **installed_versions()},
                 "cpu": torch.backends.cpu.get_cpu_capability(),
                 "dtype": str(dtype).removeprefix("torch."),
-                "history_length": served.history_length,
+                "history_lengths": dict(served.history_lengths),
                 "reads": {tower: asdict(reads) for tower, reads in served.lookups.reads.items()},
                 "sequence_bags": {name: asdict(bag) for name, bag in served.lookups.sequence_bags.items()},
                 **program,
@@ -229,6 +229,11 @@ def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: Served, d
 def _difference(logits: Tensor, others: Tensor) -> float:
     """The greatest of their probabilities."""
     return float((torch.sigmoid(logits) - torch.sigmoid(others)).abs().max())
+
+
+def _longest(served: Served) -> int | None:
+    """Events of the longest history that is kept whole by all towers."""
+    return min((limit for limit in served.history_lengths.values() if limit is not None), default=None)
 
 
 def _some_requests(schema: RequestSchema, history_length: int) -> list[dict[str, Any]]:

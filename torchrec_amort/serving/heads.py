@@ -39,6 +39,7 @@ from torchrec_amort.models.attach import (
     AttachedInteractionDCNArch,
     AttachedLinear,
     ZeroLinear,
+    call_with_constant,
     call_with_dense_of_candidates,
 )
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
@@ -74,7 +75,11 @@ _PARTS = Plain(
 # native code 12% longer for 2,048 candidates, although it has 16% less to compute.
 _MOST_CROSS_WEIGHTS = 4_000_000
 _MODELS = Plain(DLRM, DLRM_DCN, SparseArch, ModelRanker)
-_READS: dict[Call, str] = {call_model: "both", call_with_dense_of_candidates: "candidate"}
+_READS: dict[Call, str] = {
+    call_model: "both",
+    call_with_dense_of_candidates: "candidate",
+    call_with_constant: "constant",
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ def load_package(folder: str | Path) -> Served:
     return Served(
         Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, sequence_bags),
         _PackagedPhases(folder, manifest),
-        manifest["history_length"],
+        manifest["history_lengths"],
         device,
         schema,
     )
@@ -130,7 +130,8 @@ def _renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
         name: {"feature": CANDIDATE_ITEM, "is_of_request": False, "place": place}
         for name, place in manifest["shared"].items()
     }
-    return {**manifest, "reads": reads, "sequence_bags": bags}
+    lengths = dict.fromkeys(reads, manifest["history_length"])
+    return {**manifest, "reads": reads, "sequence_bags": bags, "history_lengths": lengths}
 
 
 def checksum(path: Path) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import mix
-from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.models.ranker import CollectionRanker, Ranker
 from torchrec_amort.serving.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,12 @@ def score_impressions(
         reference = partial(score_impressions, model)  # to be given to a Rollout
         logits_CT = reference(batch)
     """
-    if history_length is None:
-        history_length = model.history_length
     batch = batch.to(next(model.parameters()).device)
     if history_length is not None:
         batch = batch.keep_latest(history_length)
+    elif isinstance(model, CollectionRanker):
+        features = {tower.name: tower.event_encoder.features for tower in model.collection.towers}
+        batch = batch.keep_latest(batch.lists.layout.limits(features, model.history_lengths))
     impressions = batch.to_impressions()
     rows_C = torch.arange(len(impressions), device=impressions.num_candidates.device)
     with torch.inference_mode():

@@ -101,10 +101,12 @@ class AmortizedScorer:
         lookups = self._served.lookups
         self._features, self._table_sizes, self._events = lookups.features, lookups.table_sizes, lookups.events
         self._is_weighted = {field: bags.is_weighted for field, bags in lookups.bags.items()}
-        limit = self._served.history_length
-        if history_length is not None and limit is not None and history_length > limit:
-            raise ValueError(f"history_length is {history_length}, but the model knows places for {limit} events")
-        self.history_length = limit if history_length is None else history_length
+        self._limits = dict(self._served.history_lengths)
+        for tower, limit in self._limits.items():
+            if history_length is not None and limit is not None and history_length > limit:
+                raise ValueError(f"history_length is {history_length}, but the model knows places for {limit} events")
+            self._limits[tower] = limit if history_length is None else history_length
+        self.history_length = min((limit for limit in self._limits.values() if limit is not None), default=None)
         self.schema = schema or self._served.schema
         if self.schema is not None:
             self._refuse_other_schema(self.schema)
@@ -188,11 +190,11 @@ class AmortizedScorer:
         if self.history_length is None:
             return batch
         lists = batch.lists
-        for features in self._events.values():
-            lengths_B = lists.num_entries(features[0])
-            if lengths_B is not None and int(lengths_B.max()) > self.history_length:
-                self._refuse_longer(lengths_B, self.history_length)
-                return batch.keep_latest(self.history_length)
+        for tower, features in self._events.items():
+            lengths_B, limit = lists.num_entries(features[0]), self._limits[tower]
+            if lengths_B is not None and limit is not None and int(lengths_B.max()) > limit:
+                self._refuse_longer(lengths_B, limit)
+                return batch.keep_latest(lists.layout.limits(self._events, self._limits))
         return batch
 
     def _refuse_longer(self, lengths_B: Tensor, limit: int) -> None:

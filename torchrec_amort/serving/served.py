@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,14 +50,14 @@ class Served:
     Args:
         lookups: in its tables, where they are.
         phases: all else.
-        history_length: events that a history may have; None if any number.
+        history_lengths: events that the history of each tower may have; None if any number.
         device: where batches are read.
         schema: of the requests, if it is known.
     """
 
     lookups: Lookups
     phases: Phases
-    history_length: int | None
+    history_lengths: Mapping[str, int | None]
     device: torch.device
     schema: RequestSchema | None = None
 
@@ -110,7 +111,7 @@ def serve(model: nn.Module, dtype: torch.dtype, backend: Backend, call: Call | N
     return Served(
         lookups,
         RankerPhases(ranker, ranker.collection, dtype, backend),
-        ranker.history_length,
+        ranker.history_lengths,
         next((weight.device for weight in [*model.parameters(), *model.buffers()]), torch.device("cpu")),
     )
 
@@ -134,12 +135,13 @@ def _ranker_of(model: nn.Module, call: Call | None) -> CollectionRanker:
 
 
 def _refuse_other_limits(collection: AmortizedEmbeddingBagCollection) -> None:
-    limits = {tower.name: tower.event_encoder.max_length for tower in collection.towers}
-    if len(set(limits.values())) > 1:
-        raise ValueError(
-            f"towers know places for other numbers of events, {limits}, and the least would cut all histories: give "
-            "all the same max_length, or score with the model itself"
-        )
+    for one, other in itertools.combinations((tower.event_encoder for tower in collection.towers), 2):
+        if set(one.features) & set(other.features) and one.max_length != other.max_length:
+            raise ValueError(
+                f"towers read one history, {one.features} and {other.features}, and know places for other numbers of "
+                f"events, {one.max_length} and {other.max_length}: give both the same max_length, or score with the "
+                "model itself"
+            )
 
 
 def _why_not_served(

@@ -87,6 +87,6 @@ def load_model(run_folder: str) -> tuple[Ranker, TrainConfig, RequestSchema]:
         InputError: it is no such folder.
     """
     trained, schema = load_config(run_folder, TrainConfig, "train"), RequestSchema.load(run_folder)
-    model = build_model(schema, trained.model)
+    model = build_model(schema.without_pretrained(), trained.model)
     load_weights(run_folder, AmortizedDLRMTrain(model))
     return model.eval(), trained, schema

@@ -161,6 +161,7 @@ def shard(
     sharding: ShardingConfig | None = None,
     ids_per_request: Mapping[str, float] | None = None,
     average_decay: float | None = None,
+    frozen: frozenset[str] = frozenset(),
 ) -> ShardedModel:
     """Spread the tables of a model over the ranks of the default process group, weights unchanged.
 
@@ -175,6 +176,7 @@ def shard(
         ids_per_request: ids that a request looks up in a table on average, for the planner's estimates;
             1 for tables that are not named.
         average_decay: decay of the weights' moving average at each step; no average if None.
+        frozen: names of tables that training leaves as they are.
 
     Returns:
         ShardedModel: of this rank.
@@ -205,10 +207,14 @@ def shard(
     moved_beside = {"optimizer.table_weight_decay": optimizer.table_weight_decay, "loop.average_decay": average_decay}
     _refuse_cached(plan, [option for option, value in moved_beside.items() if value])
     copies = _data_parallel(plan, tables)
+    moved = {name: parameter for name, parameter in tables.items() if name.rsplit(".", 2)[1] not in frozen}
     adagrad = {"lr": optimizer.table_lr, "eps": optimizer.table_eps}
     apply_optimizer_in_backward(
-        RowWiseAdagrad, [parameter for name, parameter in tables.items() if name not in copies], adagrad
+        RowWiseAdagrad, [parameter for name, parameter in moved.items() if name not in copies], adagrad
     )
+    # fbgemm's tables have an optimizer in any case.
+    kept = [parameter for name, parameter in tables.items() if name not in moved and name not in copies]
+    apply_optimizer_in_backward(torch.optim.SGD, kept, {"lr": 0.0})
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if MAP not in name}
     module = DistributedModelParallel(model, device=device, plan=plan, sharders=list(sharders.values()))
     # TorchRec draws the shards of an EmbeddingBagCollection anew, on each rank for itself.
@@ -216,8 +222,8 @@ def shard(
     return ShardedModel(
         module,
         plan,
-        _optimizer(module, optimizer, copies),
-        TableDecay(module, tables, optimizer.table_weight_decay),
+        _optimizer(module, optimizer, copies, copies & moved.keys()),
+        TableDecay(module, moved, optimizer.table_weight_decay),
         None if average_decay is None else WeightAverage(module, average_decay),
     )
 
@@ -319,18 +325,18 @@ def _data_parallel(plan: ShardingPlan, tables: Iterable[str]) -> set[str]:
     return copies
 
 
-def _optimizer(module: nn.Module, config: OptimizerConfig, copies: set[str]) -> KeyedOptimizer:
-    """Steps all weights that are not stepped in backward."""
+def _optimizer(module: nn.Module, config: OptimizerConfig, copies: set[str], moved: set[str]) -> KeyedOptimizer:
+    """Steps all weights that are not stepped in backward, and of the copied tables those that are moved."""
     weights = dict(in_backward_optimizer_filter(module.named_parameters()))
     dense = {name: weight for name, weight in weights.items() if name not in copies}
     adamw = KeyedOptimizerWrapper(
         dense,
         lambda parameters: torch.optim.AdamW(parameters, lr=config.dense_lr, weight_decay=config.weight_decay),
     )
-    if not copies:
+    if not moved:
         return adamw
     adagrad = KeyedOptimizerWrapper(
-        {name: weights[name] for name in copies},
+        {name: weights[name] for name in moved},
         lambda parameters: RowWiseAdagrad(parameters, lr=config.table_lr, eps=config.table_eps),
     )
     return CombinedOptimizer([adamw, adagrad])

@@ -1,0 +1,200 @@
+"""From a schema to the collection that a model is built on: tables of any width, and a tower for each history."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec.modules.embedding_configs import PoolingType
+
+from torchrec_amort.errors import InputError
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, SequenceBag
+from torchrec_amort.modules.encoder import HistoryEncoder
+from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.tower import HistoryTower
+from torchrec_amort.schema import Feature, RequestSchema, TableConfig
+
+# What a tower is made of beside its features: the encoder, places of events, dropout, and how features are combined.
+TowerParts = tuple[HistoryEncoder, int | None, float, Literal["sum", "concatenate"]]
+
+
+def build_collection(
+    schema: RequestSchema,
+    towers: Mapping[str, tuple[str, TowerParts]],
+    dim: int,
+    *,
+    leave_out: Collection[str] = (),
+    device: torch.device | None = None,
+) -> AmortizedEmbeddingBagCollection:
+    """The collection of a schema's tables and histories.
+
+    A candidate reads a history by the features that share a table with the history's events; those are no bags.
+
+    Args:
+        schema: what the requests are made of.
+        towers: of each tower, by its name, the history that it reads and what it is made of.
+        dim: D, width of tables that have no other, and of all bags.
+        leave_out: features that are not read.
+        device: where to put the tables.
+
+    Returns:
+        AmortizedEmbeddingBagCollection: with a bag for each other feature that is looked up.
+
+    Raises:
+        InputError: no feature of candidates shares a table with a history, or a file of vectors does not fit.
+
+    Example::
+
+        arch = AmortizedHistoryArch(32)
+        sparse = build_collection(schema, {"clicks": ("clicks", (arch, 100, 0.0, "sum"))}, 32)
+    """
+    read = {feature.name for feature in schema.features} - set(leave_out)
+    tables = _Tables(schema, dim, device)
+    listed = [feature for feature in schema.sequence_features if feature.name in read]
+    of_events = {feature.table for feature in schema.of("event") if feature.is_looked_up}
+    bags = [f for f in listed if f.side == "request" or (f.side == "candidate" and f.table not in of_events)]
+    histories = {history for history, _ in towers.values()}
+    of_towers = {f.table for f in listed if f.side == "event" and f.history in histories}
+    others = [f for f in listed if f.table in of_towers and (f.side == "candidate" or f.history in histories)]
+    sequences = tables.sequences([f for f in listed if f in bags or f in others])
+    made = [
+        _tower(name, schema, history, parts, sequences, read, dim, device) for name, (history, parts) in towers.items()
+    ]
+    sides = {side: [f for f in features if f.name in read] for side, features in schema.bag_features.items()}
+    request_features = [feature.name for feature in sides["request"]]
+    return AmortizedEmbeddingBagCollection(
+        tables.bags([*sides["request"], *sides["candidate"]]),
+        made,
+        request_features,
+        width=dim,
+        sequence_bags=[SequenceBag(feature.name, feature.side == "request") for feature in bags],
+        sequences=sequences,
+    )
+
+
+def _tower(
+    name: str,
+    schema: RequestSchema,
+    history: str,
+    parts: TowerParts,
+    sequences: Sequence[EmbeddingCollection],
+    read: Collection[str],
+    dim: int,
+    device: torch.device | None,
+) -> HistoryTower:
+    encoder, places, dropout, combine = parts
+    events = [feature for feature in schema.histories[history] if feature.name in read]
+    like = {feature.table: feature.name for feature in reversed(events)}
+    listed = [*schema.sequence_features, *schema.dense_sequence_features]
+    candidates = [f for f in listed if f.side == "candidate" and f.name in read and f.table in like]
+    if not candidates:
+        raise InputError(
+            f"schema {schema.dataset!r}: no feature of candidates shares a table with history {history!r}, whose "
+            f"tables are {sorted({f.table for f in events})}: candidates need one to read it by"
+        )
+    return HistoryTower(
+        name,
+        encoder,
+        events=sequences,
+        event_encoder=EventEncoder([f.name for f in events], dim, places, dropout, device, combine),
+        starts_at_zero=False,
+        candidate_features={feature.name: like[feature.table] for feature in candidates},
+        numbers={feature.name: feature.num_inputs for feature in (*events, *candidates) if feature.num_inputs},
+    )
+
+
+class _Tables:
+    """Tables of features, those that share one together.
+
+    Args:
+        schema: of the features.
+        dim: width of tables that have no other.
+        device: where to put them.
+    """
+
+    def __init__(self, schema: RequestSchema, dim: int, device: torch.device | None) -> None:
+        self._schema, self._dim, self._device = schema, dim, device
+
+    def _of(self, features: Sequence[Feature]) -> dict[str, list[Feature]]:
+        of_tables: dict[str, list[Feature]] = {}
+        for feature in features:
+            of_tables.setdefault(feature.table, []).append(feature)
+        return of_tables
+
+    def _config(self, name: str) -> TableConfig:
+        return self._schema.tables.get(name, TableConfig())
+
+    def _width(self, name: str) -> int:
+        return self._config(name).width or self._dim
+
+    def _init(self, name: str, rows: int) -> partial[Tensor]:
+        width, file = self._width(name), self._config(name).pretrained
+        if file is None:
+            # Rows of unit length on average, whatever the size of the table, so that sums of rows are balanced.
+            return partial(nn.init.normal_, std=width**-0.5)
+        return partial(_copy, vectors=_vectors(Path(file), rows, width, name))
+
+    def bags(self, features: Sequence[Feature]) -> EmbeddingBagCollection | None:
+        """Bags of features; several ids are averaged. None of none."""
+        tables = [
+            EmbeddingBagConfig(
+                name=name,
+                feature_names=[feature.name for feature in of_table],
+                num_embeddings=of_table[0].table_size or 0,
+                embedding_dim=self._width(name),
+                pooling=PoolingType.MEAN if any(f.kind == "ids" for f in of_table) else PoolingType.SUM,
+                init_fn=self._init(name, of_table[0].table_size or 0),
+            )
+            for name, of_table in self._of(features).items()
+        ]
+        return EmbeddingBagCollection(tables=tables, device=self._device) if tables else None
+
+    def sequences(self, features: Sequence[Feature]) -> list[EmbeddingCollection]:
+        """A collection for each width, since TorchRec's have one."""
+        of_widths: dict[int, list[EmbeddingConfig]] = {}
+        for name, of_table in self._of(features).items():
+            rows, width = of_table[0].table_size or 0, self._width(name)
+            table = EmbeddingConfig(
+                name=name,
+                feature_names=[feature.name for feature in of_table],
+                num_embeddings=rows,
+                embedding_dim=width,
+                init_fn=self._init(name, rows),
+            )
+            of_widths.setdefault(width, []).append(table)
+        return [EmbeddingCollection(tables=tables, device=self._device) for tables in of_widths.values()]
+
+
+def _vectors(path: Path, rows: int, width: int, table: str) -> Tensor:
+    """The initial vectors of a table."""
+    if path.suffix == ".npy":
+        vectors = np.load(path).astype(np.float32, copy=False)
+    else:
+        given = pq.read_table(path, columns=["id", "vector"])
+        ids, sizes = given["id"].to_numpy(), given["vector"].combine_chunks().value_lengths().to_numpy()
+        if len(wrong := np.flatnonzero((sizes != width) | (ids < 0) | (ids >= rows))):
+            row = int(wrong[0])
+            raise InputError(
+                f"{path}: row {row}: id {ids[row]} has {sizes[row]} numbers, but table {table!r} has {rows} rows of "
+                f"{width}"
+            )
+        vectors = np.zeros((rows, width), np.float32)
+        vectors[ids] = given["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+    if vectors.shape != (rows, width):
+        raise InputError(f"{path}: vectors are {vectors.shape}, but table {table!r} has {rows} rows of {width}")
+    if not np.isfinite(vectors).all():
+        raise InputError(f"{path}: row {int(np.argwhere(~np.isfinite(vectors))[0, 0])} is not finite: mend the file")
+    return torch.from_numpy(vectors)
+
+
+def _copy(weight: Tensor, vectors: Tensor) -> Tensor:
+    # TorchRec draws a shard's rows as if they were the whole table; `build_model` makes tables whole.
+    with torch.no_grad():
+        return weight.copy_(vectors)
