@@ -148,7 +148,7 @@ def weights_of_features(ranker: ModelRanker) -> dict[str, Tensor]:
 
 
 @given(schemas(trains=True), configs(), shapes(), st.integers(0, 2**20))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_in_float64_a_model_is_its_plain_loops(
     schema: RequestSchema, config: ModelConfig, sizes: Shapes, seed: int
 ) -> None:
@@ -169,23 +169,27 @@ def test_in_float64_a_model_is_its_plain_loops(
 
 
 @given(schemas(trains=True), configs(), shapes(), st.integers(0, 2**20))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_every_way_to_score_gives_the_models_scores(
     schema: RequestSchema, config: ModelConfig, sizes: Shapes, seed: int
 ) -> None:
     ranker, batch = model_of(schema, config), RequestBatch.from_requests(make_requests(schema, sizes, seed), schema)
     batch = replace(batch, users=torch.arange(len(batch)))
+    shorter = batch.keep_latest(1)
     with torch.no_grad():
-        expected = ranker(batch.to_impressions())
-        torch.testing.assert_close(ranker(batch), expected, rtol=0, atol=2e-6)
+        expected = {False: ranker(batch.to_impressions()), True: ranker(shorter.to_impressions())}
+        assert_same(ranker(batch), expected[False])
     for backend in ("eager", "auto"):
-        cache = HistoryCache(2**20)
-        for scorer in (AmortizedScorer(ranker, backend=backend), AmortizedScorer(ranker, 2, cache, backend=backend)):
-            shorter = batch.keep_latest(1)
-            with torch.no_grad():
-                torch.testing.assert_close(scorer.score(shorter), ranker(shorter), rtol=0, atol=2e-6)
-            for _ in range(2):
-                torch.testing.assert_close(scorer.score(batch), expected, rtol=0, atol=2e-6)
+        cached = AmortizedScorer(ranker, 2, HistoryCache(2**20), backend=backend)
+        for scorer in (AmortizedScorer(ranker, backend=backend), cached):
+            # Longer histories extend what is cached, where that can be.
+            for is_short in (True, False, False):
+                assert_same(scorer.score(shorter if is_short else batch), expected[is_short])
+
+
+def assert_same(logits: Tensor, expected: Tensor) -> None:
+    """To rounding, of numbers that may be large."""
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6 * max(1.0, float(expected.abs().max())))
 
 
 FILM: dict[str, Any] = {"table_size": 30, "table": "film"}
