@@ -16,7 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_amort.data.ebnerd_counters import VECTOR_SIZE, Embedding, embed_readers
-from torchrec_amort.data.ebnerd_features import OF_CANDIDATE, OF_EVENT, OF_REQUEST, POPULARITY, HistoryOf, KnownBefore
+from torchrec_amort.data.ebnerd_features import (
+    DEVICES,
+    OF_CANDIDATE,
+    OF_EVENT,
+    OF_REQUEST,
+    POPULARITY,
+    HistoryOf,
+    KnownBefore,
+)
 from torchrec_amort.data.ebnerd_files import READ_TIME_BOUNDS, SCROLL_BOUNDS, Articles, Split, read_folder
 from torchrec_amort.data.splits import REQUESTS_PER_TABLE, lists_of, split_tables
 from torchrec_amort.data.writer import write_requests
@@ -86,6 +94,7 @@ def make_schema(num_articles: int) -> RequestSchema:
         dataset="ebnerd",
         features=(
             *(Feature(name, "request", "dense") for name in OF_REQUEST),
+            Feature("device", "request", "id", table_size=max(DEVICES) + 1, vocabulary="unknown"),
             *(Feature(name, "candidate", "dense") for name in OF_CANDIDATE),
             Feature("candidate_article", "candidate", "id", **article),
             Feature("candidate_vector", "candidate", "vector", **vector),
@@ -228,6 +237,7 @@ def _columns(
     return {
         "user": split.user_ids[split.user[begin:end]],
         "time": split.time[begin:end],
+        "device": split.device[begin:end],
         **{name: scales[name].of(values) for name, values in known.of_requests(begin, end).items()},
         **{name: lists_of(num_candidates, values) for name, values in candidates.items()},
         **{name: lists_of(num_events, values) for name, values in clicks.items()},

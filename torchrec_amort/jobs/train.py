@@ -21,6 +21,7 @@ from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
 from torchrec_amort.training.lock import FolderLock, run_lock
 from torchrec_amort.training.loop import GlobalBatchTrain, TrainResult, train
+from torchrec_amort.training.numbers import measure_numbers
 from torchrec_amort.training.processes import ignore_stop_signals, is_first
 from torchrec_amort.training.run import TrainConfig
 from torchrec_amort.training.sharding import ShardedModel, shard
@@ -46,7 +47,7 @@ def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | 
     resume = _refuse_or_resume(config, run, device)
     schema = RequestSchema.load(run) if resume else RequestSchema.load(config.data).with_tables(config.tables)
     dataset = read_train_split(config, schema)
-    model = sharded_model(config, schema, device)
+    model = sharded_model(config, schema, device, is_resumed=resume)
     # No rank may write before all have looked at what is there.
     dist.barrier()
     if is_first():
@@ -125,8 +126,10 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
     )
 
 
-def sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.device) -> ShardedModel:
-    """The untrained model, its tables spread over all ranks."""
+def sharded_model(
+    config: TrainConfig, schema: RequestSchema, device: torch.device, *, is_resumed: bool = False
+) -> ShardedModel:
+    """The model, its tables spread over all ranks: untrained; if a checkpoint is to be loaded, with any weights."""
     world_size = dist.get_world_size()
     counts = read_counts(config.data)[TRAIN]
     lengths = config.model.history_lengths(schema)
@@ -134,8 +137,11 @@ def sharded_model(config: TrainConfig, schema: RequestSchema, device: torch.devi
     events = {feature.name: float(length_of.get(feature.history, 0)) for feature in schema.of("event")}
     candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
     frozen = frozenset(name for name, table in schema.tables.items() if not table.trains)
+    model = build_model(schema.without_pretrained() if is_resumed else schema, config.model, seed=config.seed)
+    if not is_resumed:
+        measure_numbers(model, config.data, TRAIN, schema)
     return shard(
-        GlobalBatchTrain(build_model(schema, config.model, seed=config.seed), config.loop.precision),
+        GlobalBatchTrain(model, config.loop.precision),
         device=device,
         optimizer=config.optimizer,
         batch_size=-(-config.batch_size // world_size),

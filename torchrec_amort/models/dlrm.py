@@ -27,8 +27,8 @@ from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
 
-# Of logits and labels, float [C, T] each: a scalar.
-Loss = Callable[[Tensor, Tensor], Tensor]
+# Of logits and labels, float [C, T] each: a scalar. Where candidates have weights, it is given `weight` [C, 1], too.
+Loss = Callable[..., Tensor]
 
 # The only history.
 HISTORY = "history"
@@ -230,7 +230,8 @@ class AmortizedDLRMTrain(nn.Module):
 
     Args:
         model: the ranker to train, an AmortizedDLRM or any other.
-        loss: of logits and labels, float [C, T] each; a scalar. Their mean binary cross entropy unless given.
+        loss: of logits and labels, float [C, T] each; a scalar. Their mean binary cross entropy unless given. Where
+            the batch has weights, it is called with `weight`, [C, 1], as PyTorch's own losses are.
 
     Example::
 
@@ -240,7 +241,7 @@ class AmortizedDLRMTrain(nn.Module):
     def __init__(self, model: Ranker, loss: Loss = F.binary_cross_entropy_with_logits) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss if isinstance(loss, nn.Module) else _Loss(loss)
+        self.loss = _Loss(loss)
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Score the batch and compare with its labels.
@@ -259,7 +260,7 @@ class AmortizedDLRMTrain(nn.Module):
         if self.training and torch.is_grad_enabled():
             refuse_tables_without_optimizer(self.model)
         logits_CT = self.model(batch)
-        loss = self.loss(logits_CT.float(), batch.labels)
+        loss = self.loss(logits_CT.float(), batch.labels, batch.weights)
         return loss, (loss.detach(), logits_CT.detach(), batch.labels.detach())
 
 
@@ -274,5 +275,7 @@ class _Loss(nn.Module):
         super().__init__()
         self._loss = loss
 
-    def forward(self, logits_CT: Tensor, labels_CT: Tensor) -> Tensor:
-        return self._loss(logits_CT, labels_CT)
+    def forward(self, logits_CT: Tensor, labels_CT: Tensor, weights_C: Tensor | None) -> Tensor:
+        if weights_C is None:
+            return self._loss(logits_CT, labels_CT)
+        return self._loss(logits_CT, labels_CT, weight=weights_C.unsqueeze(1))
