@@ -166,6 +166,12 @@ def test_bad_data_ends_all_ranks(data_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_prepare_refuses_options_of_other_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prepare.main(["mind", "--out", str(tmp_path / "out"), "--histories=separate"])
+    assert "error: histories is 'separate', but mind has no such option: leave it out" in capsys.readouterr().err
+
+
 def test_prepare_refuses_what_is_not_the_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source, message in ((tmp_path / "nothing.zip", "no such file"), (tmp_path, "is missing")):
         with pytest.raises(SystemExit) as stop:

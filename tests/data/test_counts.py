@@ -113,3 +113,21 @@ def test_events_of_the_requests_own_second_are_counted_told_and_may_be_refused(
     with pytest.raises(InputError, match="keep events strictly before their request"):
         to_requests(log, SCHEMA, tmp_path / "no", refuse_same_second=True)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_request_with_events_of_its_own_second_in_two_histories_counts_once(tmp_path: Path) -> None:
+    film: dict[str, Any] = {"table_size": 9, "table": "film"}
+    schema = RequestSchema(
+        "films",
+        (
+            Feature("film", "candidate", "id", **film),
+            *(Feature(f"{name}_film", "event", "id", history=name, **film) for name in ("clicks", "views")),
+            *(Feature(f"{name}_age", "event", "age", 64, history=name) for name in ("clicks", "views")),
+        ),
+    )
+    request = {"request_id": 1, "user": 1, "time": 50, "film": [1]}
+    request |= {"clicks_film": [2], "views_film": [2, 3], "clicks_age": [50], "views_age": [50, 50]}
+    earlier = request | {"request_id": 0, "clicks_age": [49], "views_age": [48, 49]}
+    table = pa.Table.from_pylist([earlier, request], schema.arrow_schema())
+    write_requests(tmp_path / "films", schema, {"train": [table]})
+    assert read_counts(tmp_path / "films")["train"]["same_second_requests"] == 1

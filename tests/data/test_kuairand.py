@@ -1,11 +1,11 @@
 import csv
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -79,9 +79,9 @@ def requests_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def prepared(source: Path) -> list[dict[str, Any]]:
+def prepared(source: Path, histories: kuairand.Histories = "one") -> list[dict[str, Any]]:
     """All requests in order of time."""
-    kuairand.prepare(source, source / "out", overwrite=True)
+    kuairand.prepare(source, source / "out", overwrite=True, histories=histories)
     return [row for requests in requests_of(source / "out").values() for row in requests]
 
 
@@ -135,6 +135,44 @@ def test_a_history_goes_on_from_the_sequence_with_what_came_of_each_exposure(sou
     assert (last["hour"], last["tab"], last["long_view"]) == (23, 14, [1.0])
     kuairand.prepare(source, source / "short", history_length=3)
     assert requests_of(source / "short")["test"][-1]["history_item"] == [2, 1, 2]
+
+
+def test_separate_histories_are_of_what_was_clicked_what_was_viewed_long_and_all_that_was_shown(source: Path) -> None:
+    requests = prepared(source, "separate")
+    last = requests[-1]
+    assert {name: last[f"{name}_item"] for name in ("clicked", "long_viewed", "shown")} == {
+        "clicked": [1, 1, 2],
+        "long_viewed": [1],
+        "shown": [1, 2, 1, 3, 2, 1, 2],
+    }
+    hours = {name: [(time - APRIL_25 // 1000) / 3600 for time in last[f"{name}_time"]] for name in ("clicked", "shown")}
+    assert hours["clicked"] == [0, 4, 4]
+    # Events of the sequence have the time of its end, a second before.
+    assert hours["shown"] == [-1 / 3600, -1 / 3600, 0, 0, 2, 4, 4]
+    assert last["long_viewed_time"] == [APRIL_25 // 1000 - 1]
+    assert (requests[0]["candidate_video"], requests[0]["click"]) == ([1, 3], [1.0, 0.0])
+    kuairand.prepare(source, source / "short", history_length=2, histories="separate")
+    short = requests_of(source / "short")["test"][-1]
+    assert [short[f"{name}_item"] for name in ("clicked", "long_viewed", "shown")] == [[1, 2], [1], [1, 2]]
+
+
+def test_events_of_all_histories_and_a_feature_of_candidates_share_a_table_of_videos(source: Path) -> None:
+    prepared(source, "separate")
+    schema = RequestSchema.load(source / "out")
+    assert list(schema.histories) == ["clicked", "long_viewed", "shown"]
+    of_videos = {
+        f.name: (f.table, f.table_size, f.source) for f in schema.features if f.kind == "id" and f.table_size == 4
+    }
+    assert of_videos == {
+        "video_id": ("video_id", 4, "candidate_video"),
+        **{name: ("video", 4, name) for name in ("candidate_video", "clicked_item", "long_viewed_item", "shown_item")},
+    }
+    (batch,) = RequestDataset(source / "out", "train", batch_size=5, num_lanes=1, seed=None)
+    assert batch.sequences["candidate_video"].values().tolist() == batch.candidate_sparse["video_id"].values().tolist()
+    assert batch.sequences["clicked_item"].lengths().tolist() == [0, 0, 1, 1, 1]
+    # The last request is 4 hours after the click: 14,400 has 14 bits. An event's gap is to the one before.
+    assert batch.sequences["clicked_age"].values().tolist()[-1] == 14
+    assert batch.sequences["shown_gap"].values().tolist()[-5:] == [0, 0, 1, 0, 13]
 
 
 def test_what_is_not_known_has_id_0(source: Path) -> None:
@@ -209,15 +247,17 @@ def random_log(seed: int, rows: int = 600) -> list[Row]:
     ]
 
 
-@pytest.mark.parametrize("place", [0, 300, 599])
-def test_labels_at_and_after_a_request_change_none_of_its_inputs(tmp_path: Path, place: int) -> None:
+@pytest.mark.parametrize(("place", "histories"), [(0, "one"), (300, "one"), (599, "one"), (300, "separate")])
+def test_labels_at_and_after_a_request_change_none_of_its_inputs(
+    tmp_path: Path, place: int, histories: kuairand.Histories
+) -> None:
     log = random_log(seed=place)
     time = sorted(row[2] for row in log)[place]
     flipped: list[Row] = [
         (*row[:3], 1 - row[3], 1 - row[4], 1 - row[5], row[6]) if row[2] >= time else row for row in log
     ]
-    before = prepared(write_source(tmp_path / "before", log))
-    after = prepared(write_source(tmp_path / "after", flipped))
+    before = prepared(write_source(tmp_path / "before", log), histories)
+    after = prepared(write_source(tmp_path / "after", flipped), histories)
     until = len({(user, moment) for user, _, moment, *_ in log if moment <= time})
     assert all(
         after[until - 1][label] == [1 - value for value in before[until - 1][label]] for label in kuairand.LABELS
@@ -229,14 +269,34 @@ def test_labels_at_and_after_a_request_change_none_of_its_inputs(tmp_path: Path,
     assert place == 599 or before[until:] != after[until:]
 
 
-def recount(log: list[Row], sequences: list[dict[str, Any]]) -> list[dict[str, Any]]:
+# What an event is: its video, what came of it, and its second.
+Event = tuple[int, ...]
+# Which events each history has.
+KEPT: dict[kuairand.Histories, dict[str, Callable[[Event], bool]]] = {
+    "one": {"history": lambda event: True},
+    "separate": {
+        "clicked": lambda event: event[1] == 2,
+        "long_viewed": lambda event: event[2] == 1,
+        "shown": lambda event: True,
+    },
+}
+# The columns of a history, and their places in an event.
+PLACES: dict[kuairand.Histories, dict[str, int]] = {
+    "one": {"item": 0, "click": 1, "long_view": 2, "like": 3},
+    "separate": {"item": 0, "time": 4},
+}
+
+
+def recount(log: list[Row], sequences: list[dict[str, Any]], histories: kuairand.Histories) -> list[dict[str, Any]]:
     """The requests in order of time, by another way than `kuairand` goes."""
-    past: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
+    past: defaultdict[int, list[Event]] = defaultdict(list)
     seen = set()
     for told in sequences:
-        long_viewed, liked = set(told["long_watch_seq"]), set(told["like_seq"])
-        past[told["user_id"]] = [(video, 0, video in long_viewed, video in liked) for video in told["watch_seq"]]
-        seen.add((told["user_id"], told["watch_seq"][-1], told["last_time_ms"]))
+        long_viewed, liked, end = set(told["long_watch_seq"]), set(told["like_seq"]), told["last_time_ms"]
+        past[told["user_id"]] = [
+            (video, 0, video in long_viewed, video in liked, end // 1000) for video in told["watch_seq"]
+        ]
+        seen.add((told["user_id"], told["watch_seq"][-1], end))
     shown = defaultdict(list)
     for user, video, time, click, long_view, like, tab in log:
         if (user, video, time) not in seen:
@@ -246,65 +306,89 @@ def recount(log: list[Row], sequences: list[dict[str, Any]]) -> list[dict[str, A
     for time, user in sorted(shown):
         videos, clicks, long_views, likes, tabs = zip(*shown[time, user], strict=True)
         labels = {"click": clicks, "long_view": long_views, "like": likes}
-        history = past[user][-100:]
-        requests.append({"user": user, "time": time, "tab": tabs[0], "videos": videos, "history": history, **labels})
-        past[user] += zip(videos, (1 + click for click in clicks), long_views, likes, strict=True)
+        of_user = {
+            name: [event for event in past[user] if is_kept(event)][-100:] for name, is_kept in KEPT[histories].items()
+        }
+        requests.append({"user": user, "time": time, "tab": tabs[0], "videos": videos, "histories": of_user, **labels})
+        past[user] += [(video, 1 + click, *rest, time // 1000) for video, click, *rest, _ in shown[time, user]]
     return requests
 
 
-def assert_same(folder: Path, expected: list[dict[str, Any]], every: int = 1) -> None:
-    """Refuse a prepared folder that does not hold the requests counted; look at every so many of them."""
+def assert_same(folder: Path, expected: list[dict[str, Any]], histories: kuairand.Histories) -> None:
+    """Refuse a prepared folder that does not hold the requests counted."""
     ends = np.cumsum([len(request["videos"]) for request in expected])
     bounds = [0, *(int((ends <= share * ends[-1]).sum()) for share in (0.8, 0.9, 1))]
     train = expected[: bounds[1]]
     users = {user: place for place, user in enumerate(sorted({request["user"] for request in train}), start=1)}
-    of_train = {video for request in train for video in (*request["videos"], *(e[0] for e in request["history"]))}
+    of_train = {video for request in train for video in request["videos"]}
+    of_train |= {event[0] for request in train for events in request["histories"].values() for event in events}
     items = {video: place for place, video in enumerate(sorted(of_train), start=1)}
+    item = "candidate_item" if histories == "one" else "candidate_video"
+    names = ["user", "user_id", "time", "hour", "tab", item, *kuairand.LABELS]
+    names += [f"{history}_{what}" for history in KEPT[histories] for what in PLACES[histories]]
     for split, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False):
         table = pq.read_table(folder / split)
         assert table.num_rows == stop - start
-        names = ["user", "user_id", "time", "hour", "tab", "candidate_item", *kuairand.LABELS]
-        names += [f"history_{name}" for name in ("item", *kuairand.LABELS)]
-        for label in kuairand.LABELS:
-            positives = sum(sum(request[label]) for request in expected[start:stop])
-            assert pc.sum(pc.list_flatten(table[label])).as_py() == positives
-        columns = [table[name].take(np.arange(0, stop - start, every)).to_pylist() for name in names]
-        for values, request in zip(zip(*columns, strict=True), expected[start:stop:every], strict=True):
-            user, seconds, history = request["user"], request["time"] // 1000, request["history"]
+        columns = [table[name].to_pylist() for name in names]
+        for values, request in zip(zip(*columns, strict=True), expected[start:stop], strict=True):
+            user, seconds = request["user"], request["time"] // 1000
             assert values == (
                 *(user, users.get(user, 0), seconds, (seconds // 3600 + 8) % 24, request["tab"]),
                 [items.get(video, 0) for video in request["videos"]],
                 *(list(request[label]) for label in kuairand.LABELS),
-                [items.get(event[0], 0) for event in history],
-                *([event[place] for event in history] for place in (1, 2, 3)),
+                *(
+                    [event[place] if place else items.get(event[0], 0) for event in events]
+                    for events in request["histories"].values()
+                    for place in PLACES[histories].values()
+                ),
             )
 
 
+@pytest.mark.parametrize("histories", ["one", "separate"])
 @pytest.mark.parametrize("seed", range(3))
-def test_requests_are_what_a_plain_recount_tells(tmp_path: Path, seed: int) -> None:
+def test_requests_are_what_a_plain_recount_tells(tmp_path: Path, seed: int, histories: kuairand.Histories) -> None:
     log = random_log(seed)
     sequences = [(user, APRIL_25 - 1, [20 + user, 50, 21, 50], [50], [21, 99]) for user in (5, 7, 9)]
     source = write_source(tmp_path / "source", log[:200], log[200:])
     write_sequences(source, *sequences)
-    kuairand.prepare(source, tmp_path / "out")
+    kuairand.prepare(source, tmp_path / "out", histories=histories)
     told = pq.read_table(next(source.glob("*.parquet"))).to_pylist()
-    requests = recount(log, told)
-    assert max(len(request["history"]) for request in requests) == 100
+    requests = recount(log, told, histories)
+    lengths = [max(len(request["histories"][name]) for request in requests) for name in KEPT[histories]]
+    assert lengths == [100] * len(lengths)
     assert max(len(request["videos"]) for request in requests) > 1
-    assert_same(tmp_path / "out", requests)
+    assert_same(tmp_path / "out", requests, histories)
 
 
-def test_the_public_subset_is_what_a_plain_recount_tells(shared_data: Path, tmp_path: Path) -> None:
-    source = shared_data / "kuairand-pure"
+@pytest.fixture(scope="module")
+def drawn(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The public subset, of one user in 30 only."""
+    source, folder = shared_data / "kuairand-pure", tmp_path_factory.mktemp("kuairand")
     if not source.is_dir():
         pytest.skip(f"no {source}")
-    kuairand.prepare(source, tmp_path / "out")
-    logs = [pq.read_table(path, columns=list(LOG_COLUMNS)) for path in sorted(source.glob("log_standard_*"))]
-    columns = [[value for log in logs for value in log[name].to_pylist()] for name in LOG_COLUMNS]
-    rows: list[Row] = list(zip(*columns, strict=True))
-    assert len(rows) == 228_329
-    sequences = pq.read_table(next(source.glob("user_sequences_*"))).to_pylist()
-    assert_same(tmp_path / "out", recount(rows, sequences), every=10)
+    for path in source.glob("*_features_*.csv"):
+        (folder / path.name).symlink_to(path)
+    rows = 0
+    for path in (*source.glob("log_standard_*"), *source.glob("user_sequences_*")):
+        table = pq.read_table(path)
+        rows += table.num_rows if path.name.startswith("log") else 0
+        is_drawn = table["user_id"].to_numpy() % 30 == 3
+        pq.write_table(table.filter(pa.array(is_drawn)), folder / path.name)
+    assert rows == 228_329
+    return folder
+
+
+@pytest.mark.parametrize("histories", ["one", "separate"])
+def test_users_of_the_public_subset_have_what_a_plain_recount_tells(
+    drawn: Path, tmp_path: Path, histories: kuairand.Histories
+) -> None:
+    kuairand.prepare(drawn, tmp_path / "out", histories=histories)
+    logs = pa.concat_tables(
+        pq.read_table(path, columns=list(LOG_COLUMNS)) for path in sorted(drawn.glob("log_standard_*"))
+    )
+    rows: list[Row] = list(zip(*(logs[name].to_pylist() for name in LOG_COLUMNS), strict=True))
+    sequences = pq.read_table(next(drawn.glob("user_sequences_*"))).to_pylist()
+    assert_same(tmp_path / "out", recount(rows, sequences, histories), histories)
 
 
 def test_prepared_requests_are_read_as_batches(source: Path) -> None:
@@ -356,6 +440,8 @@ def test_a_missing_file_or_column_is_named(source: Path, name: str) -> None:
 def test_sources_that_do_not_fit_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"kuairand\.com"):
         kuairand.prepare(None, tmp_path / "out")
+    with pytest.raises(InputError, match=r"histories is 'two', not one of 'one', 'separate'"):
+        kuairand.prepare(source, tmp_path / "out", histories="two")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"nowhere: no log_standard_"):
         kuairand.prepare(tmp_path / "nowhere", tmp_path / "out")
     write_sequences(source, (5, APRIL_25, [21, 20], [], []))

@@ -1,14 +1,18 @@
+import re
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from torchrec_amort import InputError
 from torchrec_amort.data import mind
 from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.hashing import hash_text
 from torchrec_amort.schema import RequestSchema
 
 SPLITS = ("train", "validation", "test")
@@ -137,6 +141,131 @@ def test_prepared_requests_are_read_as_batches(tmp_path: Path) -> None:
     assert batch.candidate_sparse["news_id"].values().tolist() == [3, 4, 4, 3, 5, 6, 2, 3]
     assert batch.sequences["history_item"].lengths().tolist() == [2, 2, 0]
     assert batch.labels is not None and batch.labels.flatten().tolist() == [1, 0, 0, 1, 0, 1, 0, 0]
+
+
+def news_line(name: str, category: str, subcategory: str, title: str, abstract: str = "") -> str:
+    return "\t".join([name, category, subcategory, title, abstract, f"https://news/{name}", "[]", "[]"])
+
+
+# Neither N5, which is in train, nor N9 is there; N7 is in no request; N6's category is missing.
+NEWS = [
+    news_line("N1", "sports", "nfl", 'The "Bears" won, at 1st', "Don't ask: the Bears, ÉTÉ 2019"),
+    news_line("N2", "news", "local", "Rain"),
+    news_line("N3", "sports", "nba", "!?", "..."),
+    news_line("N4", "news", "world", "Sun", "Rain then sun and sun"),
+    news_line("N6", "", "nfl", "Züge und Bären"),
+    news_line("N7", "autos", "cars", "Cars"),
+]
+
+
+def bag_of(text: str) -> list[float]:
+    """The hashed bag of words, by a plain loop."""
+    sums = [0.0] * 64
+    for word in re.findall(r"[^\W_]+", text.lower()):
+        bits = int(hash_text([word])[0]) % 2**64
+        sums[bits % 64] += -1.0 if bits >= 2**63 else 1.0
+    length = sum(number**2 for number in sums) ** 0.5
+    return [number / (length or 1.0) for number in sums]
+
+
+def folder_of(tmp_path: Path, lines: list[str], news: list[str]) -> Path:
+    write(tmp_path / "behaviors.tsv", lines)
+    write(tmp_path / "news.tsv", news)
+    return tmp_path
+
+
+def test_news_give_candidates_and_events_categories_and_bags_of_their_words(tmp_path: Path) -> None:
+    mind.prepare(folder_of(tmp_path, LINES, NEWS), tmp_path / "out")
+    told = {line.split("\t")[0]: line.split("\t") for line in NEWS}
+    # Of train's news in order of their first appearance, N2 N1 N4 N3 N5 N6.
+    category = {"news": 1, "sports": 2}
+    subcategory = {"local": 1, "nfl": 2, "world": 3, "nba": 4}
+    lines = [LINES[place].split("\t") for place in (2, 0, 3, 1, 4)]
+    rows = [row for requests in requests_of(tmp_path / "out").values() for row in requests]
+    for row, line in zip(rows, lines, strict=True):
+        shown = [entry.split("-")[0] for entry in line[4].split()]
+        for side, names in (("candidate", shown), ("history", line[3].split())):
+            of_news = [told.get(name, [""] * 8) for name in names]
+            assert row[f"{side}_category"] == [category.get(news[1], 0) for news in of_news]
+            assert row[f"{side}_subcategory"] == [subcategory.get(news[2], 0) for news in of_news]
+            expected = np.array([bag_of(f"{news[3]} {news[4]}") for news in of_news]).reshape(-1, 64)
+            np.testing.assert_allclose(np.array(row[f"{side}_text"]).reshape(-1, 64), expected, atol=1e-6)
+    schema = RequestSchema.load(tmp_path / "out")
+    sizes = {
+        f.name: (f.table, f.table_size or f.size)
+        for f in schema.features
+        if f.table in ("category", "subcategory", "text")
+    }
+    for side in ("candidate", "history"):
+        assert sizes[f"{side}_category"] == ("category", 3)
+        assert sizes[f"{side}_subcategory"] == ("subcategory", 5)
+        assert sizes[f"{side}_text"] == ("text", 64)
+    (batch,) = RequestDataset(tmp_path / "out", "train", batch_size=3, num_lanes=1, seed=None)
+    assert batch.sequences["candidate_category"].values().tolist() == [1, 2, 2, 1, 0, 0, 2, 1]
+    assert batch.dense_sequences["history_text"].values().shape == (4, 64)
+
+
+def test_without_news_the_rest_is_the_same(tmp_path: Path) -> None:
+    without = prepared(tmp_path, LINES)
+    mind.prepare(tmp_path / "behaviors.tsv", tmp_path / "with", news=write(tmp_path / "other.tsv", NEWS))
+    for split, requests in requests_of(tmp_path / "with").items():
+        for row, expected in zip(requests, without[split], strict=True):
+            assert {name: row[name] for name in expected} == expected
+            assert len(row) == len(expected) + 6
+
+
+def test_vectors_of_news_may_be_given(tmp_path: Path) -> None:
+    vectors = {"N4": [1.0, 2.0], "N8": [3.0, 4.0], "N1": [5.0, 6.0]}
+    pq.write_table(pa.table({"id": list(vectors), "vector": list(vectors.values())}), tmp_path / "v.parquet")
+    mind.prepare(folder_of(tmp_path, LINES, NEWS), tmp_path / "out", vectors=tmp_path / "v.parquet")
+    first = requests_of(tmp_path / "out")["train"][0]
+    assert first["candidate_text"] == [[1.0, 2.0], [0.0, 0.0]]
+    assert first["history_text"] == [[0.0, 0.0], [5.0, 6.0]]
+    assert first["candidate_category"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("N8\tnews\tlocal\tSun", r"news\.tsv: not as MIND is published \(.*Row #2: Expected 8 columns, got 4"),
+        (news_line("", "news", "local", "Sun"), r"news\.tsv: line 2: id is '', not the name of a news"),
+        (news_line("N1", "news", "local", "Sun"), r"news\.tsv: line 2: id is 'N1', not a name that no line before has"),
+    ],
+)
+def test_a_bad_line_of_the_news_is_refused_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        mind.prepare(folder_of(tmp_path, LINES, [NEWS[0], line, NEWS[1]]), tmp_path / "out")
+
+
+def test_news_of_other_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none of the 6 news of train is in news\.tsv: give the one that belongs to"):
+        mind.prepare(folder_of(tmp_path, LINES, [NEWS[-1]]), tmp_path / "out")
+    with pytest.raises(InputError, match=r"nowhere\.tsv: no such file: give MIND's news\.tsv"):
+        mind.prepare(tmp_path, tmp_path / "out", news=tmp_path / "nowhere.tsv")
+    (tmp_path / "news.tsv").unlink()
+    with pytest.raises(InputError, match=r"vectors is v\.parquet, but there is no .*news\.tsv"):
+        mind.prepare(tmp_path, tmp_path / "out", vectors="v.parquet")
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "message"),
+    [
+        (["N1", "N2"], [[1.0], [1.0, 2.0]], r"row 1: vector has 2 numbers, but that of row 0 has 1"),
+        (["N1", "N1"], [[1.0], [2.0]], r"row 1: id is 'N1', which a row before has"),
+        (["N1", None], [[1.0], [2.0]], r"row 1: id is null"),
+        (["N1", "N2"], [[1.0], [float("nan")]], r"row 1: vector .*nan, not a finite number"),
+        (["X1", "X2"], [[1.0], [2.0]], r"none of its 2 ids is one of the 6 of news\.tsv"),
+        ([1, 2], [[1.0], [2.0]], r"row 0: id is int64, not text"),
+        (["N1"], [[]], r"has no numbers in row 0"),
+    ],
+)
+def test_bad_vectors_are_refused_by_file_and_row(
+    tmp_path: Path, ids: list[Any], vectors: list[list[float]], message: str
+) -> None:
+    vector = pa.array(vectors, pa.list_(pa.float64()))
+    pq.write_table(pa.table({"id": ids, "vector": vector}), tmp_path / "v.parquet")
+    with pytest.raises(InputError, match=rf"v\.parquet: {message}"):
+        mind.prepare(folder_of(tmp_path, LINES, NEWS), tmp_path / "out", vectors=tmp_path / "v.parquet")
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,8 @@ def _not_run() -> dict[str, str]:
         "data.ebnerd_files": PUBLISHED,
         "data.kuairand": PUBLISHED,
         "data.mind": PUBLISHED,
+        "data.mind_news": PUBLISHED,
+        "data.mind_tsv": PUBLISHED,
         "data.movielens": PUBLISHED,
         "training.average": TRAINING,
         "training.checkpoint": TRAINING,

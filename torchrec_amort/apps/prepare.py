@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from torchrec_amort.apps.command import run_command
 from torchrec_amort.config import parser_of
@@ -12,7 +13,7 @@ from torchrec_amort.data import ebnerd, kuairand, mind, movielens
 from torchrec_amort.data.counts import read_counts, split_table
 from torchrec_amort.errors import InputError
 
-DATASETS = {
+DATASETS: dict[str, Callable[..., Any]] = {
     "movielens-1m": movielens.prepare,
     "mind": mind.prepare,
     "kuairand": kuairand.prepare,
@@ -32,12 +33,19 @@ class PrepareConfig:
         overwrite: replace a folder that is there.
         history_length: events that are kept of each history, the latest ones; the data set's own number
             (see docs/data.md) unless given.
+        histories: of kuairand: `one` of all that was shown, which is the default, or `separate` ones of what was
+            clicked, what was viewed long and all that was shown.
+        news: of mind: its news.tsv; that beside behaviors.tsv, if there is one, unless given.
+        vectors: of mind: Parquet of columns id and vector; hashed bags of the news' words unless given.
     """
 
     source: str | None = None
     out: str | None = None
     overwrite: bool = False
     history_length: int | None = None
+    histories: kuairand.Histories | None = None
+    news: str | None = None
+    vectors: str | None = None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,12 +68,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _prepare(dataset: str, config: PrepareConfig) -> None:
     out = config.out or f"data/{dataset}"
-    limits = {}
-    if config.history_length is not None:
-        if config.history_length < 1:
-            raise InputError(f"history_length is {config.history_length}, not 1 or more")
-        limits["history_length"] = config.history_length
-    DATASETS[dataset](config.source, out, overwrite=config.overwrite, **limits)
+    if config.history_length is not None and config.history_length < 1:
+        raise InputError(f"history_length is {config.history_length}, not 1 or more")
+    prepare = DATASETS[dataset]
+    options = {name: value for name, value in asdict(config).items() if value is not None}
+    options |= {"source": config.source, "out": out}
+    if other := [name for name in options if name not in inspect.signature(prepare).parameters]:
+        raise InputError(f"{other[0]} is {options[other[0]]!r}, but {dataset} has no such option: leave it out")
+    prepare(**options)
     print(split_table(read_counts(out)))
     print(f"written to {out}")
 

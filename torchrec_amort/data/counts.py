@@ -140,27 +140,30 @@ class SplitCounts:
         Raises:
             InputError: a request has an event of its own second, if that is to be refused.
         """
-        for column in self._event_times:
-            self._count_same_second(table, column)
+        self._count_same_second(table)
         self.requests += table.num_rows
         self._candidates += pc.sum(pc.list_value_length(table[self._candidate_column])).as_py() or 0
         self._users.update(table["user"].to_pylist())
         self.ids.add(table)
 
-    def _count_same_second(self, table: pa.Table, column: str) -> None:
-        events, times = table[column].combine_chunks(), table["time"].to_numpy()
-        request_of_event = np.repeat(np.arange(len(times)), events.value_lengths().to_numpy())
-        rows = np.unique(request_of_event[events.flatten().to_numpy() == times[request_of_event]])
-        if not len(rows):
-            return
-        row = int(rows[0])
-        if self._refuse_same_second:
-            raise InputError(
-                f"{self.split}: request {self.requests + row}: {column} has an event at {times[row]}, the request's "
-                "own second: keep events strictly before their request"
-            )
-        self._example = self._example or f"request {self.requests + row} has one in {column}"
-        self._same_second += len(rows)
+    def _count_same_second(self, table: pa.Table) -> None:
+        times = table["time"].to_numpy()
+        is_same = np.zeros(len(times), bool)
+        for column in self._event_times:
+            events = table[column].combine_chunks()
+            request_of_event = np.repeat(np.arange(len(times)), events.value_lengths().to_numpy())
+            rows = request_of_event[events.flatten().to_numpy() == times[request_of_event]]
+            if not len(rows):
+                continue
+            row = int(rows[0])
+            if self._refuse_same_second:
+                raise InputError(
+                    f"{self.split}: request {self.requests + row}: {column} has an event at {times[row]}, the "
+                    "request's own second: keep events strictly before their request"
+                )
+            self._example = self._example or f"request {self.requests + row} has one in {column}"
+            is_same[rows] = True
+        self._same_second += int(is_same.sum())
 
     def record(self, train: IdCounts | None) -> dict[str, Any]:
         """The counts, for `counts.json`; warnings tell what looks wrong.

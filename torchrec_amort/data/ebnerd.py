@@ -26,7 +26,7 @@ from torchrec_amort.data.ebnerd_features import (
     KnownBefore,
 )
 from torchrec_amort.data.ebnerd_files import READ_TIME_BOUNDS, SCROLL_BOUNDS, Articles, Split, read_folder
-from torchrec_amort.data.splits import REQUESTS_PER_TABLE, lists_of, split_tables
+from torchrec_amort.data.splits import REQUESTS_PER_TABLE, lists_of, split_tables, vectors_of
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
@@ -222,12 +222,12 @@ def _columns(
         # As it is, for around a mean float32 would make one of many small counts.
         POPULARITY: of_candidates[POPULARITY].astype(np.float32),
         "candidate_article": row_of_article[split.candidate[shown]],
-        "candidate_vector": _vectors(candidate_vectors),
+        "candidate_vector": vectors_of(candidate_vectors),
         "clicked": split.clicked[shown].astype(np.float32),
     }
     clicks = {name: scales[OF_EVENT[name]].of(values) for name, values in of_events.items()} | {
         "clicked_article": row_of_article[events.article[places]],
-        "clicked_vector": _vectors(event_vectors),
+        "clicked_vector": vectors_of(event_vectors),
         "clicked_in_week": (events.time[places] >= split.start).astype(np.int64),
         "clicked_read_time": events.read_time[places],
         "clicked_scroll": events.scroll[places],
@@ -242,7 +242,3 @@ def _columns(
         **{name: lists_of(num_candidates, values) for name, values in candidates.items()},
         **{name: lists_of(num_events, values) for name, values in clicks.items()},
     }
-
-
-def _vectors(vectors: np.ndarray) -> pa.ListArray:
-    return lists_of(np.full(len(vectors), VECTOR_SIZE), vectors.ravel())

@@ -1,16 +1,16 @@
 """KuaiRand-Pure, short videos of Kuaishou, as requests: format `kuairand`, version 1.
 
 A request is what one user was shown in one millisecond; its history is what the user was shown before, with
-what came of it.
+what came of it. Or it has three histories: what the user clicked, what the user viewed long, and all that was shown.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from torchrec_amort.data.parquet import refuse_missing_columns
 from torchrec_amort.data.splits import lists, number, split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
-from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
 
 LOGS = "log_standard_*"
 SEQUENCES = "user_sequences_*.parquet"
@@ -58,6 +58,16 @@ BEFORE_LOG = -1
 UNKNOWN_CLICK, NOT_CLICKED, CLICKED = 0, 1, 2
 
 Columns = Mapping[str, np.ndarray]
+Histories = Literal["one", "separate"]
+# Which events may be of each history.
+EVENTS_OF: dict[Histories, dict[str, Callable[[Columns], np.ndarray]]] = {
+    "one": {"history": lambda events: np.ones(len(events["video"]), dtype=bool)},
+    "separate": {
+        "clicked": lambda events: events["click"] == CLICKED,
+        "long_viewed": lambda events: events["long_view"] == 1,
+        "shown": lambda events: np.ones(len(events["video"]), dtype=bool),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,8 @@ class Requests:
     """Requests in order of time: places in the events, which are in order of user and time.
 
     Args:
-        first: int64 [N], where each one's history starts.
-        start: int64 [N], where its history stops and its candidates start.
+        first: int64 [N], where the events of each one's user start.
+        start: int64 [N], where those before the request stop and its candidates start.
         stop: int64 [N], where its candidates stop.
     """
 
@@ -95,8 +105,28 @@ class Requests:
     stop: np.ndarray
 
 
+@dataclass(frozen=True)
+class History:
+    """One history of every request.
+
+    Args:
+        places: int64 [E], the events that may be of it.
+        start: int64 [N], where each request's history starts among the places.
+        stop: int64 [N], where it stops.
+    """
+
+    places: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
 def prepare(
-    source: str | Path | None, out: str | Path, *, overwrite: bool = False, history_length: int = HISTORY_LENGTH
+    source: str | Path | None,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    history_length: int = HISTORY_LENGTH,
+    histories: Histories = "one",
 ) -> dict[str, dict[str, int]]:
     """Write KuaiRand-Pure as request-level Parquet.
 
@@ -105,12 +135,15 @@ def prepare(
         out: the data folder to make.
         overwrite: replace a folder that is there.
         history_length: events that are kept of each history, the latest ones.
+        histories: `one` of all that the user was shown, with what came of it; or `separate` ones of what was `clicked`,
+            what was `long_viewed` and all that was `shown`, with the times.
 
     Returns:
         dict: requests, candidates and users of each split.
 
     Raises:
-        InputError: there is no source, it is not KuaiRand-Pure, or `out` is there already.
+        InputError: there is no source, it is not KuaiRand-Pure, there are no such `histories`, or `out` is there
+            already.
 
     Example::
 
@@ -118,12 +151,17 @@ def prepare(
     """
     if source is None:
         raise InputError("kuairand: no source: get KuaiRand-Pure from https://kuairand.com and give it with --source")
+    if histories not in get_args(Histories):
+        raise InputError(f"histories is {histories!r}, not one of {', '.join(map(repr, get_args(Histories)))}")
     folder = Path(source) / "data" if (Path(source) / "data").is_dir() else Path(source)
-    schema, tables = split_requests(read_events(folder), read_users(folder), read_videos(folder), history_length)
+    parts = read_events(folder), read_users(folder), read_videos(folder)
+    schema, tables = split_requests(*parts, history_length, histories)
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 
-def make_schema(num_users: int, num_videos: int, users: Features, videos: Features) -> RequestSchema:
+def make_schema(
+    num_users: int, num_videos: int, users: Features, videos: Features, histories: Histories = "one"
+) -> RequestSchema:
     """What the requests are made of; id 0 stands for a user or video that is not in train.
 
     Args:
@@ -131,6 +169,7 @@ def make_schema(num_users: int, num_videos: int, users: Features, videos: Featur
         num_videos: how many videos train has.
         users: features of the users.
         videos: features of the videos.
+        histories: which ones; see `prepare`.
 
     Returns:
         RequestSchema: tables of one row more.
@@ -139,6 +178,7 @@ def make_schema(num_users: int, num_videos: int, users: Features, videos: Featur
 
         make_schema(20_000, 7_000, read_users(folder), read_videos(folder))
     """
+    candidate, events = _features_of_videos(num_videos + 1, histories)
     return RequestSchema(
         dataset="kuairand",
         features=(
@@ -146,19 +186,36 @@ def make_schema(num_users: int, num_videos: int, users: Features, videos: Featur
             Feature("hour", "request", "id", table_size=HOURS),
             Feature("tab", "request", "id", table_size=TABS),
             *(Feature(name, "request", "id", table_size=size) for name, size in users.table_sizes.items()),
-            Feature("video_id", "candidate", "id", table_size=num_videos + 1, column="candidate_item"),
+            Feature("video_id", "candidate", "id", table_size=num_videos + 1, column=candidate.name),
             *(
                 Feature(name, "candidate", "ids" if name == "tag" else "id", table_size=size)
                 for name, size in videos.table_sizes.items()
             ),
-            Feature("candidate_item", "candidate", "item", table_size=num_videos + 1),
-            Feature("history_item", "event", "item", table_size=num_videos + 1),
-            Feature("history_click", "event", "id", table_size=3),
-            Feature("history_long_view", "event", "id", table_size=2),
-            Feature("history_like", "event", "id", table_size=2),
+            candidate,
+            *events,
             *(Feature(label, "candidate", "label") for label in LABELS),
         ),
     )
+
+
+def _features_of_videos(table_size: int, histories: Histories) -> tuple[Feature, list[Feature]]:
+    """The candidate's feature whose table the events share, and the events' features."""
+    if histories == "one":
+        return Feature("candidate_item", "candidate", "item", table_size=table_size), [
+            Feature("history_item", "event", "item", table_size=table_size),
+            Feature("history_click", "event", "id", table_size=3),
+            Feature("history_long_view", "event", "id", table_size=2),
+            Feature("history_like", "event", "id", table_size=2),
+        ]
+    events = []
+    for name in EVENTS_OF[histories]:
+        times: dict[str, Any] = {"table_size": AGE_BUCKETS, "column": f"{name}_time", "history": name}
+        events += [
+            Feature(f"{name}_item", "event", "id", table_size=table_size, table="video", history=name),
+            Feature(f"{name}_age", "event", "age", **times),
+            Feature(f"{name}_gap", "event", "gap", **times),
+        ]
+    return Feature("candidate_video", "candidate", "id", table_size=table_size, table="video"), events
 
 
 def read_users(folder: Path) -> Features:
@@ -238,9 +295,10 @@ def read_events(folder: Path) -> Columns:
         folder: holds the files of the log.
 
     Returns:
-        Columns: `user`, `video`, `time` (milliseconds; -1 before the log), `tab`, `click` (0 not known,
-        1 no, 2 yes), `long_view` and `like` of each, in order of user and time; those of one
-        millisecond in the files' order. A repetition of a user, video and time is left out.
+        Columns: `user`, `video`, `time` (milliseconds; -1 before the log), `latest` (the latest that the time can be:
+        before the log the end of the user's sequence), `tab`, `click` (0 not known, 1 no, 2 yes), `long_view` and
+        `like` of each, in order of user and time; those of one millisecond in the files' order. A repetition of a
+        user, video and time is left out.
 
     Raises:
         InputError: there is no log, a column is missing, a value is not as published, or the
@@ -267,6 +325,7 @@ def _read_log(folder: Path) -> Columns:
         raise InputError(f"{folder}: no {LOGS}.csv or {LOGS}.parquet: give the folder KuaiRand-Pure or its data")
     parts = [_read(path, dict.fromkeys(LOG.values(), pa.int64())) for path in paths]
     log = {name: np.concatenate([part[column].to_numpy() for part in parts]) for name, column in LOG.items()}
+    log["latest"] = log["time"]
     log["click"] += NOT_CLICKED
     order = np.lexsort((log["video"], log["time"], log["user"]))
     is_new = _is_new(*(log[name][order] for name in ("user", "video", "time")))
@@ -296,6 +355,7 @@ def _join(path: Path, log: Columns) -> list[Columns]:
         "user": watched >> 32,
         "video": watched & (2**32 - 1),
         "time": np.full(len(watched), BEFORE_LOG),
+        "latest": np.repeat(table["last_time_ms"].to_numpy(), _lengths(table["watch_seq"])),
         "tab": np.zeros_like(watched),
         "click": np.full(len(watched), UNKNOWN_CLICK),
         "long_view": np.isin(watched, _pairs(table, "long_watch_seq")).astype(np.int64),
@@ -306,8 +366,11 @@ def _join(path: Path, log: Columns) -> list[Columns]:
 
 def _pairs(table: Mapping[str, pa.Array], name: str) -> np.ndarray:
     """Each entry of a column of lists of videos, together with its user."""
-    lengths = pc.list_value_length(table[name]).fill_null(0).to_numpy()
-    return _pair(np.repeat(table["user_id"].to_numpy(), lengths), table[name].flatten().to_numpy())
+    return _pair(np.repeat(table["user_id"].to_numpy(), _lengths(table[name])), table[name].flatten().to_numpy())
+
+
+def _lengths(column: pa.ListArray) -> np.ndarray:
+    return pc.list_value_length(column).fill_null(0).to_numpy()
 
 
 def _pair(users: np.ndarray, videos: np.ndarray) -> np.ndarray:
@@ -361,12 +424,11 @@ def _refuse_outside(path: Path, name: str, values: pa.Array) -> None:
         )
 
 
-def cut_requests(events: Columns, history_length: int = HISTORY_LENGTH) -> Requests:
+def cut_requests(events: Columns) -> Requests:
     """Cut the exposures of the log into requests: those of one user in one millisecond.
 
     Args:
         events: in order of user and time.
-        history_length: events that are kept of each history, the latest ones.
 
     Returns:
         Requests: in order of time; those of one millisecond in order of users.
@@ -383,12 +445,36 @@ def cut_requests(events: Columns, history_length: int = HISTORY_LENGTH) -> Reque
     start, stop = start[in_log], stop[in_log]
     order = np.lexsort((user[start], time[start]))
     start, stop = start[order], stop[order]
-    first_of_user = np.searchsorted(user, user[start])
-    return Requests(np.maximum(first_of_user, start - history_length), start, stop)
+    return Requests(np.searchsorted(user, user[start]), start, stop)
+
+
+def cut_history(requests: Requests, is_of_it: np.ndarray, history_length: int = HISTORY_LENGTH) -> History:
+    """Cut one history of each request: the latest of some events of its user before it.
+
+    Args:
+        requests: those.
+        is_of_it: bool, for each event whether it may be of the history.
+        history_length: events that are kept of each history, the latest ones.
+
+    Returns:
+        History: the oldest event first.
+
+    Example::
+
+        events = read_events(folder)
+        clicked = cut_history(cut_requests(events), events["click"] == CLICKED)
+    """
+    places = np.flatnonzero(is_of_it)
+    first, stop = (np.searchsorted(places, bounds) for bounds in (requests.first, requests.start))
+    return History(places, np.maximum(first, stop - history_length), stop)
 
 
 def split_requests(
-    events: Columns, users: Features, videos: Features, history_length: int = HISTORY_LENGTH
+    events: Columns,
+    users: Features,
+    videos: Features,
+    history_length: int = HISTORY_LENGTH,
+    histories: Histories = "one",
 ) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
     """Split the requests into train, validation and test, in order of time.
 
@@ -397,6 +483,7 @@ def split_requests(
         users: features of the users.
         videos: features of the videos.
         history_length: events that are kept of each history, the latest ones.
+        histories: which ones; see `prepare`.
 
     Returns:
         tuple: the schema, whose tables have a row for each user and video of train, and for each split
@@ -406,14 +493,20 @@ def split_requests(
 
         schema, tables = split_requests(read_events(folder), read_users(folder), read_videos(folder))
     """
-    requests = cut_requests(events, history_length)
+    requests = cut_requests(events)
+    cut = {
+        name: cut_history(requests, is_of_it(events), history_length) for name, is_of_it in EVENTS_OF[histories].items()
+    }
     bounds = split_bounds(requests.stop - requests.start)
     train = slice(*bounds["train"])
     user, time = events["user"][requests.start], events["time"][requests.start] // 1000
     known_users = np.unique(user[train])
-    of_train = _is_within(requests.first[train], requests.stop[train], len(events["video"]))
-    known_videos = np.unique(events["video"][of_train])
+    is_of_train = _is_within(requests.start[train], requests.stop[train], len(events["video"]))
+    for history in cut.values():
+        is_of_train[history.places] |= _is_within(history.start[train], history.stop[train], len(history.places))
+    known_videos = np.unique(events["video"][is_of_train])
     item = number(events["video"], known_videos)
+    schema = make_schema(len(known_users), len(known_videos), users, videos, histories)
     of_request = {
         "user": user,
         "time": time,
@@ -423,27 +516,35 @@ def split_requests(
         **users.of(user),
     }
     of_candidate = {
-        "candidate_item": item,
+        schema.candidate_column: item,
         **videos.of(events["video"]),
         "click": (events["click"] == CLICKED).astype(np.float32),
         "long_view": events["long_view"].astype(np.float32),
         "like": events["like"].astype(np.float32),
     }
-    of_event = {"history_item": item, **{f"history_{label}": events[label] for label in LABELS}}
+    labels = {label: events[label] for label in LABELS}
+    of_event = {"item": item, **(labels if histories == "one" else {"time": events["latest"] // 1000})}
+    of_events = {
+        f"{name}_{what}": (values[history.places], history)
+        for name, history in cut.items()
+        for what, values in of_event.items()
+    }
 
     def columns(begin: int, end: int) -> dict[str, Any]:
-        first, start, stop = (places[begin:end] for places in (requests.first, requests.start, requests.stop))
+        start, stop = requests.start[begin:end], requests.stop[begin:end]
         return {
             **{name: values[begin:end] for name, values in of_request.items()},
             **{name: lists(values, start, stop) for name, values in of_candidate.items()},
-            **{name: lists(values, first, start) for name, values in of_event.items()},
+            **{
+                name: lists(values, history.start[begin:end], history.stop[begin:end])
+                for name, (values, history) in of_events.items()
+            },
         }
 
-    schema = make_schema(len(known_users), len(known_videos), users, videos)
     return schema, split_tables(bounds, schema, columns)
 
 
 def _is_within(starts: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
     """Whether each place from 0 to `size - 1` is in one of the ranges."""
-    opened = np.bincount(starts, minlength=size) - np.bincount(stops, minlength=size + 1)[:size]
-    return np.cumsum(opened) > 0
+    opened = np.bincount(starts, minlength=size + 1) - np.bincount(stops, minlength=size + 1)
+    return np.cumsum(opened)[:size] > 0

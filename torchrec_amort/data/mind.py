@@ -1,31 +1,34 @@
 """MIND, the news of MSN, as requests: format `mind`, version 1.
 
 A request is one line of `behaviors.tsv`: the news shown at once, and which of them were clicked. Its history
-is what the user had clicked before.
+is what the user had clicked before. With `news.tsv`, candidates and events have categories and a vector of their text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
-from torchrec_amort.data.splits import lists, number, split_bounds, split_tables
+from torchrec_amort.data.mind_news import News, read_news
+from torchrec_amort.data.mind_tsv import read_tsv, refuse_lines
+from torchrec_amort.data.splits import lists, lists_of, number, split_bounds, split_tables, vectors_of
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
-from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.schema import Feature, RequestSchema, Side
 
-FILE = "behaviors.tsv"
+FILE, NEWS_FILE = "behaviors.tsv", "news.tsv"
 COLUMNS = ("impression_id", "user_id", "time", "history", "impressions")
 TIME_FORMAT = "%m/%d/%Y %I:%M:%S %p"
 IMPRESSION = r"^\S+-[01]$"
 HISTORY_LENGTH = 500
 HOURS = 24
+PREFIXES: dict[Side, str] = {"candidate": "candidate", "event": "history"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,13 @@ class Behaviors:
 
 
 def prepare(
-    source: str | Path | None, out: str | Path, *, overwrite: bool = False, history_length: int = HISTORY_LENGTH
+    source: str | Path | None,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    history_length: int = HISTORY_LENGTH,
+    news: str | Path | None = None,
+    vectors: str | Path | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write MIND as request-level Parquet.
 
@@ -57,12 +66,16 @@ def prepare(
         out: the data folder to make.
         overwrite: replace a folder that is there.
         history_length: events that are kept of each history, the latest ones.
+        news: Microsoft's `news.tsv`; that beside `behaviors.tsv`, if there is one, unless given.
+        vectors: Parquet of columns `id`, the names of news, and `vector`; hashed bags of the words of titles and
+            abstracts unless given (see `bags_of_words`).
 
     Returns:
         dict: requests, candidates and users of each split.
 
     Raises:
-        InputError: there is no source, it is not MIND's, or `out` is there already.
+        InputError: there is no source, a file is not as it should be, vectors are given without `news.tsv`, or `out`
+            is there already.
 
     Example::
 
@@ -73,16 +86,27 @@ def prepare(
             "mind: no source: its licence, for research only, forbids to pass it on, so it is not fetched: "
             "get it from https://msnews.github.io and give its behaviors.tsv with --source"
         )
-    schema, tables = split_requests(read_behaviors(Path(source), history_length))
+    path = _behaviors_file(Path(source))
+    beside = path.parent / NEWS_FILE
+    news_file = Path(news) if news is not None else beside if beside.is_file() else None
+    if news_file is None and vectors is not None:
+        raise InputError(f"vectors is {vectors}, but there is no {beside}: put it there, or give it as news")
+    behaviors = read_behaviors(path, history_length)
+    told = None if news_file is None else read_news(news_file, None if vectors is None else Path(vectors))
+    schema, tables = split_requests(behaviors, told)
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 
-def make_schema(num_users: int, num_items: int) -> RequestSchema:
-    """What the requests are made of; id 0 stands for a user or news that is not in train.
+def make_schema(
+    num_users: int, num_items: int, num_categories: Mapping[str, int] | None = None, vector_size: int = 0
+) -> RequestSchema:
+    """What the requests are made of; id 0 stands for a user, news or category that is not in train.
 
     Args:
         num_users: how many users train has.
         num_items: how many news train has.
+        num_categories: how many categories and subcategories train has, by those names; None without `news.tsv`.
+        vector_size: of the vectors of the news' text.
 
     Returns:
         RequestSchema: tables of one row more.
@@ -91,6 +115,14 @@ def make_schema(num_users: int, num_items: int) -> RequestSchema:
 
         make_schema(num_users=50_000, num_items=40_000)
     """
+    of_news: dict[Side, list[Feature]] = {side: [] for side in PREFIXES}
+    if num_categories is not None:
+        for side, prefix in PREFIXES.items():
+            of_news[side] += [
+                Feature(f"{prefix}_{name}", side, "id", count + 1, table=name, vocabulary="unknown")
+                for name, count in num_categories.items()
+            ]
+            of_news[side].append(Feature(f"{prefix}_text", side, "vector", size=vector_size, table="text"))
     return RequestSchema(
         dataset="mind",
         features=(
@@ -98,7 +130,9 @@ def make_schema(num_users: int, num_items: int) -> RequestSchema:
             Feature("hour", "request", "id", table_size=HOURS),
             Feature("news_id", "candidate", "id", table_size=num_items + 1, column="candidate_item"),
             Feature("candidate_item", "candidate", "item", table_size=num_items + 1),
+            *of_news["candidate"],
             Feature("history_item", "event", "item", table_size=num_items + 1),
+            *of_news["event"],
             Feature("click", "candidate", "label"),
         ),
     )
@@ -121,13 +155,13 @@ def read_behaviors(source: Path, history_length: int = HISTORY_LENGTH) -> Behavi
 
         read_behaviors(Path("MINDsmall_train"))
     """
-    path = source / FILE if source.is_dir() else source
+    path = _behaviors_file(source)
     if not path.is_file():
         raise InputError(f"{path}: no such file: give MIND's {FILE} or the folder that holds it")
-    columns = _read_columns(path)
-    _refuse(path, "user_id", columns["user_id"], columns["user_id"].is_valid(), "a name")
+    columns = read_tsv(path, COLUMNS)
+    refuse_lines(path, "user_id", columns["user_id"], columns["user_id"].is_valid(), "a name")
     times = pc.strptime(columns["time"], format=TIME_FORMAT, unit="s", error_is_null=True)
-    _refuse(path, "time", columns["time"], times.is_valid(), "M/D/YYYY h:mm:ss AM or PM")
+    refuse_lines(path, "time", columns["time"], times.is_valid(), "M/D/YYYY h:mm:ss AM or PM")
     order = np.argsort(times.cast(pa.int64()).to_numpy(), kind="stable")
     shown = _read_impressions(path, columns["impressions"]).take(order)
     entries = shown.flatten()
@@ -140,44 +174,19 @@ def read_behaviors(source: Path, history_length: int = HISTORY_LENGTH) -> Behavi
     )
 
 
-def _read_columns(path: Path) -> dict[str, pa.Array]:
-    """The columns of the file as text; an empty field is null."""
-    text = dict.fromkeys(COLUMNS, pa.string())
-    try:
-        table = pyarrow.csv.read_csv(
-            path,
-            # One thread, for only then does an error tell the line.
-            pyarrow.csv.ReadOptions(column_names=list(COLUMNS), use_threads=False, block_size=2**26),
-            pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
-            pyarrow.csv.ConvertOptions(column_types=text, null_values=[""], strings_can_be_null=True),
-        )
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not as MIND is published ({error}): download it again") from error
-    return {name: table[name].combine_chunks() for name in COLUMNS}
+def _behaviors_file(source: Path) -> Path:
+    return source / FILE if source.is_dir() else source
 
 
 def _read_impressions(path: Path, impressions: pa.Array) -> pa.ListArray:
     """The entries `item-label` of each line."""
     expected = "items with their labels, as in N1-0 N2-1 (MIND's test set has no labels)"
-    _refuse(path, "impressions", impressions, impressions.is_valid(), expected)
+    refuse_lines(path, "impressions", impressions, impressions.is_valid(), expected)
     shown = pc.split_pattern(impressions, " ")
     entries = shown.flatten()
     well_formed = pc.match_substring_regex(entries, IMPRESSION)
-    _refuse(path, "impressions", entries, well_formed, expected, lines=pc.list_parent_indices(shown))
+    refuse_lines(path, "impressions", entries, well_formed, expected, lines=pc.list_parent_indices(shown))
     return shown
-
-
-def _refuse(
-    path: Path, field: str, values: pa.Array, good: pa.Array, expected: str, lines: pa.Array | None = None
-) -> None:
-    """Refuse the first value that is not good; `lines` tells the line of each, from 0."""
-    place = pc.index(good, False).as_py()
-    if place >= 0:
-        line = place if lines is None else lines[place].as_py()
-        raise InputError(
-            f"{path}: line {line + 1}: {field} is {values[place].as_py() or ''!r}, not {expected}: "
-            "mend the line or leave it out"
-        )
 
 
 def _latest(histories: pa.ListArray, history_length: int) -> pa.ListArray:
@@ -187,15 +196,21 @@ def _latest(histories: pa.ListArray, history_length: int) -> pa.ListArray:
     return lists(histories.flatten(), stops - np.minimum(lengths, history_length), stops)
 
 
-def split_requests(behaviors: Behaviors) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
+def split_requests(
+    behaviors: Behaviors, news: News | None = None
+) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
     """Split the requests into train, validation and test, in order of time.
 
     Args:
         behaviors: all of them.
+        news: what is known of the news, if anything.
 
     Returns:
-        tuple: the schema, whose tables have a row for each user and news of train, and for each split
+        tuple: the schema, whose tables have a row for each user, news and category of train, and for each split
         tables with its columns.
+
+    Raises:
+        InputError: nothing is known of any of the news.
 
     Example::
 
@@ -208,7 +223,7 @@ def split_requests(behaviors: Behaviors) -> tuple[RequestSchema, dict[str, Itera
     num_users = int(users[:train_end].max(initial=0))
     of_train = [part.slice(0, train_end).flatten() for part in (behaviors.history, behaviors.candidates)]
     items = pa.concat_arrays(of_train).unique()
-    columns = {
+    columns: dict[str, Any] = {
         "user": users,
         "time": behaviors.time,
         "user_id": np.where(users <= num_users, users, 0),
@@ -217,10 +232,38 @@ def split_requests(behaviors: Behaviors) -> tuple[RequestSchema, dict[str, Itera
         "history_item": _like(behaviors.history, number(behaviors.history.flatten(), items)),
         "click": _like(behaviors.candidates, behaviors.clicks),
     }
-    schema = make_schema(num_users, len(items))
-    return schema, split_tables(
-        bounds, schema, lambda start, stop: {name: column[start:stop] for name, column in columns.items()}
-    )
+    if news is None:
+        schema = make_schema(num_users, len(items))
+        return schema, split_tables(bounds, schema, lambda start, stop: _cut(columns, start, stop))
+    rows_of_train = news.rows(items)
+    if not rows_of_train.any():
+        raise InputError(
+            f"mind: none of the {len(items)} news of train is in {NEWS_FILE}: give the one that belongs to {FILE}"
+        )
+    known = {
+        name: values.take(pa.array(rows_of_train)).drop_null().unique() for name, values in news.categories.items()
+    }
+    ids = {name: number(news.categories[name], values) for name, values in known.items()}
+    rows = {}
+    for side, entries in (("candidate", behaviors.candidates), ("history", behaviors.history)):
+        row_of_entry = news.rows(entries.flatten())
+        rows[f"{side}_text"] = _like(entries, row_of_entry)
+        columns |= {f"{side}_{name}": _like(entries, values[row_of_entry]) for name, values in ids.items()}
+
+    def with_text(start: int, stop: int) -> dict[str, Any]:
+        text = {
+            name: lists_of(part.value_lengths(), vectors_of(news.vectors[part.flatten()]))
+            for name, part in _cut(rows, start, stop).items()
+        }
+        return _cut(columns, start, stop) | text
+
+    num_categories = {name: len(values) for name, values in known.items()}
+    schema = make_schema(num_users, len(items), num_categories, news.vectors.shape[1])
+    return schema, split_tables(bounds, schema, with_text)
+
+
+def _cut(columns: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    return {name: column[start:stop] for name, column in columns.items()}
 
 
 def _like(entries: pa.ListArray, values: np.ndarray) -> pa.ListArray:

@@ -106,6 +106,11 @@ def lists_of(lengths: Sequence[int] | np.ndarray, entries: np.ndarray | pa.Array
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), pa.array(entries))
 
 
+def vectors_of(rows: np.ndarray) -> pa.ListArray:
+    """The rows of a matrix as lists."""
+    return lists_of(np.full(len(rows), rows.shape[1]), rows.ravel())
+
+
 def number(values: np.ndarray | pa.Array, known: np.ndarray | pa.Array) -> np.ndarray:
     """The ids of values: the place among the known ones, from 1, and 0 for any other.
 
