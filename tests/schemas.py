@@ -9,12 +9,39 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 
-from torchrec_amort import Feature, RequestSchema, hash_ids
+from torchrec_amort import Feature, RequestSchema, TableConfig, hash_ids
 from torchrec_amort.hashing import hash_text
 
 NOW = 1_000_000_000
 SIZES = {"film": 30, "tag": 9, "word": 17}
 Shapes = Sequence[tuple[Sequence[int], int]]
+
+_FILM: dict[str, Any] = {"table_size": SIZES["film"], "table": "film"}
+_TAGS: dict[str, Any] = {"table_size": SIZES["tag"], "table": "tag"}
+# Three histories, one of vectors, lists and times; tables of three widths, shared by sides, and weights.
+THREE = RequestSchema(
+    "films",
+    (
+        Feature("user_id", "request", "id", 20),
+        Feature("likes", "request", "ids", **_TAGS),
+        Feature("worth", "request", "weight"),
+        Feature("film_id", "candidate", "id", SIZES["film"], column="film"),
+        Feature("film", "candidate", "id", **_FILM),
+        Feature("tags", "candidate", "ids", **_TAGS),
+        Feature("content", "candidate", "vector", size=4),
+        Feature("price", "candidate", "dense"),
+        Feature("clicks_film", "event", "id", history="clicks", **_FILM),
+        Feature("clicks_tags", "event", "ids", history="clicks", **_TAGS),
+        Feature("clicks_content", "event", "vector", size=4, table="content", history="clicks"),
+        Feature("clicks_gap", "event", "gap", history="clicks"),
+        Feature("buys_film", "event", "id", history="buys", **_FILM),
+        Feature("buys_price", "event", "dense", history="buys"),
+        Feature("views_film", "event", "id", history="views", **_FILM),
+        Feature("views_age", "event", "age", 64, history="views"),
+        Feature("liked", "candidate", "label"),
+    ),
+    tables={"film": TableConfig(width=4), "tag": TableConfig(width=12), "user_id": TableConfig(width=16)},
+)
 
 
 def _features(draw: st.DrawFn, side: Any, prefix: str, history: str) -> list[Feature]:

@@ -77,7 +77,7 @@ def assert_same(batch: RequestBatch, expected: RequestBatch) -> None:
         elif value is None:
             assert other is None, field.name
         elif field.name == "layout":
-            assert batch.lists.layout == expected.lists.layout
+            assert batch.request_lists.layout == expected.request_lists.layout
         else:
             assert torch.equal(value, other), field.name
 

@@ -324,7 +324,7 @@ class RequestBatch(Pipelineable):
         self._map(recorded)
 
     @property
-    def lists(self) -> Lists:
+    def request_lists(self) -> Lists:
         """All that the requests list."""
         sequences, layout = shallow_copy(self.sequences), self.layout or Layout({}, ())
         return Lists(sequences, self.dense_sequences, self.num_ids, layout.with_usual(sequences.keys()))
@@ -347,7 +347,7 @@ class RequestBatch(Pipelineable):
 
             logits_CT = model(batch.keep_latest(50))
         """
-        lists = self.lists
+        lists = self.request_lists
         limits = history_length
         if not isinstance(limits, Mapping):
             limits = dict.fromkeys(lists.layout.histories, limits)
@@ -373,7 +373,7 @@ class RequestBatch(Pipelineable):
         """
         candidates_C, counts_S = taken(self.num_candidates, requests)
         return self._with_lists(
-            self.lists.select(requests),
+            self.request_lists.select(requests),
             request_dense=self.request_dense[requests],
             candidate_dense=self.candidate_dense[candidates_C],
             request_sparse=select_rows(self.request_sparse, requests, self.request_sparse.keys()),
@@ -409,7 +409,7 @@ class RequestBatch(Pipelineable):
         starts_B = ends_B - self.num_candidates
         num_candidates_B = ends_B.clamp(start, stop) - starts_B.clamp(start, stop)
         return batch._with_lists(
-            self.lists.part(start, stop, num_candidates_B),
+            self.request_lists.part(start, stop, num_candidates_B),
             candidate_dense=self.candidate_dense[start:stop],
             candidate_sparse=rows_of_all(batch.candidate_sparse, start, stop),
             num_candidates=num_candidates_B,
@@ -430,7 +430,7 @@ class RequestBatch(Pipelineable):
         """
         requests_C = torch.repeat_interleave(self.num_candidates, output_size=self.stride())
         return self._with_lists(
-            self.lists.impressions(requests_C),
+            self.request_lists.impressions(requests_C),
             request_dense=self.request_dense[requests_C],
             request_sparse=select_rows(self.request_sparse, requests_C, self.request_sparse.keys()),
             candidate_sparse=shallow_copy(self.candidate_sparse),
@@ -474,7 +474,7 @@ class RequestBatch(Pipelineable):
             checks.num_ids(key, num_ids, lengths[key])
         for key, numbers in batch.dense_sequences.items():
             checks.jagged(f"dense_sequences[{key!r}]", numbers)
-        _check_entries(batch.lists, checks, array_of(self.num_candidates))
+        _check_entries(batch.request_lists, checks, array_of(self.num_candidates))
         checks.finite("request_dense", self.request_dense, False)
         checks.finite("candidate_dense", self.candidate_dense, True)
         if self.labels is not None:
@@ -574,7 +574,7 @@ def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str
     Raises:
         InputError: features of one history differ in length.
     """
-    lists = batch.lists
+    lists = batch.request_lists
     for first, *others in events.values():
         expected = lists.num_entries(first)
         for name in others:

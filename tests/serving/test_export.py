@@ -235,7 +235,7 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
         subprocess.run(command, check=True, capture_output=True)
     model, batch, served = make_model(), make_batch([(6, 9)]), load_package(package)
     bags, items = served.lookups.of_candidates(batch)
-    events = {key: batch.lists.entries(key) for key in served.lookups.events["history"]}
+    events = {key: batch.request_lists.entries(key) for key in served.lookups.events["history"]}
     embeddings = {
         "events_0": served.lookups.of_events("history", events),
         "request_bags": served.lookups.of_requests(batch),

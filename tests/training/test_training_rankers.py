@@ -29,12 +29,15 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from tests.launch import torchrun
 from tests.models.strangers import DIN, MODELS, NUM_DENSE, TABLES, WIDE_TABLES, make_bags, make_events
 from tests.models.test_rankers import OF_REQUEST, SIZES, call_mmoe, make_batch, make_tower
+from tests.schemas import THREE, make_requests
 from tests.training.test_attached import ADAGRAD, distributed, whole
 from torchrec_amort import (
     AmortizedDLRMTrain,
     AmortizedEmbeddingBagCollection,
+    ModelConfig,
     RequestBatch,
     ResidualHistory,
+    build_model,
 )
 from torchrec_amort.models.collection import CandidateRows
 from torchrec_amort.models.ranker import ModelRanker, Ranker, evaluating
@@ -61,6 +64,8 @@ WAYS: list[tuple[ShardingWay, ShardingWay]] = [
     ("data_parallel", "column_wise"),
     ("table_wise", "table_wise"),
 ]
+# A model of a schema of several histories, instead of a stranger's.
+HISTORIES = "several histories"
 KINDS = ("own events", "shared table", "residual")
 
 
@@ -98,6 +103,8 @@ class Case:
         return 2 if self.model == "MMoE" else 1
 
     def ranker(self) -> Ranker:
+        if self.model == HISTORIES:
+            return build_model(THREE, ModelConfig(embedding_dim=8, history_layers=1, over_layers=[8]), seed=1)
         torch.manual_seed(1)
         bags = make_bags(WIDE_TABLES if self.model == "MMoE" else TABLES, self.is_weighted)
         call: Any = {"MMoE": call_mmoe, "DIN": call_din}.get(self.model)
@@ -115,7 +122,11 @@ class Case:
 
     def batch(self, seed: int) -> RequestBatch:
         """The requests of this rank."""
-        batch = make_batch(SIZES, self.is_weighted, seed=seed)
+        if self.model == HISTORIES:
+            sizes = [((3, 0, 2), 2), ((0, 1, 1), 1), ((5, 2, 0), 4), ((1, 1, 1), 3)]
+            batch = RequestBatch.from_requests(make_requests(THREE, sizes, seed), THREE)
+        else:
+            batch = make_batch(SIZES, self.is_weighted, seed=seed)
         assert batch.labels is not None
         batch.labels = batch.labels.repeat(1, self.num_tasks)
         batch = batch.select(torch.arange(dist.get_rank(), len(batch), dist.get_world_size()))
@@ -142,6 +153,7 @@ class Case:
 def cases() -> dict[str, Case]:
     ways = itertools.cycle(WAYS)
     made = [Case(model, kind, next(ways)) for kind in KINDS for model in (*MODELS, "DIN")]
+    made += [Case(HISTORIES, "own events", WAYS[0]), Case(HISTORIES, "own events", WAYS[1])]
     made += [Case("DLRM", kind, next(ways), is_weighted=True) for kind in ("own events", "residual")]
     return {f"{case.model}, {case.kind}{', weighted' * case.is_weighted}, {case.ways}": case for case in made}
 

@@ -114,7 +114,7 @@ class Lookups:
         """Bags of the requests."""
         bags = {} if self.request_bags is None else self.request_bags(batch.request_sparse)
         places = self._bags_of_sequences(True)
-        rows = self._rows(places.values(), batch.lists.entries)
+        rows = self._rows(places.values(), batch.request_lists.entries)
         return {**bags, **{name: rows[place] for name, place in places.items()}}
 
     def of_candidates(self, batch: RequestBatch) -> tuple[Embeddings, Mapping[str, Embeddings]]:
@@ -123,7 +123,7 @@ class Lookups:
         places = self._bags_of_sequences(False)
         items = {tower: {name: (of, name) for name, of in reads.items.items()} for tower, reads in self.reads.items()}
         wanted = [*places.values(), *(place for of_tower in items.values() for place in of_tower.values())]
-        rows = self._rows(wanted, batch.lists.entries)
+        rows = self._rows(wanted, batch.request_lists.entries)
         bags = {**bags, **{name: rows[place] for name, place in places.items()}}
         return bags, {
             tower: {name: rows[place] for name, place in of_tower.items()} for tower, of_tower in items.items()

@@ -82,7 +82,7 @@ def score_impressions(
         batch = batch.keep_latest(history_length)
     elif isinstance(model, CollectionRanker):
         features = {tower.name: tower.event_encoder.features for tower in model.collection.towers}
-        batch = batch.keep_latest(batch.lists.layout.limits(features, model.history_lengths))
+        batch = batch.keep_latest(batch.request_lists.layout.limits(features, model.history_lengths))
     impressions = batch.to_impressions()
     rows_C = torch.arange(len(impressions), device=impressions.num_candidates.device)
     with torch.inference_mode():

@@ -189,7 +189,7 @@ class AmortizedScorer:
     def _limit(self, batch: RequestBatch) -> RequestBatch:
         if self.history_length is None:
             return batch
-        lists = batch.lists
+        lists = batch.request_lists
         for tower, features in self._events.items():
             lengths_B, limit = lists.num_entries(features[0]), self._limits[tower]
             if lengths_B is not None and limit is not None and int(lengths_B.max()) > limit:
@@ -229,10 +229,10 @@ class AmortizedScorer:
     ) -> list[HistoryState]:
         """States of one of the histories of all requests."""
         if cache is None:
-            return [self._served.encode(terms, tower, self._entries(batch.lists, tower))]
+            return [self._served.encode(terms, tower, self._entries(batch.request_lists, tower))]
         if batch.users is None:
             raise InputError("batch: users is None: a cache needs to know whose histories they are")
-        lists = batch.lists
+        lists = batch.request_lists
         return [self._state(lists, terms, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())]
 
     def _entries(self, lists: Lists, tower: str, start: int = 0, stop: int | None = None) -> dict[str, Entries]:
