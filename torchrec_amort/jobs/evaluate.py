@@ -113,7 +113,7 @@ def predict_split(
         schema=schema,
     )
     model = shard(
-        GlobalBatchTrain(build_model(schema, trained.model), trained.loop.precision),
+        GlobalBatchTrain(build_model(schema.without_pretrained(), trained.model), trained.loop.precision),
         device=device,
         optimizer=trained.optimizer,
         batch_size=batch_size,

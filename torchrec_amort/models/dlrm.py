@@ -27,7 +27,7 @@ from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
 
-# Of logits and labels, float [C, T] each: a scalar. Where candidates have weights, it is given `weight` [C, 1], too.
+# Of logits and labels, float [C, T] each: a scalar; [C, T] with `reduction="none"`, where candidates have weights.
 Loss = Callable[..., Tensor]
 
 # The only history.
@@ -231,7 +231,8 @@ class AmortizedDLRMTrain(nn.Module):
     Args:
         model: the ranker to train, an AmortizedDLRM or any other.
         loss: of logits and labels, float [C, T] each; a scalar. Their mean binary cross entropy unless given. Where
-            the batch has weights, it is called with `weight`, [C, 1], as PyTorch's own losses are.
+            the batch has weights, it is called with `reduction="none"`, as PyTorch's own losses are, and the mean is
+            that of weight times loss.
 
     Example::
 
@@ -278,4 +279,5 @@ class _Loss(nn.Module):
     def forward(self, logits_CT: Tensor, labels_CT: Tensor, weights_C: Tensor | None) -> Tensor:
         if weights_C is None:
             return self._loss(logits_CT, labels_CT)
-        return self._loss(logits_CT, labels_CT, weight=weights_C.unsqueeze(1))
+        losses_CT = self._loss(logits_CT, labels_CT, reduction="none")
+        return (losses_CT * weights_C.unsqueeze(1)).mean()
