@@ -76,7 +76,7 @@ def hash_text(text: Iterable[str]) -> np.ndarray:
 
     Example::
 
-        hash_text(["", "news"])  # [-7444071767201028348, 7209139906297937218]
+        hash_text(["", "news"])  # [-7444071767201028348, -7564045931908447509]
     """
     hashes = [xxhash.xxh64_intdigest(one.encode(), seed=_SEED) for one in text]
     return np.array(hashes, dtype=np.uint64).astype(np.int64)
