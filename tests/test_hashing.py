@@ -1,24 +1,53 @@
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.launch import ROOT
 from torchrec_amort import hash_ids
+from torchrec_amort.hashing import Vocabulary, hash_text, ids_of_text
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
 def test_the_test_vectors_of_the_docs_are_kept() -> None:
-    section = (ROOT / "docs" / "data.md").read_text().split("### The hash")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "data.md").read_text().split("### The hash")[1].split("\n##")[0]
     header, _, *lines = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
     sizes = [int(cell.removeprefix("row of ").replace(",", "")) for cell in header.split(" | ")[1:]]
     rows = [[int(cell.replace(",", "")) for cell in line.split(" | ")] for line in lines]
     ids = np.array([row[0] for row in rows])
     assert {0, -1, 2**53 + 1, 2**63 - 1, -(2**63)} <= set(ids.tolist())
     assert np.stack([ids, *(hash_ids(ids, size) for size in sizes)], axis=1).tolist() == rows
+
+
+def test_the_test_vectors_of_text_are_kept() -> None:
+    section = (ROOT / "docs" / "data.md").read_text().split("### Text")[1].split("\n##")[0]
+    _, _, *lines = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
+    ids = dict(line.split(" | ") for line in lines)
+    text = ["" if name == "the empty text" else name.strip("`") for name in ids]
+    assert {"", "København"} <= set(text)
+    assert hash_text(text).tolist() == [int(number.replace(",", "")) for number in ids.values()]
+
+
+def test_a_vocabulary_gives_rows_from_1_on_in_its_order() -> None:
+    texts = pa.array(["b", "a", "b", None, "c", "a", "b"])
+    vocabulary = Vocabulary.of(texts, min_count=2)
+    assert vocabulary.values.to_pylist() == ["b", "a"]
+    assert vocabulary.rows(hash_text(["a", "b", "c", ""])).tolist() == [2, 1, 0, 0]
+    numbers = Vocabulary(pa.array([7, -1, 2**62]))
+    assert numbers.rows(np.array([2**62, 7, 0, -1])).tolist() == [3, 1, 0, 2]
+    assert Vocabulary(pa.array([], pa.int64())).rows(np.array([3])).tolist() == [0]
+    for values, message in (([1, None], "has a null"), ([1, 2, 1], "has 1 and 1, which are one id")):
+        with pytest.raises(ValueError, match=message):
+            Vocabulary(pa.array(values))
+
+
+@given(st.lists(st.text()))
+def test_text_is_hashed_alike_alone_and_in_a_column(texts: list[str]) -> None:
+    assert ids_of_text(pa.array(texts, pa.string())).tolist() == [int(hash_text([text])[0]) for text in texts]
 
 
 def test_it_is_the_finalizer_of_splitmix64() -> None:

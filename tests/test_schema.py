@@ -1,10 +1,14 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tests.conftest import HASHED, SCHEMA
-from torchrec_amort import Feature, InputError, RequestSchema, TableConfig
+from torchrec_amort import Feature, InputError, RequestBatch, RequestSchema, TableConfig
+from torchrec_amort.hashing import Vocabulary
 
 
 def test_survives_json() -> None:
@@ -115,3 +119,50 @@ def test_data_is_read_if_its_features_are_the_same_and_its_ids_have_rows() -> No
     with pytest.raises(InputError, match="reads Feature.name='movie_id'"):
         other = RequestSchema("films", (*features, Feature("movie_id", "candidate", "id", 40, "film")))
         other.refuse_other_data(SCHEMA)
+
+
+def test_a_vocabulary_is_saved_beside_the_schema_and_gives_its_rows(tmp_path: Path) -> None:
+    words = Vocabulary.of(pa.array(["sport", "news", "sport"]))
+    topic = Feature("topic", "candidate", "ids", 3, vocabulary="file", text=True, table="of/topics", nullable=True)
+    schema = RequestSchema("news", (topic,), vocabularies={"of/topics": words})
+    schema.save(tmp_path)
+    assert RequestSchema.load(tmp_path) == schema
+    batch = RequestBatch.from_requests(
+        [{"topic": [["news", None], ["art", "sport"], None]}], RequestSchema.load(tmp_path)
+    )
+    assert batch.candidate_sparse["topic"].values().tolist() == [2, 0, 0, 1]
+    assert batch.candidate_sparse["topic"].lengths().tolist() == [2, 2, 0]
+    with pytest.raises(InputError, match="'of/topics' has vocabulary 'file', but the schema has no vocabulary of it"):
+        RequestSchema.from_json(schema.to_json())
+    with pytest.raises(InputError, match="has 2 ids, but topic has table_size 2: it needs a row more than ids"):
+        RequestSchema("news", (replace(topic, table_size=2),), vocabularies={"of/topics": words})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"side": "candidate", "kind": "vector"}, "needs a size of 1 or more"),
+        ({"side": "candidate", "kind": "dense", "size": 2}, "is no vector: leave out size"),
+        (
+            {"side": "request", "kind": "id", "table_size": 3, "text": True},
+            "text needs a vocabulary of hash, file",
+        ),
+        ({"side": "request", "kind": "dense", "nullable": True}, "only ids of a table with an unknown id may be null"),
+        ({"side": "request", "kind": "dense", "history": "clicks"}, "side 'request' has no history"),
+        ({"side": "event", "kind": "weight"}, "no kind 'weight' on side 'event'"),
+        ({"side": "request", "kind": "id", "table_size": 3, "vocabulary": "managed"}, "no vocabulary 'managed'"),
+        ({"side": "candidate", "kind": "dense", "table": "film"}, "has no table: leave out 'film'"),
+    ],
+)
+def test_features_of_format_2_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Feature("feature", **arguments)
+
+
+def test_version_1_reads_as_before() -> None:
+    record = json.loads(SCHEMA.to_json()) | {"format_version": 1}
+    assert RequestSchema.from_json(json.dumps(record)) == SCHEMA
+    # It had no tables by name: a feature that is called so has one of its own beside the items'.
+    called = Feature("item", "candidate", "id", 3)
+    schema = RequestSchema("films", (*SCHEMA.features, called))
+    assert [feature.name for feature in schema.bag_features["candidate"]] == ["movie_id", "genres", "item"]

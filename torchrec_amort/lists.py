@@ -90,7 +90,7 @@ class Entries:
 
     @property
     def num_values(self) -> Tensor:
-        """[B]: ids of each request."""
+        """Ids of each request, [B]."""
         return self.lengths if self.num_ids is None else sums(self.num_ids, self.lengths)
 
     def after(self, first: int) -> Entries:

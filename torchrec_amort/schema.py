@@ -344,12 +344,12 @@ class RequestSchema:
 
     @cached_property
     def candidate_column(self) -> str:
-        """The column whose entries are counted as candidates: of its item, or of its first feature."""
+        """The column of the candidate's item, or of its first feature, whose entries are counted as candidates."""
         return _counted(self.of("candidate"))
 
     @cached_property
     def event_columns(self) -> dict[str, str]:
-        """The column of each history whose entries are counted as events: of their item, or of their first feature."""
+        """For each history, the column of its item, or of its first feature, whose entries are counted as events."""
         return {name: _counted(features) for name, features in self.histories.items()}
 
     @cached_property

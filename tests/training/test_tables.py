@@ -12,6 +12,7 @@ from tests.schemas import THREE, make_requests
 from tests.training.test_pipeline import one_rank
 from torchrec_amort import AmortizedDLRMTrain, AmortizedScorer, ModelConfig, RequestBatch, TableConfig, build_model
 from torchrec_amort.apps import evaluate, train
+from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.models.ranker import ModelRanker
 from torchrec_amort.modules.events import Numbers
@@ -72,7 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_numbers_of_events_are_measured_on_the_training_split(folder: Path) -> None:
     ranker = build_model(THREE, CONFIG, seed=0)
     assert isinstance(ranker, ModelRanker)
-    measure_numbers(ranker, folder, "train", THREE)
+    (batch,) = RequestDataset(folder, "train", batch_size=80)
+    measure_numbers(ranker, [batch], THREE)
     requests = pa.parquet.read_table(folder / "train")
     prices = requests["buys_price"].combine_chunks().flatten().to_numpy().astype(np.float64)
     towers = {tower.name: tower for tower in ranker.collection.towers}

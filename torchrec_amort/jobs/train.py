@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from torchrec_amort.batch import RequestBatch
 from torchrec_amort.config import CONFIG_FILE, load_config, save_config
 from torchrec_amort.data.counts import TRAIN, read_counts
-from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.data.reader import RequestDataset, read_piece, row_groups
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.models.build import build_model
@@ -139,7 +141,7 @@ def sharded_model(
     frozen = frozenset(name for name, table in schema.tables.items() if not table.trains)
     model = build_model(schema.without_pretrained() if is_resumed else schema, config.model, seed=config.seed)
     if not is_resumed:
-        measure_numbers(model, config.data, TRAIN, schema)
+        measure_numbers(model, _some_batches(config.data, schema), schema)
     return shard(
         GlobalBatchTrain(model, config.loop.precision),
         device=device,
@@ -150,6 +152,18 @@ def sharded_model(
         ids_per_request=events | candidates | {"item": float(config.model.history_length)},
         frozen=frozen,
     )
+
+
+# Requests that numbers are measured on, from all over the split.
+_MEASURED = 8192
+
+
+def _some_batches(data: str, schema: RequestSchema) -> Iterator[RequestBatch]:
+    """Training requests, the same on every rank."""
+    pieces = row_groups(Path(data) / TRAIN, schema)
+    step = max(1, sum(piece.num_rows for piece in pieces) // _MEASURED)
+    for piece in pieces[::step]:
+        yield RequestBatch.from_arrow(read_piece(piece, schema), schema, validate=False)
 
 
 def _write_run(

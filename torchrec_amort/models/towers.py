@@ -53,7 +53,7 @@ def build_collection(
     Example::
 
         arch = AmortizedHistoryArch(32)
-        sparse = build_collection(schema, {"clicks": ("clicks", (arch, 100, 0.0, "sum"))}, 32)
+        sparse = build_collection(schema, {"history": ("history", (arch, 100, 0.0, "sum"))}, 32)
     """
     read = {feature.name for feature in schema.features} - set(leave_out)
     tables = _Tables(schema, dim, device)

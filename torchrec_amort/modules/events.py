@@ -101,7 +101,7 @@ class Numbers(nn.Module):
 
     Example::
 
-        events_ND = Numbers(1, embedding_dim=32)(batch.dense_sequences["clicked_price"].values())
+        events_ND = Numbers(1, embedding_dim=32)(torch.rand(5, 1))
     """
 
     mean: Tensor

@@ -149,7 +149,7 @@ class HistoryTower(nn.Module):
 
     @property
     def collections(self) -> tuple[EmbeddingCollection, ...]:
-        """Tables of the events' features, as given: a collection for each width."""
+        """Tables of the events' features, as given, a collection for each width."""
         return self._events
 
     @property
