@@ -74,10 +74,10 @@ def assert_same(batch: RequestBatch, expected: RequestBatch) -> None:
             for key, jagged in value.items():
                 assert torch.equal(jagged.values(), other[key].values()), key
                 assert torch.equal(jagged.lengths(), other[key].lengths()), key
-        elif value is None:
-            assert other is None, field.name
         elif field.name == "layout":
             assert batch.request_lists.layout == expected.request_lists.layout
+        elif value is None:
+            assert other is None, field.name
         else:
             assert torch.equal(value, other), field.name
 

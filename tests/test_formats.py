@@ -60,7 +60,7 @@ def refuse_other_batch(batch: RequestBatch, requests: list[dict[str, Any]], sche
 
 
 @given(schemas(), shapes(), st.integers(0, 2**20))
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_a_batch_holds_what_its_requests_say(schema: RequestSchema, sizes: Shapes, seed: int) -> None:
     requests = make_requests(schema, sizes, seed)
     refuse_other_batch(RequestBatch.from_requests(requests, schema), requests, schema)
@@ -80,7 +80,7 @@ def with_latest(request: dict[str, Any], schema: RequestSchema, limits: dict[str
 
 
 @given(schemas(), shapes(), st.data(), st.integers(0, 2**20))
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_whatever_becomes_of_a_batch_is_as_if_its_requests_had_been_so(
     schema: RequestSchema, sizes: Shapes, data: st.DataObject, seed: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_each_history_is_kept_to_its_own_limit(schema: RequestSchema, sizes: Sha
 
 
 @given(schema=schemas(), sizes=shapes(), seed=st.integers(0, 2**20))
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_folder_keeps_all_of_it(schema: RequestSchema, sizes: Shapes, seed: int, tmp_path: Path) -> None:
     requests = make_requests(schema, sizes, seed)
     table = pa.Table.from_pylist(requests, schema.arrow_schema())

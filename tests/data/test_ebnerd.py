@@ -360,6 +360,7 @@ def test_candidates_labels_and_events_are_those_of_plain_loops(small: Small, sma
             "request_id": request_id,
             "user": request["user_id"],
             "time": request["impression_time"],
+            "device": request["device_type"],
             "candidate_article": [row_of.get(article, 0) for article in shown],
             "candidate_vector": row["candidate_vector"],
             "clicked": [float(article in clicked) for article in shown],

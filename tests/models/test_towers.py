@@ -148,7 +148,7 @@ def weights_of_features(ranker: ModelRanker) -> dict[str, Tensor]:
 
 
 @given(schemas(trains=True), configs(), shapes(), st.integers(0, 2**20))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_in_float64_a_model_is_its_plain_loops(
     schema: RequestSchema, config: ModelConfig, sizes: Shapes, seed: int
 ) -> None:
@@ -169,7 +169,7 @@ def test_in_float64_a_model_is_its_plain_loops(
 
 
 @given(schemas(trains=True), configs(), shapes(), st.integers(0, 2**20))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_every_way_to_score_gives_the_models_scores(
     schema: RequestSchema, config: ModelConfig, sizes: Shapes, seed: int
 ) -> None:
@@ -255,6 +255,12 @@ def test_candidates_need_a_table_to_read_a_history_by() -> None:
     features = [feature for feature in SCHEMA.features if feature.name not in ("film", "content")]
     with pytest.raises(InputError, match="no feature of candidates shares a table with history 'clicks', whose tables"):
         build_model(RequestSchema("films", tuple(features)), ModelConfig(**SMALL))
+
+
+def test_a_managed_table_is_refused_beside_several_histories() -> None:
+    schema = SCHEMA.with_tables({"film": TableConfig(vocabulary="managed")})
+    with pytest.raises(InputError, match="table 'film' is managed, which goes with one history of items alone: train"):
+        build_model(schema, ModelConfig(**SMALL))
 
 
 def test_tables_start_from_files(tmp_path: Any) -> None:

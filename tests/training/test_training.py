@@ -252,7 +252,7 @@ def test_ids_are_hashed_into_smaller_tables_by_config(
     train.main(arguments(data_folder, run, *tables, "--loop.epochs=2", "--resume=true"))
     assert len(losses(run)) == 50
     line = refused(capsys, train.main, arguments(data_folder, run, "--resume=true"))
-    assert "its checkpoint is of a model with tables={'user_id': TableConfig(rows=7, vocabulary='hash')" in line
+    assert "its checkpoint is of a model with tables={'user_id': {'rows': 7, 'vocabulary': 'hash'}" in line
 
 
 def test_a_run_says_where_it_was_made_and_tells_trackers(

@@ -106,8 +106,11 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
                 f"{getattr(config.model, name)}: use the same, or choose another run folder"
             )
     if saved.tables != config.tables:
+        of_checkpoint, of_config = (
+            {name: table.record() for name, table in tables.items()} for tables in (saved.tables, config.tables)
+        )
         raise InputError(
-            f"{run}: its checkpoint is of a model with tables={saved.tables}, the config says {config.tables}: use the "
+            f"{run}: its checkpoint is of a model with tables={of_checkpoint}, the config says {of_config}: use the "
             "same, or choose another run folder"
         )
     return True

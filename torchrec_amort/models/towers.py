@@ -55,6 +55,11 @@ def build_collection(
         arch = AmortizedHistoryArch(32)
         sparse = build_collection(schema, {"history": ("history", (arch, 100, 0.0, "sum"))}, 32)
     """
+    if managed := sorted({f.table for f in schema.features if f.vocabulary == "managed"}):
+        raise InputError(
+            f"schema {schema.dataset!r}: table {managed[0]!r} is managed, which goes with one history of items alone: "
+            "train with vocabulary 'hash' for it"
+        )
     read = {feature.name for feature in schema.features} - set(leave_out)
     tables = _Tables(schema, dim, device)
     listed = [feature for feature in schema.sequence_features if feature.name in read]
