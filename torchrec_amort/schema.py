@@ -43,7 +43,8 @@ _SIDES_OF_BAGS: tuple[Side, ...] = ("request", "candidate")
 HISTORY = "history"
 # The table of features of kind `item`.
 ITEM_TABLE = "item"
-_OTHER_ITEM = "item (id)"
+# That of another feature of this name, beside it.
+OTHER_ITEM = "item (id)"
 
 # The columns that every data set has besides its features.
 OWN_COLUMNS: dict[str, Content] = {"request_id": "id", "user": "id", "time": "time"}
@@ -184,8 +185,7 @@ class Feature:
 
     def record(self) -> dict[str, Any]:
         """Its fields for JSON, without those that have their default."""
-        defaults = {field.name: field.default for field in fields(Feature)} | {"table": self._own_table}
-        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return _unusual(self, {"table": self._own_table})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +209,7 @@ class TableConfig:
 
     def record(self) -> dict[str, Any]:
         """Its fields for JSON, without those that have their default."""
-        defaults = asdict(TableConfig())
-        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return _unusual(self, {})
 
 
 @dataclass(frozen=True)
@@ -271,7 +270,7 @@ class RequestSchema:
             # A feature that is called so has a table of its own, and not that of the items.
             is_other = [f.name == f.table == ITEM_TABLE and f.kind != "item" for f in features]
             features = [
-                replace(f, table=_OTHER_ITEM) if other else f for f, other in zip(features, is_other, strict=True)
+                replace(f, table=OTHER_ITEM) if other else f for f, other in zip(features, is_other, strict=True)
             ]
         known = dict.fromkeys(f.table for f in features if f.kind in KINDS_OF_IDS)
         if unknown := sorted(self.tables.keys() - known.keys()):
@@ -563,6 +562,12 @@ class RequestSchema:
 def vocabulary_file(table: str) -> str:
     """Name of the file of a table's vocabulary, beside `schema.json`."""
     return f"vocabulary-{table}.parquet"
+
+
+def _unusual(config: Feature | TableConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that do not have their default, or the one that is given for it."""
+    usual = {field.name: field.default for field in fields(config)} | dict(defaults)
+    return {name: value for name, value in asdict(config).items() if value != usual[name]}
 
 
 def _counted(features: Iterable[Feature]) -> str:

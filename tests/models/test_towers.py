@@ -257,6 +257,22 @@ def test_candidates_need_a_table_to_read_a_history_by() -> None:
         build_model(RequestSchema("films", tuple(features)), ModelConfig(**SMALL))
 
 
+def test_features_of_one_side_share_a_table_in_any_model() -> None:
+    shared = [Feature(name, "candidate", "id", 9, table="topic") for name in ("topic", "second_topic")]
+    items = [Feature("candidate_item", "candidate", "item", 30), Feature("history_item", "event", "item", 30)]
+    schema = RequestSchema("films", (*shared, *items, Feature("liked", "candidate", "label")))
+    weights = [name for name in build_model(schema, ModelConfig(**SMALL)).state_dict() if "embedding_bags" in name]
+    assert weights == ["sparse_arch.embedding_bag_collection.embedding_bags.topic.weight"]
+
+
+def test_a_history_that_no_candidate_shares_a_table_with_is_told() -> None:
+    features = (Feature("film", "candidate", "id", 30), Feature("seen", "event", "id", 30))
+    schema = RequestSchema("films", (*features, Feature("liked", "candidate", "label")))
+    with pytest.raises(InputError, match="no feature of candidates shares a table with history 'history', whose"):
+        build_model(schema, ModelConfig(**SMALL))
+    build_model(schema, ModelConfig(**SMALL, history="none"))
+
+
 def test_a_managed_table_is_refused_beside_several_histories() -> None:
     schema = SCHEMA.with_tables({"film": TableConfig(vocabulary="managed")})
     with pytest.raises(InputError, match="table 'film' is managed, which goes with one history of items alone: train"):

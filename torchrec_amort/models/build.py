@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.models.dlrm import DLRM, DLRM_DCN
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError, one_line
@@ -20,12 +20,12 @@ from torchrec_amort.models.attach import call_with_constant
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import ManagedCollection, SequenceTables
 from torchrec_amort.models.ranker import ModelRanker, Ranker, call_model
-from torchrec_amort.models.towers import build_collection
+from torchrec_amort.models.towers import Tables, TowerParts, build_collection
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
-from torchrec_amort.schema import HISTORY, Feature, RequestSchema
+from torchrec_amort.schema import HISTORY, RequestSchema
 
 Encoder = Literal[
     "none",
@@ -150,8 +150,8 @@ class ModelConfig:
         if self.build is not None:
             self._refuse_sizes()
 
-    def of_towers(self, schema: RequestSchema) -> dict[str, ModelConfig]:
-        """What each tower is, as a model with that history alone; none if the model reads no history.
+    def of_towers(self, schema: RequestSchema) -> dict[str, tuple[str, ModelConfig]]:
+        """The history of each tower, and what it is, as a model of it alone; none if the model reads no history.
 
         Args:
             schema: of the requests.
@@ -162,7 +162,7 @@ class ModelConfig:
         if self.history == "none":
             return {}
         given = self.towers or {name: TowerConfig() for name in schema.histories}
-        settings: dict[str, ModelConfig] = {}
+        settings: dict[str, tuple[str, ModelConfig]] = {}
         lengths: dict[str, int] = {}
         for name, tower in given.items():
             history = tower.history or name
@@ -172,8 +172,8 @@ class ModelConfig:
                     f"{list(schema.histories)}"
                 )
             own = {key: value for key, value in asdict(tower).items() if value is not None and key != "history"}
-            settings[name] = replace(self, **{_OF_MODEL.get(key, key): value for key, value in own.items()}, towers={})
-            length = settings[name].history_length
+            changed = replace(self, **{_OF_MODEL.get(key, key): value for key, value in own.items()}, towers={})
+            settings[name], length = (history, changed), changed.history_length
             if lengths.setdefault(history, length) != length:
                 raise InputError(
                     f"model.towers.{name}: keeps {length} events of {history!r}, and another tower "
@@ -189,8 +189,7 @@ class ModelConfig:
         """
         if not self.towers:
             return self.history_length
-        settings = self.of_towers(schema)
-        return {tower.history or name: settings[name].history_length for name, tower in self.towers.items()}
+        return {history: of_tower.history_length for history, of_tower in self.of_towers(schema).values()}
 
     def _refuse_sizes(self) -> None:
         """Refuse sizes that a function of the user's does not read."""
@@ -238,6 +237,11 @@ def build_model(
     if config.build is not None or _is_of_one_history(schema, config):
         schema = schema.without(config.leave_out)
         make = partial(_build, config=config, device=device) if config.build is None else _function(config.build)
+    if config.build is None and config.history != "none" and not schema.of("event"):
+        raise InputError(
+            f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
+            "set model.history to none"
+        )
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -256,23 +260,20 @@ def _is_of_one_history(schema: RequestSchema, config: ModelConfig) -> bool:
     """Whether an AmortizedDLRM reads it: one history of ids, the candidate's item, and tables of one width."""
     is_other = config.towers or config.combine != "sum" or schema.tables or schema.dense_sequence_features
     lists = [f for f in schema.sequence_features if f.kind == "ids" or (f.side != "event" and f.kind != "item")]
-    return not is_other and not lists and set(schema.histories) <= {HISTORY}
+    has_item = not schema.histories or bool(schema.of("candidate", "item"))
+    return not is_other and not lists and has_item and set(schema.histories) <= {HISTORY}
 
 
 def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> ModelRanker:
     if unknown := sorted(set(config.leave_out) - {feature.name for feature in schema.features}):
         raise InputError(f"model.leave_out: schema {schema.dataset!r} has no feature {unknown[0]!r}")
     settings = config.of_towers(schema)
-    if config.history != "none" and not settings:
-        raise InputError(
-            f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
-            "set model.history to none"
+    towers = {
+        name: TowerParts(
+            history, build_encoder(of_tower, device), partial(_event_encoder, config=of_tower, device=device)
         )
-    towers = {}
-    for name, of_tower in settings.items():
-        places = of_tower.history_length if of_tower.positions == "recency" else None
-        parts = build_encoder(of_tower, device), places, of_tower.dropout, of_tower.combine
-        towers[name] = (config.towers[name].history or name if config.towers else name), parts
+        for name, (history, of_tower) in settings.items()
+    }
     dim = config.embedding_dim
     sparse = build_collection(schema, towers, dim, leave_out=config.leave_out, device=device)
     num_dense = sum(f.num_inputs for features in schema.dense_features.values() for f in features)
@@ -347,27 +348,23 @@ def _rows_of_tables(ranker: Ranker) -> dict[str, int]:
 
 
 def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> AmortizedDLRM:
-    if config.history != "none" and not schema.of("event"):
-        raise InputError(
-            f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
-            "set model.history to none"
-        )
     if not schema.bag_features["candidate"]:
         raise InputError(
             f"schema {schema.dataset!r}: the candidate has no feature of kind 'id' or 'ids', and the model reads 1 or "
             "more: add one, such as Feature('item_id', 'candidate', 'id', table_size, column='candidate_item')"
         )
     dim = config.embedding_dim
-    has_history = config.history != "none"
-    request_ids = schema.bag_features["request"]
+    has_history, tables = config.history != "none", Tables(schema, dim, device)
+    candidate_bags = tables.bags(schema.bag_features["candidate"])
+    assert candidate_bags is not None
     return AmortizedDLRM(
-        candidate_embedding_bag_collection=_bags(schema.bag_features["candidate"], dim, device),
-        request_embedding_bag_collection=_bags(request_ids, dim, device) if request_ids else None,
+        candidate_embedding_bag_collection=candidate_bags,
+        request_embedding_bag_collection=tables.bags(schema.bag_features["request"]),
         dense_in_features=sum(f.num_inputs for features in schema.dense_features.values() for f in features),
         dense_arch_layer_sizes=[*config.dense_layers, dim],
         over_arch_layer_sizes=[*config.over_layers, len(schema.labels)],
-        history_embedding_collection=_sequences(schema, config, device) if has_history else None,
-        event_encoder=_event_encoder(schema, config, device) if has_history else None,
+        history_embedding_collection=_sequences(schema, config, tables) if has_history else None,
+        event_encoder=_event_encoder([f.name for f in schema.of("event")], config, device) if has_history else None,
         history_arch=build_encoder(config, device) if has_history else None,
         interaction=config.interaction,
         dcn_num_layers=config.dcn_num_layers,
@@ -376,10 +373,9 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
     )
 
 
-def _event_encoder(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> EventEncoder:
-    features = [feature.name for feature in schema.of("event")]
+def _event_encoder(features: Sequence[str], config: ModelConfig, device: torch.device | None) -> EventEncoder:
     places = config.history_length if config.positions == "recency" else None
-    return EventEncoder(features, config.embedding_dim, places, config.dropout, device)
+    return EventEncoder(features, config.embedding_dim, places, config.dropout, device, config.combine)
 
 
 def build_encoder(config: ModelConfig, device: torch.device | None = None) -> HistoryEncoder:
@@ -441,47 +437,14 @@ def _refuse_options_of_append_cross(config: ModelConfig) -> None:
             )
 
 
-def _init(dim: int) -> partial[torch.Tensor]:
-    """Rows of unit length on average, whatever the size of the table, so that sums of rows are balanced."""
-    return partial(nn.init.normal_, std=dim**-0.5)
-
-
-def _bags(features: Sequence[Feature], dim: int, device: torch.device | None) -> EmbeddingBagCollection:
-    """One table for each feature; several ids are averaged."""
-    tables = [
-        EmbeddingBagConfig(
-            name=feature.name,
-            feature_names=[feature.name],
-            num_embeddings=feature.table_size or 0,
-            embedding_dim=dim,
-            pooling=PoolingType.MEAN if feature.kind == "ids" else PoolingType.SUM,
-            init_fn=_init(dim),
-        )
-        for feature in features
-    ]
-    return EmbeddingBagCollection(tables=tables, device=device)
-
-
-def _sequences(
-    schema: RequestSchema, config: ModelConfig, device: torch.device | None
-) -> EmbeddingCollection | SequenceTables:
-    """One table for the items of histories and candidates, and one for each other event feature."""
-    features_of_table: dict[str, list[Feature]] = {}
-    for feature in schema.sequence_features:
-        features_of_table.setdefault(feature.table, []).append(feature)
-    tables = [
-        EmbeddingConfig(
-            name=name,
-            feature_names=[feature.name for feature in features],
-            num_embeddings=features[0].table_size or 0,
-            embedding_dim=config.embedding_dim,
-            init_fn=_init(config.embedding_dim),
-        )
-        for name, features in features_of_table.items()
-    ]
-    if features_of_table["item"][0].vocabulary != "managed":
-        return EmbeddingCollection(tables=tables, device=device)
-    (item,) = (table for table in tables if table.name == "item")
-    others = [table for table in tables if table is not item]
-    plain = EmbeddingCollection(tables=others, device=device) if others else None
-    return SequenceTables(ManagedCollection(item, config.eviction_interval, device), plain)
+def _sequences(schema: RequestSchema, config: ModelConfig, tables: Tables) -> EmbeddingCollection | SequenceTables:
+    """One collection of all tables of sequences; of a managed one and the others if there is one."""
+    configs = tables.of_sequences(schema.sequence_features)
+    managed = {feature.table for feature in schema.features if feature.vocabulary == "managed"}
+    others = [table for table in configs if table.name not in managed]
+    plain = EmbeddingCollection(tables=others, device=tables.device) if others else None
+    if not managed:
+        assert plain is not None
+        return plain
+    (item,) = (table for table in configs if table.name in managed)
+    return SequenceTables(ManagedCollection(item, config.eviction_interval, tables.device), plain)

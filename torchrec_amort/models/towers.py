@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,15 +19,27 @@ from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Se
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import HistoryTower
-from torchrec_amort.schema import Feature, RequestSchema, TableConfig
+from torchrec_amort.schema import OTHER_ITEM, Feature, RequestSchema, TableConfig
 
-# What a tower is made of beside its features: the encoder, places of events, dropout, and how features are combined.
-TowerParts = tuple[HistoryEncoder, int | None, float, Literal["sum", "concatenate"]]
+
+@dataclass(frozen=True, eq=False)
+class TowerParts:
+    """What a tower is made of, beside its tables.
+
+    Args:
+        history: that it reads.
+        encoder: of it.
+        event_encoder: makes the encoder of events of such features.
+    """
+
+    history: str
+    encoder: HistoryEncoder
+    event_encoder: Callable[[list[str]], EventEncoder]
 
 
 def build_collection(
     schema: RequestSchema,
-    towers: Mapping[str, tuple[str, TowerParts]],
+    towers: Mapping[str, TowerParts],
     dim: int,
     *,
     leave_out: Collection[str] = (),
@@ -39,7 +51,7 @@ def build_collection(
 
     Args:
         schema: what the requests are made of.
-        towers: of each tower, by its name, the history that it reads and what it is made of.
+        towers: what each is made of, by its name.
         dim: D, width of tables that have no other, and of all bags.
         leave_out: features that are not read.
         device: where to put the tables.
@@ -53,7 +65,8 @@ def build_collection(
     Example::
 
         arch = AmortizedHistoryArch(32)
-        sparse = build_collection(schema, {"history": ("history", (arch, 100, 0.0, "sum"))}, 32)
+        parts = TowerParts("history", arch, partial(EventEncoder, embedding_dim=32, max_length=100))
+        sparse = build_collection(schema, {"history": parts}, 32)
     """
     if managed := sorted({f.table for f in schema.features if f.vocabulary == "managed"}):
         raise InputError(
@@ -61,17 +74,15 @@ def build_collection(
             "train with vocabulary 'hash' for it"
         )
     read = {feature.name for feature in schema.features} - set(leave_out)
-    tables = _Tables(schema, dim, device)
+    tables = Tables(schema, dim, device)
     listed = [feature for feature in schema.sequence_features if feature.name in read]
     of_events = {feature.table for feature in schema.of("event") if feature.is_looked_up}
     bags = [f for f in listed if f.side == "request" or (f.side == "candidate" and f.table not in of_events)]
-    histories = {history for history, _ in towers.values()}
+    histories = {parts.history for parts in towers.values()}
     of_towers = {f.table for f in listed if f.side == "event" and f.history in histories}
     others = [f for f in listed if f.table in of_towers and (f.side == "candidate" or f.history in histories)]
     sequences = tables.sequences([f for f in listed if f in bags or f in others])
-    made = [
-        _tower(name, schema, history, parts, sequences, read, dim, device) for name, (history, parts) in towers.items()
-    ]
+    made = [_tower(name, schema, parts, sequences, read) for name, parts in towers.items()]
     sides = {side: [f for f in features if f.name in read] for side, features in schema.bag_features.items()}
     request_features = [feature.name for feature in sides["request"]]
     return AmortizedEmbeddingBagCollection(
@@ -87,50 +98,54 @@ def build_collection(
 def _tower(
     name: str,
     schema: RequestSchema,
-    history: str,
     parts: TowerParts,
     sequences: Sequence[EmbeddingCollection],
     read: Collection[str],
-    dim: int,
-    device: torch.device | None,
 ) -> HistoryTower:
-    encoder, places, dropout, combine = parts
-    events = [feature for feature in schema.histories[history] if feature.name in read]
+    events = [feature for feature in schema.histories[parts.history] if feature.name in read]
     like = {feature.table: feature.name for feature in reversed(events)}
     listed = [*schema.sequence_features, *schema.dense_sequence_features]
     candidates = [f for f in listed if f.side == "candidate" and f.name in read and f.table in like]
     if not candidates:
         raise InputError(
-            f"schema {schema.dataset!r}: no feature of candidates shares a table with history {history!r}, whose "
+            f"schema {schema.dataset!r}: no feature of candidates shares a table with history {parts.history!r}, whose "
             f"tables are {sorted({f.table for f in events})}: candidates need one to read it by"
         )
     return HistoryTower(
         name,
-        encoder,
+        parts.encoder,
         events=sequences,
-        event_encoder=EventEncoder([f.name for f in events], dim, places, dropout, device, combine),
+        event_encoder=parts.event_encoder([feature.name for feature in events]),
         starts_at_zero=False,
         candidate_features={feature.name: like[feature.table] for feature in candidates},
         numbers={feature.name: feature.num_inputs for feature in (*events, *candidates) if feature.num_inputs},
     )
 
 
-class _Tables:
+class Tables:
     """Tables of features, those that share one together.
 
     Args:
         schema: of the features.
         dim: width of tables that have no other.
         device: where to put them.
+
+    Example::
+
+        bags = Tables(schema, 32, None).bags(schema.bag_features["candidate"])
     """
 
     def __init__(self, schema: RequestSchema, dim: int, device: torch.device | None) -> None:
-        self._schema, self._dim, self._device = schema, dim, device
+        self.device = device
+        self._schema, self._dim = schema, dim
 
-    def _of(self, features: Sequence[Feature]) -> dict[str, list[Feature]]:
+    @staticmethod
+    def _of(features: Sequence[Feature]) -> dict[str, list[Feature]]:
         of_tables: dict[str, list[Feature]] = {}
         for feature in features:
-            of_tables.setdefault(feature.table, []).append(feature)
+            # As models of version 1 called the table of an id of this name.
+            table = feature.name if feature.table == OTHER_ITEM else feature.table
+            of_tables.setdefault(table, []).append(feature)
         return of_tables
 
     def _config(self, name: str) -> TableConfig:
@@ -159,22 +174,27 @@ class _Tables:
             )
             for name, of_table in self._of(features).items()
         ]
-        return EmbeddingBagCollection(tables=tables, device=self._device) if tables else None
+        return EmbeddingBagCollection(tables=tables, device=self.device) if tables else None
+
+    def of_sequences(self, features: Sequence[Feature]) -> list[EmbeddingConfig]:
+        """What the tables of sequences are."""
+        return [
+            EmbeddingConfig(
+                name=name,
+                feature_names=[feature.name for feature in of_table],
+                num_embeddings=of_table[0].table_size or 0,
+                embedding_dim=self._width(name),
+                init_fn=self._init(name, of_table[0].table_size or 0),
+            )
+            for name, of_table in self._of(features).items()
+        ]
 
     def sequences(self, features: Sequence[Feature]) -> list[EmbeddingCollection]:
         """A collection for each width, since TorchRec's have one."""
         of_widths: dict[int, list[EmbeddingConfig]] = {}
-        for name, of_table in self._of(features).items():
-            rows, width = of_table[0].table_size or 0, self._width(name)
-            table = EmbeddingConfig(
-                name=name,
-                feature_names=[feature.name for feature in of_table],
-                num_embeddings=rows,
-                embedding_dim=width,
-                init_fn=self._init(name, rows),
-            )
-            of_widths.setdefault(width, []).append(table)
-        return [EmbeddingCollection(tables=tables, device=self._device) for tables in of_widths.values()]
+        for table in self.of_sequences(features):
+            of_widths.setdefault(table.embedding_dim, []).append(table)
+        return [EmbeddingCollection(tables=tables, device=self.device) for tables in of_widths.values()]
 
 
 def _vectors(path: Path, rows: int, width: int, table: str) -> Tensor:
