@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_amort.errors import InputError
+from torchrec_amort.lists import sums
 from torchrec_amort.schema import ANY_ID
 
 
@@ -146,9 +147,8 @@ class Checks:
                 f"{self._source}: num_ids[{key!r}] has {len(counts)} numbers for {lengths.sum()} entries: give each "
                 "entry one, 0 or more"
             )
-        totals = np.concatenate([[0], np.cumsum(counts)])
-        have = np.diff(totals[np.cumsum(lengths)], prepend=0)
-        self.lengths(key, num_values, f"num_ids[{key!r}]", have)
+        totals = array_of(sums(num_ids.values(), num_ids.lengths()))
+        self.lengths(key, num_values, f"num_ids[{key!r}]", totals)
 
     def lengths(self, key: str, have: np.ndarray, other: str, expected: np.ndarray) -> None:
         """Refuse a key of the sequences with more or fewer entries than another field tells of.

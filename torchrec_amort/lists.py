@@ -5,7 +5,7 @@ Shape suffixes: B requests; C candidates, N events of one history, all requests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,13 +121,6 @@ class Lists:
     dense: Mapping[str, JaggedTensor]
     num_ids: Mapping[str, JaggedTensor]
     layout: Layout
-
-    def num_events(self, history: str) -> Tensor | None:
-        """int64 [B]: events of a history; None if nothing tells it."""
-        for key in self.layout.histories[history]:
-            if (of_key := self.num_entries(key)) is not None:
-                return of_key
-        return None
 
     def num_entries(self, key: str) -> Tensor | None:
         """int64 [B]: events, candidates or requests that a key has something of; None if it is not there."""
@@ -269,3 +262,12 @@ def sums(counts: Tensor, rows: Tensor) -> Tensor:
     totals = torch.cat([counts.new_zeros(1), torch.cumsum(counts, 0)])
     ends = torch.cumsum(rows, 0)
     return totals[ends] - totals[ends - rows]
+
+
+def shortest(limits: Iterable[int | None]) -> int | None:
+    """The least of some limits; None if there is none.
+
+    Args:
+        limits: numbers of events; None is none.
+    """
+    return min((limit for limit in limits if limit is not None), default=None)

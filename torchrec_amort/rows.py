@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec_amort.columns import typed_table
 from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import hash_ids, ids_of_text
+from torchrec_amort.lists import sums
 from torchrec_amort.schema import ANY_ID, KINDS_OF_TIMES, Feature, RequestSchema, Side, refuse_missing
 
 
@@ -78,13 +79,10 @@ class Rows:
 
     def stack(self, features: Sequence[Feature]) -> Tensor:
         """Numbers side by side: [rows, their number]."""
-        columns = [self._numbers(feature)[0] for feature in features]
-        if all(column.ndim == 1 for column in columns):
-            return torch.from_numpy(np.stack(columns, axis=1))
-        return torch.from_numpy(np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1))
+        return torch.from_numpy(np.concatenate([self._numbers(feature)[0] for feature in features], axis=1))
 
     def _numbers(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
-        """float32 of each entry, [entries] or, of a vector, [entries, size], and how many each request has."""
+        """float32 of each entry, [entries, their number], and how many entries each request has."""
         entries, lengths = self._entries(feature)
         if feature.kind == "vector":
             sizes = entries.value_lengths().to_numpy()
@@ -97,8 +95,8 @@ class Rows:
             return entries.flatten().to_numpy().reshape(-1, feature.size), lengths
         if feature.kind in KINDS_OF_TIMES:
             seconds = self._seconds(feature, entries.to_numpy(), lengths)
-            return np.log2(1.0 + seconds).astype(np.float32), lengths
-        return entries.to_numpy().astype(np.float32, copy=False), lengths
+            return np.log2(1.0 + seconds).astype(np.float32)[:, None], lengths
+        return entries.to_numpy().astype(np.float32, copy=False)[:, None], lengths
 
     def dense(self, side: Side) -> Tensor:
         """The numbers of a side: [rows, their number]; it may have none."""
@@ -112,8 +110,9 @@ class Rows:
         for feature in self.schema.dense_sequence_features:
             values, lengths = self._numbers(feature)
             # A copy: what Arrow holds cannot be written to, and a tensor can.
-            of_entries = torch.from_numpy(values.reshape(len(values), feature.num_inputs).copy())
-            sequences[feature.name] = JaggedTensor(of_entries, lengths=torch.from_numpy(lengths.copy()))
+            sequences[feature.name] = JaggedTensor(
+                torch.from_numpy(values.copy()), lengths=torch.from_numpy(lengths.copy())
+            )
         return sequences
 
     def weights(self) -> Tensor | None:
@@ -122,7 +121,7 @@ class Rows:
         for side in ("request", "candidate"):
             for feature in self.schema.of(side, "weight"):
                 if feature.source in self.table.column_names:
-                    weights, _ = self._numbers(feature)
+                    weights = self._numbers(feature)[0][:, 0]
                     columns.append(np.repeat(weights, self.num_candidates) if side == "request" else weights)
         return torch.from_numpy(np.prod(columns, axis=0, dtype=np.float32)) if columns else None
 
@@ -149,10 +148,8 @@ class Rows:
             if feature.kind == "ids":
                 of_each = JaggedTensor(torch.from_numpy(of_entries), lengths=torch.from_numpy(entries))
                 num_ids[feature.name] = of_each
-                ends = np.concatenate([[0], np.cumsum(of_entries)])[np.cumsum(entries)]
-                lengths.append(np.diff(ends, prepend=0))
-            else:
-                lengths.append(entries)
+                entries = sums(of_each.values(), of_each.lengths()).numpy()
+            lengths.append(entries)
         return _keyed_jagged([f.name for f in features], values, lengths, self.table.num_rows), num_ids
 
     def _ids(self, feature: Feature) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -255,12 +255,7 @@ class AmortizedEmbeddingBagCollection(nn.Module):
             ValueError: the encoder of a tower encodes a history for every candidate anew.
             InputError: as `forward`.
         """
-        request, of_candidates = self._of_requests(batch), self.bags.of_candidates
-        given = _without(batch.sequences, lambda feature: feature in of_candidates)
-        looked_up = [collection(given) for collection in self.sequences]
-        rows = self.bags.rows(
-            looked_up, batch.dense_sequences, batch.num_ids, lambda feature: feature not in of_candidates
-        )
+        request, rows = self._of_requests(batch), self._rows(batch, of_candidates=False)
         histories = {tower.name: tower.encode_history(self.bags.events(tower, rows)) for tower in self.towers}
         return RequestState(histories, self.bags.of_requests(request, rows), len(batch))
 
@@ -274,16 +269,23 @@ class AmortizedEmbeddingBagCollection(nn.Module):
         Raises:
             InputError: as `forward`.
         """
-        candidate, of_candidates = self._of_candidates(batch), self.bags.of_candidates
-        given = _without(batch.sequences, lambda feature: feature not in of_candidates)
-        looked_up = [collection(given) for collection in self.sequences]
-        rows = self.bags.rows(looked_up, batch.dense_sequences, batch.num_ids, lambda feature: feature in of_candidates)
+        candidate, rows = self._of_candidates(batch), self._rows(batch, of_candidates=True)
         vectors = {
             tower.name: tower.score_candidates(state.histories[tower.name], self.bags.items(tower, rows))
             for tower in self.towers
         }
         bags = self.bags.of_the_candidates(candidate, rows)
         return CandidateRows(self.bags.join(state.bags, bags, vectors, batch.num_candidates, batch.stride()))
+
+    def _rows(self, batch: RequestBatch, of_candidates: bool) -> Rows:
+        """What sequences look up of the candidates, or of all else."""
+
+        def is_read(feature: str) -> bool:
+            return (feature in self.bags.of_candidates) == of_candidates
+
+        given = _without(batch.sequences, lambda feature: not is_read(feature))
+        looked_up = [collection(given) for collection in self.sequences]
+        return self.bags.rows(looked_up, batch.dense_sequences, batch.num_ids, is_read)
 
     def _of_requests(self, batch: RequestBatch) -> KeyedTensor | None:
         if self.request_bags is None:

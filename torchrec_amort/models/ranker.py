@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_amort.batch import RequestBatch
+from torchrec_amort.lists import shortest
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, CandidateRows, RequestState
 from torchrec_amort.modules.encoder import HistoryEncoder
 
@@ -91,7 +92,7 @@ class CollectionRanker(Ranker):
     @property
     def history_length(self) -> int | None:
         """Events that a history may have, the least of several histories' limits; None if any number."""
-        return min((limit for limit in self.history_lengths.values() if limit is not None), default=None)
+        return shortest(self.history_lengths.values())
 
     @property
     def history_lengths(self) -> dict[str, int | None]:

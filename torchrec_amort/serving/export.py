@@ -26,6 +26,7 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.sample import random_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_folder, write_json
+from torchrec_amort.lists import shortest
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.models.ranker import Call, CollectionRanker
@@ -187,7 +188,7 @@ def export_package(
     if reason := _why_other_tables(phases.ranker, collections) or _why_not_exportable(collection):
         raise InputError(f"the model cannot be exported: {reason}; serve it by AmortizedScorer itself")
     _refuse_other_sides(served.lookups, schema)
-    requests = _some_requests(schema, _longest(served) or CHECKED_REQUESTS)
+    requests = _some_requests(schema, shortest(served.history_lengths.values()) or CHECKED_REQUESTS)
     in_float32 = AmortizedScorer(model, schema=schema, backend="eager", call=call).score(requests)
     with new_folder(folder, overwrite) as temporary, torch.no_grad():
         program = _compile(phases, collection, schema, temporary)
@@ -229,11 +230,6 @@ def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: Served, d
 def _difference(logits: Tensor, others: Tensor) -> float:
     """The greatest of their probabilities."""
     return float((torch.sigmoid(logits) - torch.sigmoid(others)).abs().max())
-
-
-def _longest(served: Served) -> int | None:
-    """Events of the longest history that is kept whole by all towers."""
-    return min((limit for limit in served.history_lengths.values() if limit is not None), default=None)
 
 
 def _some_requests(schema: RequestSchema, history_length: int) -> list[dict[str, Any]]:

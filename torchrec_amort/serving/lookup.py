@@ -113,7 +113,8 @@ class Lookups:
     def of_requests(self, batch: RequestBatch) -> Embeddings:
         """Bags of the requests."""
         bags = {} if self.request_bags is None else self.request_bags(batch.request_sparse)
-        places = self._bags_of_sequences(True)
+        if not (places := self._bags_of_sequences(True)):
+            return bags
         rows = self._rows(places.values(), batch.request_lists.entries)
         return {**bags, **{name: rows[place] for name, place in places.items()}}
 

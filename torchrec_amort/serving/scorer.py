@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_unequal_events, refuse_weights
 from torchrec_amort.errors import InputError
-from torchrec_amort.lists import Entries, Lists
+from torchrec_amort.lists import Entries, Lists, shortest
 from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.schema import RequestSchema
@@ -106,7 +106,7 @@ class AmortizedScorer:
             if history_length is not None and limit is not None and history_length > limit:
                 raise ValueError(f"history_length is {history_length}, but the model knows places for {limit} events")
             self._limits[tower] = limit if history_length is None else history_length
-        self.history_length = min((limit for limit in self._limits.values() if limit is not None), default=None)
+        self.history_length = shortest(self._limits.values())
         self.schema = schema or self._served.schema
         if self.schema is not None:
             self._refuse_other_schema(self.schema)
