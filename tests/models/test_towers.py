@@ -251,6 +251,17 @@ def test_what_a_model_leaves_out_changes_no_score() -> None:
         build_model(SCHEMA, ModelConfig(leave_out=["clicks_age"]))
 
 
+@pytest.mark.parametrize("feature", ["clicks_content", "content"])
+def test_other_numbers_than_a_tower_reads_are_told(feature: str) -> None:
+    ranker, batch = build_model(SCHEMA, ModelConfig(**SMALL), seed=0).eval(), batch_of(SCHEMA, [((3, 2), 2)])
+    numbers = batch.dense_sequences[feature]
+    narrow = JaggedTensor(numbers.values()[:, :3], lengths=numbers.lengths())
+    other = replace(batch, dense_sequences={**batch.dense_sequences, feature: narrow})
+    for score in (ranker, AmortizedScorer(ranker).score, AmortizedScorer(ranker, backend="eager").score):
+        with pytest.raises(InputError, match=rf"\['{feature}'\] has 3 numbers for each entry, but tower 'clicks'"):
+            score(other)
+
+
 def test_candidates_need_a_table_to_read_a_history_by() -> None:
     features = [feature for feature in SCHEMA.features if feature.name not in ("film", "content")]
     with pytest.raises(InputError, match="no feature of candidates shares a table with history 'clicks', whose tables"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from torchrec_amort.errors import InputError
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, amortizable
 from torchrec_amort.modules.events import EventEncoder, Numbers
 
@@ -142,6 +143,25 @@ class HistoryTower(nn.Module):
         """What fits a feature of events or candidates to the encoder."""
         return self.fits[self._fit_of[feature]]
 
+    def fitted(self, feature: str, rows: Tensor) -> Tensor:
+        """Rows of a feature of events or candidates, fitted to the encoder.
+
+        Args:
+            feature: its name.
+            rows: as they are looked up, or numbers, [entries, their number].
+
+        Raises:
+            InputError: there are more or fewer numbers than the tower reads.
+        """
+        expected = self.numbers.get(feature)
+        if expected is not None and rows.shape[1] != expected:
+            raise InputError(
+                f"batch: dense_sequences[{feature!r}] has {rows.shape[1]} numbers for each entry, but tower "
+                f"{self.name!r} reads {expected}"
+            )
+        fitted: Tensor = self.fit(feature)(rows)
+        return fitted
+
     @property
     def events(self) -> EmbeddingCollection | None:
         """Tables of the events' features, as given; the first of several collections."""
@@ -225,7 +245,7 @@ class HistoryTower(nn.Module):
         return cast(JaggedTensor, self.event_encoder(fitted))
 
     def _fitted(self, feature: str, rows: JaggedTensor) -> JaggedTensor:
-        return JaggedTensor(self.fit(feature)(rows.values()), lengths=rows.lengths())
+        return JaggedTensor(self.fitted(feature, rows.values()), lengths=rows.lengths())
 
     def _vectors(self, encoded_CX: Tensor) -> Sequence[Tensor]:
         vectors_CSW = self.out(encoded_CX.unflatten(1, (self.encoder.num_slots, -1)))

@@ -337,7 +337,7 @@ class ServedTower:
     def _terms_of(self, encoder: EventEncoder, events: Embeddings, lengths_B: Tensor) -> list[EmbeddingRows]:
         """What an event encoder adds up."""
         rows = [
-            events[name] if name in self._bare else EmbeddingRows(self._tower.fit(name)(events[name].tensor()))
+            events[name] if name in self._bare else EmbeddingRows(self._tower.fitted(name, events[name].tensor()))
             for name in encoder.features
         ]
         if encoder.recency is not None:
