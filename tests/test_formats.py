@@ -1,5 +1,6 @@
 """Batches of schemas of any features hold what their requests say, whatever becomes of them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from tests.schemas import Shapes, entries_of, make_requests, schemas, shapes
 from tests.test_batch import assert_same
@@ -180,6 +181,18 @@ def test_bad_events_are_refused_with_field_request_and_numbers(changes: dict[str
     RequestBatch.from_requests([REQUEST], schema)
     with pytest.raises(InputError, match=message):
         RequestBatch.from_requests([REQUEST | changes], schema)
+
+
+def test_a_feature_of_the_request_has_one_entry() -> None:
+    liked = Feature("liked_tags", "request", "ids", 9, table="clicked_tags")
+    batch = RequestBatch.from_requests(
+        [{**REQUEST, "liked_tags": [1, 2]}], RequestSchema("films", (FILM, liked, *CLICKS))
+    )
+    two = JaggedTensor(torch.tensor([1, 1]), lengths=torch.tensor([2]))
+    with pytest.raises(InputError, match=r"\['liked_tags'\] has 2 entries, but a request tells of 1"):
+        replace(batch, num_ids={**batch.num_ids, "liked_tags": two}).validate()
+    with pytest.raises(InputError, match="num_ids has 'likes', but sequences has"):
+        replace(batch, num_ids={**batch.num_ids, "likes": two}).validate()
 
 
 def test_numbers_of_ids_have_to_add_up() -> None:

@@ -471,6 +471,8 @@ class RequestBatch(Pipelineable):
         checks.ids("candidate_sparse", batch.candidate_sparse, True, sizes)
         lengths = checks.ids("sequences", batch.sequences, False, sizes)
         for key, num_ids in batch.num_ids.items():
+            if key not in lengths:
+                raise InputError(f"{source}: num_ids has {key!r}, but sequences has {list(lengths)}: leave it out")
             checks.num_ids(key, num_ids, lengths[key])
         for key, numbers in batch.dense_sequences.items():
             checks.jagged(f"dense_sequences[{key!r}]", numbers)
@@ -494,20 +496,18 @@ _GREATEST = float(np.finfo(np.float32).max)
 
 
 def _check_entries(lists: Lists, checks: Checks, num_candidates: np.ndarray) -> None:
-    """Refuse features of one history, or of the candidates, that differ in their numbers of entries."""
-    groups: list[tuple[Sequence[str], str | None]] = [(lists.layout.candidates, None)]
-    groups += [(keys, name) for name, keys in lists.layout.histories.items()]
-    for keys, history in groups:
-        expected, other = num_candidates, "num_candidates"
-        first = history is not None
+    """Refuse features of one history, of the candidates or of the requests that differ in their numbers of entries."""
+    layout = lists.layout
+    entries = {key: array_of(of_key) for key in lists.keys() if (of_key := lists.num_entries(key)) is not None}
+    groups = [(layout.candidates, "num_candidates", num_candidates)]
+    groups.append((layout.requests, "a request", np.ones_like(num_candidates)))
+    for keys in layout.histories.values():
+        if present := tuple(key for key in keys if key in entries):
+            groups.append((present[1:], f"sequences[{present[0]!r}]", entries[present[0]]))
+    for keys, other, expected in groups:
         for key in keys:
-            entries = lists.num_entries(key)
-            if entries is None:
-                continue
-            if first:
-                expected, other, first = array_of(entries), f"sequences[{key!r}]", False
-            else:
-                checks.lengths(key, array_of(entries), other, expected)
+            if key in entries:
+                checks.lengths(key, entries[key], other, expected)
 
 
 def _listed(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -568,14 +568,17 @@ def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str
     """Refuse a batch of whose events a feature is missing.
 
     Args:
-        batch: any.
-        events: features of the events of each history.
+        batch: one that `RequestBatch.validate` let pass.
+        events: features of the events that each tower reads.
 
     Raises:
-        InputError: features of one history differ in length.
+        InputError: features of one tower differ in length.
     """
     lists = batch.request_lists
     for first, *others in events.values():
+        if any(set(others) <= set(keys) for keys in lists.layout.histories.values() if first in keys):
+            # Compared already.
+            continue
         expected = lists.num_entries(first)
         for name in others:
             have = lists.num_entries(name)

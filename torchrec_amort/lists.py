@@ -122,6 +122,10 @@ class Lists:
     num_ids: Mapping[str, JaggedTensor]
     layout: Layout
 
+    def keys(self) -> list[str]:
+        """Of `sequences` and of `dense`."""
+        return [*self.sequences.keys(), *self.dense]
+
     def num_entries(self, key: str) -> Tensor | None:
         """int64 [B]: events, candidates or requests that a key has something of; None if it is not there."""
         for jagged in (self.num_ids, self.dense):
