@@ -15,7 +15,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from torchrec.modules.embedding_configs import PoolingType
 
 from torchrec_amort.errors import InputError
-from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, SequenceBag
+from torchrec_amort.models.bags import SequenceBag
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import HistoryTower

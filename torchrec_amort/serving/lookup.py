@@ -26,7 +26,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.jagged_ids import have_one_each, keyed, rows_of, span_of
 from torchrec_amort.lists import Entries
-from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Reads, SequenceBag, averaged
+from torchrec_amort.models.bags import Reads, SequenceBag, averaged
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.modules.plain import Plain
 from torchrec_amort.ops.native import EmbeddingRows

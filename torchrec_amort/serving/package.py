@@ -25,7 +25,7 @@ from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddi
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.errors import InputError
-from torchrec_amort.models.collection import Reads, SequenceBag
+from torchrec_amort.models.bags import Reads, SequenceBag
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.tower import CANDIDATE_ITEM
 from torchrec_amort.ops.native import why_no_build

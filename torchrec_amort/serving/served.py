@@ -20,7 +20,8 @@ from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddi
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.lists import Entries
-from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection, Bags
+from torchrec_amort.models.bags import Bags
+from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.managed import SequenceTables
 from torchrec_amort.models.ranker import Call, CollectionRanker, ModelRanker, Ranker, ranker_of
