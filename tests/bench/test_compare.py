@@ -63,7 +63,7 @@ def test_the_table_says_what_the_record_says(compared: Path) -> None:
         difference = record["differences"][task]["concatenation"]["auc"]
         others = [run[task]["auc"] for run in record["arms"]["append_cross"]["test"]]
         assert difference["difference"] == pytest.approx(np.mean(values) - np.mean(others), abs=1e-9)
-        assert row[4].startswith(f"{difference['difference']:+.4f} [")
+        assert row[5].startswith(f"{difference['difference']:+.4f} [")
     speed = record["speed"]["training"]["concatenation"]
     assert rows[2][1:3] == [f"{speed['requests']:,.0f}", f"{speed['padded']:,.0f}"]
     assert (rows[2][3], rows[2][-1]) == ("-", "no |")

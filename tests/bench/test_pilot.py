@@ -255,7 +255,7 @@ def test_a_worse_arm_and_a_better_one_are_told_from_chance() -> None:
     noise = np.random.default_rng(1).normal(size=logits.shape)
     for control, treatment, verdict in ((logits, noise, "worse"), (noise, logits, "better")):
         (found,) = quality(log, {"control": control, "treatment": treatment}, ["task"], samples=100, seed=0).values()
-        assert {found[metric]["verdict"] for metric in ("ne", "auc", "gauc", "ndcg")} == {verdict}
+        assert {found[metric]["verdict"] for metric in ("ne", "auc", "gauc", "request_auc", "ndcg")} == {verdict}
         positives = np.bincount(log.requests, log.labels[:, 0])
         assert found["ndcg"]["requests"] == ((positives > 0) & (positives < log.num_candidates)).sum() > 0
         for values in found.values():

@@ -9,7 +9,14 @@ from torchrec_amort.training.bootstrap import (
     paired_differences,
     paired_ratios,
 )
-from torchrec_amort.training.metrics import auc, calibration, grouped_auc, ndcg_of_requests, normalized_entropy
+from torchrec_amort.training.metrics import (
+    auc,
+    auc_of_requests,
+    calibration,
+    grouped_auc,
+    ndcg_of_requests,
+    normalized_entropy,
+)
 
 NUM_USERS = 7
 
@@ -41,9 +48,10 @@ def test_weighing_users_is_repeating_their_rows(seed: int, times: list[int]) -> 
     assert found["ne"] == pytest.approx(normalized_entropy(logits[chosen], labels[chosen]), abs=1e-12)
     assert found["calibration"] == pytest.approx(calibration(logits[chosen], labels[chosen]), abs=1e-12)
     copies = np.unique(groups * 1000 + requests[chosen], return_inverse=True)[1]
-    ndcg = ndcg_of_requests(logits[chosen], labels[chosen], copies)
-    counted = ndcg[~np.isnan(ndcg)]
-    assert found["ndcg"] == pytest.approx(counted.mean() if len(counted) else np.nan, abs=1e-12, nan_ok=True)
+    for name, metric in {"ndcg": ndcg_of_requests, "request_auc": auc_of_requests}.items():
+        values = metric(logits[chosen], labels[chosen], copies)
+        counted = values[~np.isnan(values)]
+        assert found[name] == pytest.approx(counted.mean() if len(counted) else np.nan, abs=1e-12, nan_ok=True)
     if any(len(set(labels[r])) == 2 for r in rows):
         assert found["gauc"] == pytest.approx(grouped_auc(logits[chosen], labels[chosen], groups), abs=1e-12)
 

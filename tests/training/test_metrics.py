@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from torchrec_amort.training.metrics import (
     auc,
+    auc_of_requests,
     calibration,
     grouped_auc,
     log_loss,
@@ -44,6 +45,9 @@ def test_equals_counting_pairs(data: list[tuple[float, bool, int]]) -> None:
     assert auc(scores, labels) == pytest.approx(expected, abs=1e-12)
     by_group = {group: auc_by_pairs([(s, y) for s, y, g in data if g == group]) for group in {g for _, _, g in data}}
     sizes = {group: sum(g == group for _, _, g in data) for group in by_group}
+    places = np.searchsorted(sorted(by_group), groups)
+    for found, group in zip(auc_of_requests(scores, labels, places), sorted(by_group), strict=True):
+        assert found == pytest.approx(np.nan if by_group[group] is None else by_group[group], abs=1e-12, nan_ok=True)
     both = [group for group, value in by_group.items() if value is not None]
     if not both:
         with pytest.raises(ValueError, match="has both labels"):

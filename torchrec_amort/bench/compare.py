@@ -239,7 +239,9 @@ def _differences(chosen: Mapping[str, TrainConfig], config: CompareConfig) -> di
     differences = {}
     for t, task in enumerate(RequestSchema.load(config.data).labels):
         metrics = {
-            name: [UserWeightedMetrics(one["logits"][:, t], one["labels"][:, t], users) for one in runs]
+            name: [
+                UserWeightedMetrics(one["logits"][:, t], one["labels"][:, t], users, one["requests"]) for one in runs
+            ]
             for name, runs in predictions.items()
         }
         differences[task] = paired_differences(

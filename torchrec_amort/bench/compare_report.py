@@ -11,7 +11,7 @@ import numpy as np
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import new_file, write_json, write_text
 
-METRICS = ("auc", "gauc", "ne")
+METRICS = {"auc": "AUC", "gauc": "GAUC", "request_auc": "AUC of requests", "ne": "NE"}
 
 
 def write_report(folder: Path, record: dict[str, Any]) -> None:
@@ -44,16 +44,15 @@ def markdown(record: dict[str, Any]) -> str:
     if "unknown_ids" in record:  # Earlier versions did not count them.
         lines.append(f"Unknown ids of the test split: {unknown_in_words(record['unknown_ids'])}.")
     for task, differences in _by_task(record).items():
-        lines += [
-            "",
-            f"**{task}**",
-            "",
-            "| encoder | AUC | GAUC | NE | AUC difference | GAUC difference | NE difference |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
+        runs = [run[task] for arm in record["arms"].values() for run in arm["test"]]
+        # Earlier versions did not tell the AUC of requests, and some requests have none.
+        metrics = [metric for metric in METRICS if all(metric in run for run in runs)]
+        names = [METRICS[metric] for metric in metrics]
+        heads = ["encoder", *names, *(f"{name} difference" for name in names)]
+        lines += ["", f"**{task}**", "", _row(*heads), _row(*["---"] * len(heads))]
         for name, arm in record["arms"].items():
-            quality = [_spread([run[task][metric] for run in arm["test"]]) for metric in METRICS]
-            versus = [_interval(differences.get(name, {}).get(metric)) for metric in METRICS]
+            quality = [_spread([run[task][metric] for run in arm["test"]]) for metric in metrics]
+            versus = [_interval(differences.get(name, {}).get(metric)) for metric in metrics]
             lines.append(_row(name, *quality, *versus))
     lines += [
         "",

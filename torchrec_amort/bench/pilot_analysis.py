@@ -19,7 +19,7 @@ from torchrec_amort.training.metrics import ndcg_of_requests, probabilities
 
 CONTROL, TREATMENT = "control", "treatment"
 # Where more is better, where less is, and where neither is.
-DIRECTIONS = {"ne": -1, "auc": 1, "gauc": 1, "ndcg": 1, "calibration": 0}
+DIRECTIONS = {"ne": -1, "auc": 1, "gauc": 1, "request_auc": 1, "ndcg": 1, "calibration": 0}
 # Two ways to score with the same float32 weights differ by less than this in any metric.
 ROUNDING = 1e-6
 BUCKETS = 4
@@ -38,9 +38,9 @@ def quality(
         seed: of them.
 
     Returns:
-        dict: by task and metric `control`, `treatment`, `difference`, `low`, `high` and `verdict`; of NDCG also the
-        number of `requests` that have both labels. A metric that the requests do not have, as NDCG if none has both,
-        is left out.
+        dict: by task and metric `control`, `treatment`, `difference`, `low`, `high` and `verdict`; of the AUC of
+        requests and of NDCG also the number of `requests` that have both labels. A metric that the requests do not
+        have, as those two if none has both, is left out.
     """
     record: dict[str, dict[str, dict[str, Any]]] = {}
     for t, task in enumerate(tasks):
@@ -60,9 +60,9 @@ def quality(
             for metric in DIRECTIONS
             if np.isfinite(values[CONTROL][metric])
         }
-        if "ndcg" in record[task]:
-            ndcg_Q = ndcg_of_requests(logits[CONTROL][:, t], log.labels[:, t], log.requests)
-            record[task]["ndcg"]["requests"] = int((~np.isnan(ndcg_Q)).sum())
+        ndcg_Q = ndcg_of_requests(logits[CONTROL][:, t], log.labels[:, t], log.requests)
+        for metric in record[task].keys() & {"request_auc", "ndcg"}:
+            record[task][metric]["requests"] = int((~np.isnan(ndcg_Q)).sum())
     return record
 
 

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 ARMS = (CONTROL, TREATMENT)
 COLORS = {CONTROL: "#8a8f98", TREATMENT: "#1769aa"}
-METRIC_NAMES = {"ne": "NE", "auc": "AUC", "gauc": "GAUC", "ndcg": "NDCG", "calibration": "calibration"}
+METRIC_NAMES = {
+    "ne": "NE",
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "request_auc": "AUC of requests",
+    "ndcg": "NDCG",
+    "calibration": "calibration",
+}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from torchrec_amort.training.sharding import shard
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """AUC, GAUC (per user, weighted by impressions) and NE of a run's last good checkpoint on a split.
+    """AUC, GAUC, mean AUC of requests and NE of a run's last good checkpoint on a split.
+
+    GAUC is of users, weighted by their impressions.
 
     Args:
         run_folder: folder of a training run.
@@ -35,7 +37,7 @@ class EvaluateConfig:
         batch_size: requests in a global batch, all ranks together.
         history_length: keep at most this many events of each history, the latest ones; the length it was trained
             with unless given.
-        save_predictions: leave logits, labels and users of all candidates in `predictions-SPLIT.npz`, too.
+        save_predictions: leave logits, labels, users and requests of all candidates in `predictions-SPLIT.npz`, too.
     """
 
     run_folder: str
@@ -133,7 +135,7 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
         "data": data,
         "split": config.split,
         "history_length": trained.model.history_length if config.history_length is None else config.history_length,
-        "requests": predictions.requests,
+        "requests": predictions.num_requests,
         "candidates": len(predictions.labels),
         "users": len(np.unique(predictions.users)),
         "unknown_ids": unknown,
@@ -147,10 +149,11 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
     write_json(path, results)
     track(config.run_folder, results)
     for task, values in tasks.items():
+        within = f"AUC of requests {values['request_auc']:.4f}, " if "request_auc" in values else ""
         print(
-            f"{config.run_folder} on {data}/{config.split} ({predictions.requests:,} requests, "
+            f"{config.run_folder} on {data}/{config.split} ({predictions.num_requests:,} requests, "
             f"{len(predictions.labels):,} candidates), {task}: AUC {values['auc']:.4f}, "
-            f"GAUC {values['gauc']:.4f}, NE {values['ne']:.4f}"
+            f"GAUC {values['gauc']:.4f}, {within}NE {values['ne']:.4f}"
         )
     print(f"unknown ids: {unknown_in_words(unknown)}")
     print(f"written to {path}")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from torchrec_amort.training.metrics import log_losses, ndcg_of_requests, probabilities
+from torchrec_amort.training.metrics import auc_of_requests, log_losses, ndcg_of_requests, probabilities
 
 PERCENTILES = (50, 95, 99)
 
@@ -23,7 +23,7 @@ class UserWeighted(Protocol):
 
 
 class UserWeightedMetrics:
-    """AUC, GAUC, NE, calibration and NDCG of one task when each user counts a given number of times.
+    """AUC, GAUC, NE, calibration, AUC of requests and NDCG of one task when each user counts some number of times.
 
     What does not depend on those numbers is worked out once.
 
@@ -31,7 +31,8 @@ class UserWeightedMetrics:
         logits: [R].
         labels: [R], 0 or 1.
         users: [R], places of users from 0 to U - 1.
-        requests: [R], places of requests from 0, each of one user; without them there is no NDCG.
+        requests: [R], places of requests from 0, each of one user; without them there is neither
+            `request_auc` nor `ndcg`.
 
     Example::
 
@@ -52,7 +53,16 @@ class UserWeightedMetrics:
         self._positives = np.bincount(users, labels.astype(np.float64), num_users)
         self._predicted = np.bincount(users, probabilities(logits), num_users)
         self._user_auc = self._auc_of_each_user(num_users)
-        self._gains = None if requests is None else _gains_of_each_user(logits, labels, users, requests)
+        self._of_requests = {}
+        if requests is not None:
+            _, first_rows = np.unique(requests, return_index=True)
+            values = {
+                "request_auc": auc_of_requests(logits, labels, requests),
+                "ndcg": ndcg_of_requests(logits, labels, requests),
+            }
+            self._of_requests = {
+                name: _of_each_user(each, users[first_rows], num_users) for name, each in values.items()
+            }
 
     def _auc_of_each_user(self, num_users: int) -> np.ndarray:
         """[U], NaN for users whose labels are all the same."""
@@ -72,32 +82,27 @@ class UserWeightedMetrics:
         has_auc = ~np.isnan(self._user_auc)
         user_weights = (weights_U * self._rows)[has_auc]
         rate = positives / rows if rows else np.nan
-        names = ("auc", "gauc", "ne", "calibration", *(() if self._gains is None else ("ndcg",)))
         if not 0 < rate < 1:
-            return dict.fromkeys(names, np.nan)
+            return dict.fromkeys(("auc", "gauc", "ne", "calibration", *self._of_requests), np.nan)
         entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-        values = [
-            _auc(weights * self._positive, weights * (1 - self._positive), self._tie_starts),
-            _ratio(user_weights @ self._user_auc[has_auc], user_weights.sum()),
-            float(weights_U @ self._loss / rows / entropy),
-            float(weights_U @ self._predicted / positives),
-        ]
-        if self._gains is not None:
-            values.append(_ratio(*(self._gains @ weights_U)))
-        return dict(zip(names, values, strict=True))
+        return {
+            "auc": _auc(weights * self._positive, weights * (1 - self._positive), self._tie_starts),
+            "gauc": _ratio(user_weights @ self._user_auc[has_auc], user_weights.sum()),
+            "ne": float(weights_U @ self._loss / rows / entropy),
+            "calibration": float(weights_U @ self._predicted / positives),
+            **{name: _ratio(*(sums @ weights_U)) for name, sums in self._of_requests.items()},
+        }
 
 
 def _ratio(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator else np.nan
 
 
-def _gains_of_each_user(logits: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray) -> np.ndarray:
-    """[2, U]: the sum of the NDCG of each user's requests, and how many of them have one."""
-    ndcg_Q = ndcg_of_requests(logits, labels, requests)
-    _, first_rows = np.unique(requests, return_index=True)
-    counted = ~np.isnan(ndcg_Q)
-    users_Q, num_users = users[first_rows][counted], int(users.max()) + 1
-    return np.stack([np.bincount(users_Q, ndcg_Q[counted], num_users), np.bincount(users_Q, minlength=num_users)])
+def _of_each_user(values_Q: np.ndarray, users_Q: np.ndarray, num_users: int) -> np.ndarray:
+    """[2, U]: the sum over each user's requests that have a value, and how many those are."""
+    counted = ~np.isnan(values_Q)
+    users = users_Q[counted]
+    return np.stack([np.bincount(users, values_Q[counted], num_users), np.bincount(users, minlength=num_users)])
 
 
 class UserWeightedCosts:

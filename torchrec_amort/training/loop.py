@@ -26,7 +26,15 @@ from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.progress import progress
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
 from torchrec_amort.training.lock import FolderLock
-from torchrec_amort.training.metrics import auc, calibration, grouped_auc, log_loss, normalized_entropy
+from torchrec_amort.training.metrics import (
+    auc,
+    auc_of_requests,
+    calibration,
+    grouped_auc,
+    log_loss,
+    ndcg_of_requests,
+    normalized_entropy,
+)
 from torchrec_amort.training.processes import (
     Stopped,
     StopRequests,
@@ -233,21 +241,28 @@ class Predictions:
         logits: float32 [R, T].
         labels: float32 [R, T].
         users: int64 [R].
-        requests: how many there were.
+        requests: int64 [R], places of requests from 0.
     """
 
     logits: np.ndarray
     labels: np.ndarray
     users: np.ndarray
-    requests: int
+    requests: np.ndarray
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests there were."""
+        return int(self.requests.max()) + 1
 
     def save(self, path: Path) -> None:
         """Write the arrays as an npz file, whole or not at all."""
         with new_file(path) as temporary:
-            np.savez(temporary, logits=self.logits, labels=self.labels, users=self.users)
+            np.savez(temporary, **vars(self))
 
     def metrics(self, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        """AUC, GAUC, NE, log loss, calibration and positive rate of each task.
+        """AUC, GAUC, NE, log loss, calibration and positive rate of each task, and its ranking within requests.
+
+        `request_auc` and `ndcg` are means over the requests with both labels; left out if there is none.
 
         Raises:
             InputError: a task has labels of one kind only.
@@ -263,11 +278,17 @@ class Predictions:
                 "log_loss": log_loss(logits, labels),
                 "calibration": calibration(logits, labels),
                 "positive_rate": float(labels.mean(dtype=np.float64)),
+                **self._within_requests(logits, labels),
             }
         except ValueError as error:
             raise InputError(
-                f"{task}: {one_line(error)}: {self.requests:,} requests were scored, evaluate a split of more"
+                f"{task}: {one_line(error)}: {self.num_requests:,} requests were scored, evaluate a split of more"
             ) from error
+
+    def _within_requests(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        of_requests = {"request_auc": auc_of_requests, "ndcg": ndcg_of_requests}
+        values = {name: metric(logits, labels, self.requests) for name, metric in of_requests.items()}
+        return {name: float(np.nanmean(each)) for name, each in values.items() if not np.isnan(each).all()}
 
 
 @torch.no_grad()
@@ -289,11 +310,11 @@ def predict(module: torch.nn.Module, data: DataLoader[RequestBatch], device: tor
         for batch in data:
             _, (_, logits_CT, labels_CT) = module(batch.to(device))
             users_C = batch.users.repeat_interleave(batch.num_candidates)
-            mine.append((logits_CT.float().cpu().numpy(), labels_CT.cpu().numpy(), users_C.numpy()))
+            sizes_B = batch.num_candidates.numpy()
+            mine.append((logits_CT.float().cpu().numpy(), labels_CT.cpu().numpy(), users_C.numpy(), sizes_B))
             bar.update()
-    logits, labels, users = (np.concatenate(parts) for parts in zip(*mine, strict=True))
-    everyone = gather_on_first((logits, labels, users))
+    everyone = gather_on_first(tuple(np.concatenate(parts) for parts in zip(*mine, strict=True)))
     if not is_first():
         return None
-    logits, labels, users = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
-    return Predictions(logits, labels, users, dataset.num_requests)
+    logits, labels, users, sizes = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
+    return Predictions(logits, labels, users, np.repeat(np.arange(len(sizes)), sizes))

@@ -77,9 +77,38 @@ def grouped_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> f
 
         grouped_auc(scores, labels, users)
     """
+    aucs, rows = _auc_of_groups(scores, labels, np.unique(groups, return_inverse=True)[1])
+    both = ~np.isnan(aucs)
+    if not both.any():
+        raise ValueError(f"none of {len(rows)} groups has both labels: there is no AUC to report")
+    return float(np.average(aucs[both], weights=rows[both]))
+
+
+def auc_of_requests(scores: np.ndarray, labels: np.ndarray, requests: np.ndarray) -> np.ndarray:
+    """AUC of each request's candidates, ties counted as half.
+
+    Args:
+        scores: [R].
+        labels: [R], 0 or 1.
+        requests: [R], places of requests from 0.
+
+    Returns:
+        np.ndarray: float64, one for each request; NaN where labels are all the same.
+
+    Raises:
+        ValueError: a score is not finite.
+
+    Example::
+
+        auc_of_requests(np.array([2.0, 1.0, 0.0]), np.array([0.0, 1.0, 0.0]), np.zeros(3, dtype=np.int64))  # [0.5]
+    """
+    return _auc_of_groups(scores, labels, requests)[0]
+
+
+def _auc_of_groups(scores: np.ndarray, labels: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The AUC of each group, NaN where its labels are all the same, and its number of rows."""
     if not np.isfinite(scores).all():
         raise ValueError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")
-    _, group = np.unique(groups, return_inverse=True)
     order = np.lexsort((scores, group))
     group, scores, positive = group[order], scores[order], labels[order].astype(np.float64)
     rows = np.bincount(group)
@@ -89,12 +118,9 @@ def grouped_auc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> f
     # Rows of one score share the mean of their ranks, 1 for the lowest of the group.
     ranks = np.repeat(np.flatnonzero(is_new) + (ties + 1) / 2, ties) - starts[group]
     positives = np.bincount(group, positive)
-    negatives = rows - positives
+    pairs = positives * (rows - positives)
     wins = np.bincount(group, ranks * positive) - positives * (positives + 1) / 2
-    both = (positives > 0) & (negatives > 0)
-    if not both.any():
-        raise ValueError(f"none of {len(rows)} groups has both labels: there is no AUC to report")
-    return float(np.average(wins[both] / (positives * negatives)[both], weights=rows[both]))
+    return np.divide(wins, pairs, out=np.full(len(rows), np.nan), where=pairs > 0), rows
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> float:
