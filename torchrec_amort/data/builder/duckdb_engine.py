@@ -1,0 +1,107 @@
+"""DuckDB runs the plan in this process; what does not fit its memory is on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from torchrec_amort.data.builder.plan import Step, quoted
+from torchrec_amort.errors import InputError, one_line
+
+ROWS_PER_BATCH = 65_536
+
+
+class DuckDB:
+    """An engine, for as long as it is entered.
+
+    Args:
+        folder: where it may write what does not fit its memory.
+        memory: what it may use, such as `4GB`.
+        threads: all if None.
+    """
+
+    def __init__(self, folder: Path, memory: str, threads: int | None) -> None:
+        self._folder, self._memory, self._threads = folder, memory, threads
+
+    def __enter__(self) -> DuckDB:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, Any] = {"memory_limit": self._memory, "temp_directory": str(self._folder / "spilled")}
+        if self._threads is not None:
+            settings["threads"] = self._threads
+        try:
+            self._connection = duckdb.connect(str(self._folder / "plan.duckdb"), config=settings)
+        except duckdb.Error as error:
+            raise InputError(f"memory is {self._memory!r}, threads {self._threads}: {one_line(error)}") from error
+        # Timestamps without a zone are UTC, as the sources say otherwise.
+        self._connection.execute("SET TimeZone = 'UTC'")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def read(self, name: str, files: Mapping[str, Sequence[str]], explode: Sequence[str]) -> None:
+        """Make a table of files, with column `part` if they have names.
+
+        Args:
+            name: of the table.
+            files: Parquet or CSV files, by the name of their part; `""` if there is only one.
+            explode: columns of lists that become rows.
+
+        Raises:
+            InputError: files cannot be read, or lists that are opened side by side differ in length.
+        """
+        parts = []
+        for part, paths in files.items():
+            reader = "read_csv" if all(".csv" in Path(path).suffixes for path in paths) else "read_parquet"
+            listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+            label = f", '{part}' AS part" if part else ""
+            parts.append(f"SELECT *{label} FROM {reader}([{listed}], union_by_name = true)")
+        sql = " UNION ALL BY NAME ".join(parts)
+        if explode:
+            opened = ", ".join(f"unnest({quoted(column)}) AS {quoted(column)}" for column in explode)
+            excluded = ", ".join(map(quoted, explode))
+            for column in explode[1:]:
+                wrong = self.rows(
+                    f"SELECT len({quoted(explode[0])}), len({quoted(column)}) FROM ({sql}) "
+                    f"WHERE len({quoted(explode[0])}) IS DISTINCT FROM len({quoted(column)}) LIMIT 1"
+                )
+                if wrong:
+                    raise InputError(
+                        f"sources: {name.removeprefix('raw ')}: explode opens {explode[0]} and {column} side by side, but "
+                        f"a row has {wrong[0][0]} and {wrong[0][1]} entries: mend the source, or leave one out"
+                    )
+            sql = f"SELECT * EXCLUDE ({excluded}), {opened} FROM ({sql})"
+        self.run(Step(name, sql))
+
+    def run(self, step: Step) -> None:
+        """Make a table of the plan.
+
+        Raises:
+            InputError: the SQL of the config cannot be run.
+        """
+        self._execute(f"CREATE {'TABLE' if step.kept else 'VIEW'} {quoted(step.name)} AS {step.sql}", step.name)
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Some rows."""
+        return self._execute(sql, "a check").fetchall()
+
+    def batches(self, sql: str) -> Iterator[pa.Table]:
+        """Rows in their order, some thousand at a time."""
+        try:
+            for batch in self._connection.sql(sql).to_arrow_reader(ROWS_PER_BATCH):
+                yield pa.Table.from_batches([batch])
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            raise InputError(f"the plan could not be run to its end: {one_line(error)}") from error
+
+    def _execute(self, sql: str, what: str) -> Any:
+        try:
+            return self._connection.execute(sql)
+        except duckdb.Error as error:
+            raise InputError(f"{what}: {one_line(error)}") from error

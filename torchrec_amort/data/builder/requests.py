@@ -1,0 +1,128 @@
+"""From rows in order to requests: lists of candidates and events, some thousand requests at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS
+from torchrec_amort.data.splits import lists
+from torchrec_amort.hashing import ids_of_text
+from torchrec_amort.schema import RequestSchema
+
+OWN = {"request_id": "request_id", "user": "__user", "time": "__time"}
+
+
+class Events:
+    """The events of a history in a file that is mapped into memory, so that any range of them is there at once.
+
+    Args:
+        path: of an Arrow file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+
+    @classmethod
+    def written(cls, path: Path, tables: Iterable[pa.Table]) -> Events:
+        """Write events in their order."""
+        first = next(iter(tables := iter(tables)), None)
+        if first is None:
+            raise ValueError("no tables: an engine gives an empty one at least")
+        with pa.ipc.new_file(str(path), first.schema) as file:
+            for table in itertools.chain([first], tables):
+                file.write_table(table)
+        return cls(path)
+
+    def ranges(self, starts: np.ndarray, stops: np.ndarray) -> dict[str, pa.ListArray]:
+        """For each feature, the events from each start up to its stop, as lists."""
+        return {name: lists(self.table[name].chunk(0), starts, stops) for name in self.table.column_names}
+
+
+class Requests:
+    """Requests of each split, out of rows of candidates.
+
+    Args:
+        rows: of the plan's candidates, in order.
+        schema: what the requests are made of.
+        events: of each history.
+        lengths: events that are kept of each history.
+    """
+
+    def __init__(
+        self, rows: Iterable[pa.Table], schema: RequestSchema, events: Mapping[str, Events], lengths: Mapping[str, int]
+    ) -> None:
+        self._schema, self._events, self._lengths = schema, events, lengths
+        self._tables = itertools.chain.from_iterable(map(self._of_splits, _whole_requests(rows)))
+        self._next = next(self._tables, None)
+
+    def of_split(self, split: str) -> Iterator[pa.Table]:
+        """The requests of a split, which has to be asked for after those before it."""
+        while self._next is not None and self._next[0] == split:
+            yield self._next[1]
+            self._next = next(self._tables, None)
+
+    def _of_splits(self, rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+        """The requests of some rows, those of one split together."""
+        bounds = _bounds(rows["request_id"].to_numpy())
+        table = self._requests(rows, bounds)
+        split_of_request = rows["__split"].to_numpy()[bounds[:-1]]
+        for place, split in enumerate(SPLITS):
+            start, stop = np.searchsorted(split_of_request, [place, place + 1])
+            if stop > start:
+                yield split, table.slice(start, stop - start)
+
+    def _requests(self, rows: pa.Table, bounds: np.ndarray) -> pa.Table:
+        firsts = rows.take(pa.array(bounds[:-1]))
+        user = firsts["__user"].combine_chunks()
+        columns = {
+            "request_id": firsts["request_id"],
+            "user": ids_of_text(user) if pa.types.is_string(user.type) else user.cast(pa.int64()),
+            "time": pa.array(firsts["__time"].to_numpy() // MICROSECONDS),
+        }
+        columns |= {f.source: firsts[f.source] for f in self._schema.of("request")}
+        for feature in self._schema.of("candidate"):
+            values = rows[feature.source].combine_chunks()
+            columns[feature.source] = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), values)
+        for name, events in self._events.items():
+            stops = firsts[f"{name} stop"].to_numpy()
+            columns |= events.ranges(stops - np.minimum(firsts[f"{name} seen"].to_numpy(), self._lengths[name]), stops)
+        return pa.table(columns)
+
+
+def _whole_requests(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables that no request spans two of."""
+    pending: list[pa.Table] = []
+    for table in rows:
+        if not table.num_rows:
+            continue
+        ids = table["request_id"].to_numpy()
+        last = int(np.searchsorted(ids, ids[-1]))
+        is_new = not pending or pending[-1]["request_id"][-1].as_py() != ids[-1]
+        if last or is_new:
+            if whole := [*pending, *([table.slice(0, last)] if last else [])]:
+                yield pa.concat_tables(whole).combine_chunks()
+            pending = []
+        pending.append(table.slice(last))
+    if pending:
+        yield pa.concat_tables(pending).combine_chunks()
+
+
+def _bounds(request_ids: np.ndarray) -> np.ndarray:
+    """Where each request begins, and the number of rows."""
+    return np.concatenate([[0], np.flatnonzero(np.diff(request_ids)) + 1, [len(request_ids)]])
+
+
+def lengths_in_words(lengths: np.ndarray) -> dict[str, float]:
+    """Mean, median and most of some numbers of events."""
+    return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "max": int(lengths.max())}
+
+
+def has_nulls(table: pa.Table, name: str) -> bool:
+    """Whether a column has nulls."""
+    return bool(pc.any(table[name].is_null()).as_py())

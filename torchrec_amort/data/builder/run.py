@@ -1,0 +1,141 @@
+"""Builds a prepared data folder out of raw logs."""
+
+from __future__ import annotations
+
+import glob
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
+from torchrec_amort.data.builder.duckdb_engine import DuckDB
+from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Check, Plan, quoted, tables_of
+from torchrec_amort.data.builder.requests import Events, Requests
+from torchrec_amort.data.parquet import visible_files
+from torchrec_amort.data.writer import write_requests
+from torchrec_amort.errors import InputError
+from torchrec_amort.hashing import Vocabulary
+from torchrec_amort.progress import progress
+from torchrec_amort.schema import Feature, RequestSchema, TableConfig
+
+SUFFIXES = (".parquet", ".csv", ".csv.gz")
+
+
+def build(config: BuildConfig) -> dict[str, dict[str, int]]:
+    """Write the requests of raw logs as a prepared data folder, whole or not at all.
+
+    Args:
+        config: the logs, and what becomes of them.
+
+    Returns:
+        dict: requests, candidates and users of each split.
+
+    Raises:
+        InputError: the config does not fit itself or the logs, or the folder is there already.
+    """
+    plan = Plan(config, _until(config))
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.plan.", dir=out.parent) as folder,
+        DuckDB(Path(folder), config.memory, config.threads) as engine,
+    ):
+        _run(plan, engine)
+        schema = schema_of(config, _vocabularies(plan, engine))
+        events = {}
+        for name in config.histories:
+            events[name] = Events.written(Path(folder) / f"{len(events)}.arrow", engine.batches(plan.events(name)))
+        lengths = {name: history.length for name, history in config.histories.items()}
+        requests = Requests(engine.batches(plan.candidates()), schema, events, lengths)
+        return write_requests(
+            out, schema, {split: requests.of_split(split) for split in SPLITS}, overwrite=config.overwrite
+        )
+
+
+def _until(config: BuildConfig) -> list[int]:
+    """The instants that end the splits."""
+    instants = []
+    for name in ("train_until", "validation_until"):
+        try:
+            time = datetime.fromisoformat(getattr(config, name))
+        except ValueError as error:
+            raise InputError(f"{name} is {getattr(config, name)!r}, not a time such as 2023-05-24 07:00") from error
+        time = time if time.tzinfo else time.replace(tzinfo=UTC)
+        instants.append(round(time.timestamp() * MICROSECONDS))
+    if instants[0] > instants[1]:
+        raise InputError(
+            f"validation_until is {config.validation_until!r}, before train_until {config.train_until!r}: give a later one"
+        )
+    return instants
+
+
+def _run(plan: Plan, engine: DuckDB) -> None:
+    for name, source in plan.config.sources.items():
+        files = source.files if isinstance(source.files, dict) else {"": source.files}
+        engine.read(f"raw {name}", {part: _paths(name, given) for part, given in files.items()}, source.explode)
+    steps = list(plan.steps())
+    with progress(total=len(steps), desc="plan", unit="steps") as bar:
+        for step in steps:
+            if not isinstance(step, Check):
+                engine.run(step)
+            elif wrong := engine.rows(step.sql):
+                raise InputError(step.what.format(*wrong[0]))
+            bar.update()
+
+
+def _paths(name: str, given: str) -> list[str]:
+    """The files of a file, folder or pattern."""
+    path = Path(given)
+    found = [path] if path.is_file() else list(path.rglob("*")) if path.is_dir() else map(Path, glob.glob(given))
+    files = [str(file) for file in visible_files(found, path.parent if path.is_file() else Path(path.anchor or "."), "")]
+    kept = [file for file in files if file.endswith(SUFFIXES)]
+    if not kept:
+        raise InputError(f"sources.{name}.files: {given}: no such file, folder or pattern of Parquet or CSV")
+    return kept
+
+
+def _vocabularies(plan: Plan, engine: DuckDB) -> dict[str, Vocabulary]:
+    vocabularies = {}
+    for table in tables_of(plan.config):
+        batches = [batch["__value"] for batch in engine.batches(plan.vocabulary(table))]
+        values = pa.chunked_array([chunk for column in batches for chunk in column.chunks])
+        if not pa.types.is_string(values.type):
+            values = values.cast(pa.int64())
+        vocabularies[table] = Vocabulary(values.combine_chunks())
+    return vocabularies
+
+
+def schema_of(config: BuildConfig, vocabularies: Mapping[str, Vocabulary]) -> RequestSchema:
+    """What the requests are made of.
+
+    Args:
+        config: what is built.
+        vocabularies: of tables with vocabulary `file`.
+    """
+    features = [_feature(name, feature, vocabularies) for name, feature in config.features.items()]
+    features += [Feature(name, "candidate", "label") for name in config.labels]
+    return RequestSchema(config.dataset, tuple(features), tables=config.tables, vocabularies=vocabularies)
+
+
+def _feature(name: str, given: FeatureConfig, vocabularies: Mapping[str, Vocabulary]) -> Feature:
+    table = given.table or name
+    size = given.table_size
+    if given.vocabulary == "file" and size is None:
+        size = len(vocabularies[table]) + 1
+    return Feature(
+        name,
+        given.side,
+        given.kind,
+        size,
+        vocabulary=given.vocabulary,
+        history=given.history,
+        table=given.table if given.kind in ("id", "ids", "vector") or size is not None else "",
+        size=given.size,
+        text=given.text,
+        nullable=given.nullable,
+    )
