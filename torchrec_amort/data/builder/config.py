@@ -200,6 +200,8 @@ class BuildConfig:
         vocabularies: how often an id has to be in train to have a row of its own, by table with vocabulary `file`.
         tables: more of some tables; see `TableConfig`.
         dataset: name of the data set.
+        engine: `duckdb` in this process, or `spark`.
+        master: URL of Spark's cluster; all cores of this machine unless given.
         memory: what the engine may use, such as 4GB; it spills to disk beyond.
         threads: of the engine; all if None.
         overwrite: replace a folder that is there.
@@ -217,6 +219,8 @@ class BuildConfig:
     vocabularies: dict[str, int] = field(default_factory=dict)
     tables: dict[str, TableConfig] = field(default_factory=dict)
     dataset: str = "requests"
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    master: str = "local[*]"
     memory: str = "4GB"
     threads: int | None = None
     overwrite: bool = False

@@ -10,7 +10,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from torchrec_amort.data.builder.plan import Step, quoted
+from torchrec_amort.data.builder.config import Unit
+from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Step, quoted
 from torchrec_amort.errors import InputError, one_line
 
 ROWS_PER_BATCH = 65_536
@@ -74,11 +75,18 @@ class DuckDB:
                 )
                 if wrong:
                     raise InputError(
-                        f"sources: {name.removeprefix('raw ')}: explode opens {explode[0]} and {column} side by side, but "
+                        f"sources: {name.removeprefix('raw_')}: explode opens {explode[0]} and {column} side by side, but "
                         f"a row has {wrong[0][0]} and {wrong[0][1]} entries: mend the source, or leave one out"
                     )
             sql = f"SELECT * EXCLUDE ({excluded}), {opened} FROM ({sql})"
         self.run(Step(name, sql))
+
+    @staticmethod
+    def instant(expression: str, unit: Unit, zone: str) -> str:
+        """SQL of the microseconds since 1970 UTC of a time."""
+        if unit != "timestamp":
+            return f"CAST({expression} AS BIGINT) * {MICROSECONDS_PER[unit]}"
+        return f"epoch_us(CAST({expression} AS TIMESTAMP) AT TIME ZONE '{zone}')"
 
     def run(self, step: Step) -> None:
         """Make a table of the plan.

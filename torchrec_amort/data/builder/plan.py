@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torchrec_amort.data.builder.config import (
     ActionConfig,
@@ -20,11 +21,12 @@ from torchrec_amort.data.builder.config import (
     EventsConfig,
     FeatureConfig,
     JoinConfig,
-    SourceConfig,
+    Unit,
 )
 from torchrec_amort.errors import InputError
 
 MICROSECONDS = 1_000_000
+MICROSECONDS_PER = {"s": MICROSECONDS, "ms": 1000, "us": 1}
 SECONDS_PER_HOUR = 3600
 SECONDS_PER_DAY = 86_400
 SPLITS = ("train", "validation", "test")
@@ -63,14 +65,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def instant(expression: str, source: SourceConfig) -> str:
-    """The microseconds since 1970 UTC of a time of a source."""
-    factors = {"s": MICROSECONDS, "ms": 1000, "us": 1}
-    if source.unit in factors:
-        return f"CAST({expression} AS BIGINT) * {factors[source.unit]}"
-    if source.zone == "UTC":
-        return f"EPOCH_US(CAST({expression} AS TIMESTAMP))"
-    return f"EPOCH_US(CAST({expression} AS TIMESTAMP) AT TIME ZONE '{source.zone}')"
+class Instant(Protocol):
+    """SQL of an engine: the microseconds since 1970 UTC of a time."""
+
+    def __call__(self, expression: str, unit: Unit, zone: str) -> str:
+        """The SQL of it, int64."""
 
 
 class Plan:
@@ -79,13 +78,14 @@ class Plan:
     Args:
         config: what is built.
         until: the instants that end the splits train and validation.
+        instant: of the engine.
 
     Raises:
         InputError: a source, column or history is named that there is not.
     """
 
-    def __init__(self, config: BuildConfig, until: Sequence[int]) -> None:
-        self.config = config
+    def __init__(self, config: BuildConfig, until: Sequence[int], instant: Instant) -> None:
+        self.config, self._instant = config, instant
         self.until = until
         self._refuse_names()
         self._ids = [f"__id{place}" for place in range(len(self._id_expressions))]
@@ -159,13 +159,16 @@ class Plan:
     def _source(self, name: str) -> Iterator[Step | Check]:
         source = self.config.sources[name]
         columns = [f"{expression} AS {quoted(column)}" for column, expression in source.columns.items()]
-        sql = f"SELECT {', '.join(['*', *columns])} FROM {quoted('raw ' + name)}"
+        sql = f"SELECT {', '.join(['*', *columns])} FROM {quoted(f'raw_{name}')}"
         own = []
         if source.user is not None:
             own.append(f"{source.user} AS __user")
         if source.time is not None:
-            known = instant(source.available or source.time, source)
-            own += [f"{instant(source.time, source)} AS __time", f"{known} + {source.delay * MICROSECONDS} AS __available"]
+            time, known = (
+                self._instant(expression, source.unit, source.zone)
+                for expression in (source.time, source.available or source.time)
+            )
+            own += [f"{time} AS __time", f"{known} + {source.delay * MICROSECONDS} AS __available"]
         if own:
             sql = f"SELECT *, {', '.join(own)} FROM ({sql}) AS s"
         for place, join in enumerate(source.join):
@@ -173,11 +176,11 @@ class Plan:
             sql = self._joined(sql, join, place)
         if source.where is not None:
             sql = f"SELECT * FROM ({sql}) AS s WHERE {source.where}"
-        yield Step(name, sql)
+        yield Step(_source(name), sql)
         for column, told in (("__user", "user"), ("__time", "time"), ("__available", "available")):
             if f" AS {column}" in " ".join(own):
                 yield Check(
-                    f"SELECT count(*) FROM {quoted(name)} WHERE {column} IS NULL HAVING count(*) > 0",
+                    f"SELECT count(*) FROM {quoted(_source(name))} WHERE {column} IS NULL HAVING count(*) > 0",
                     f"sources.{name}: {told} is null in {{0}} rows: leave them out with where",
                 )
 
@@ -185,7 +188,7 @@ class Plan:
         keys = ", ".join(quoted(key) for key in join.keys.values())
         valid = ", __available" if self.config.sources[join.source].time is not None else ""
         return Check(
-            f"SELECT count(*), {keys} FROM {quoted(join.source)} GROUP BY {keys}{valid} HAVING count(*) > 1 "
+            f"SELECT count(*), {keys} FROM {quoted(_source(join.source))} GROUP BY {keys}{valid} HAVING count(*) > 1 "
             f"ORDER BY {keys} LIMIT 1",
             f"sources.{name}.join: {{0}} rows of {join.source} have {', '.join(join.keys.values())} {{1}}: keep one "
             "for each, or give the time from which on each is valid",
@@ -195,11 +198,11 @@ class Plan:
         keys = [f"{quoted(key)} AS __key{i}" for i, key in enumerate(join.keys.values())]
         taken = [f"{expression} AS {quoted(column)}" for column, expression in join.columns.items()]
         on = [f"s.{quoted(mine)} = j.__key{i}" for i, mine in enumerate(join.keys)]
-        table = f"SELECT {', '.join([*keys, *taken])} FROM {quoted(join.source)}"
+        table = f"SELECT {', '.join([*keys, *taken])} FROM {quoted(_source(join.source))}"
         if self.config.sources[join.source].time is not None:
             partition = ", ".join(quoted(key) for key in join.keys.values())
             until = f"lead(__available) OVER (PARTITION BY {partition} ORDER BY __available)"
-            table = f"SELECT {', '.join([*keys, *taken])}, __available AS __from, {until} AS __until FROM {quoted(join.source)}"
+            table = f"SELECT {', '.join([*keys, *taken])}, __available AS __from, {until} AS __until FROM {quoted(_source(join.source))}"
             on += ["j.__from < s.__time", "(j.__until >= s.__time OR j.__until IS NULL)"]
         columns = ", ".join(["s.*", *(f"j.{quoted(column)}" for column in join.columns)])
         return f"SELECT {columns} FROM ({sql}) AS s LEFT JOIN ({table}) AS j ON {' AND '.join(on)}"
@@ -218,7 +221,7 @@ class Plan:
             if name not in self.config.counts:
                 columns.append(f"{feature.of or quoted(name)} AS {quoted(name)}")
         columns += [f"{quoted(name)} AS __order{place}" for place, name in enumerate(requests.order)]
-        yield Step("rows", f"SELECT {', '.join(columns)} FROM {quoted(requests.source)}")
+        yield Step("rows", f"SELECT {', '.join(columns)} FROM {quoted(_source(requests.source))}")
         yield Check(
             f"SELECT count(*) FROM rows WHERE {' OR '.join(f'{i} IS NULL' for i in self._ids)} HAVING count(*) > 0",
             f"requests.id: {', '.join(requests.id)} is null in {{0}} rows of {requests.source}: leave them out with where",
@@ -276,11 +279,11 @@ class Plan:
         history = self.config.histories[name]
         keys = ["__user", *map(_on, history.keys)]
         parts = [self._part(name, part, place) for place, part in enumerate(history.events)]
-        yield Step(f"events {name}", " UNION ALL ".join(parts), True)
-        events = quoted(f"events {name}")
+        yield Step(f"events_{name}", " UNION ALL ".join(parts), True)
+        events = quoted(f"events_{name}")
         partition = ", ".join(keys)
         yield Step(
-            f"starts {name}",
+            f"starts_{name}",
             f"SELECT {partition}, CAST(sum(__n) OVER (ORDER BY {partition}) - __n AS BIGINT) AS __start "
             f"FROM (SELECT {partition}, count(*) AS __n FROM {events} GROUP BY {partition}) AS k",
         )
@@ -290,9 +293,9 @@ class Plan:
         )
         same = " AND ".join(f"m.{key} = k.{key}" for key in keys)
         yield Step(
-            f"ends {name}",
+            f"ends_{name}",
             f"SELECT m.request_id, m.__seen, m.__seen + k.__start AS __stop FROM ({_seen(merged, partition)}) AS m "
-            f"JOIN {quoted(f'starts {name}')} AS k ON {same} WHERE m.__is_event = 0 AND m.__seen > 0",
+            f"JOIN {quoted(f'starts_{name}')} AS k ON {same} WHERE m.__is_event = 0 AND m.__seen > 0",
             True,
         )
 
@@ -305,7 +308,7 @@ class Plan:
             expression = part.columns.get(feature_name) or feature.of or own_time
             columns.append(f"{expression} AS {quoted(feature_name)}")
         where = f" WHERE {part.where}" if part.where else ""
-        return f"SELECT {', '.join(columns)} FROM {quoted(part.source)}{where}"
+        return f"SELECT {', '.join(columns)} FROM {quoted(_source(part.source))}{where}"
 
     def events(self, name: str) -> str:
         """The events of a history, user by user, in the order in which they became available."""
@@ -313,7 +316,7 @@ class Plan:
         features = [quoted(feature) for feature in self.features("event", name)]
         order = ["__user", *map(_on, history.keys), "__available", "__time", "__part"]
         order += [f"__order{place}" for place in range(len(history.order))]
-        return f"SELECT {', '.join(features)} FROM {quoted(f'events {name}')} ORDER BY {', '.join([*order, *features])}"
+        return f"SELECT {', '.join(features)} FROM {quoted(f'events_{name}')} ORDER BY {', '.join([*order, *features])}"
 
     # ----- counts and labels ------------------------------------------------------------------------------------------
 
@@ -325,18 +328,18 @@ class Plan:
         merged = f"SELECT {key}, __time AS __at, 0 AS __is_event FROM ({asked}) AS a"
         if span is not None:
             merged += f" UNION ALL SELECT {key}, __time - {span}, 0 FROM ({asked}) AS b"
-        merged += f" UNION ALL SELECT {by}, __available, 1 FROM {quoted(count.source)}{where}"
+        merged += f" UNION ALL SELECT {by}, __available, 1 FROM {quoted(_source(count.source))}{where}"
         seen = f"SELECT DISTINCT {key}, __at, __seen FROM ({_seen(merged, key)}) AS m WHERE __is_event = 0"
-        yield Step(f"seen {name}", seen, span is not None)
+        yield Step(f"seen_{name}", seen, span is not None)
         if span is None:
-            sql = f"SELECT {key}, __at AS __time, __seen AS __count FROM {quoted(f'seen {name}')}"
+            sql = f"SELECT {key}, __at AS __time, __seen AS __count FROM {quoted(f'seen_{name}')}"
         else:
             sql = (
                 f"SELECT now.{key}, now.__at AS __time, now.__seen - past.__seen AS __count "
-                f"FROM {quoted(f'seen {name}')} AS now JOIN {quoted(f'seen {name}')} AS past "
+                f"FROM {quoted(f'seen_{name}')} AS now JOIN {quoted(f'seen_{name}')} AS past "
                 f"ON now.{key} = past.{key} AND now.__at - {span} = past.__at"
             )
-        yield Step(f"count {name}", sql)
+        yield Step(f"count_{name}", sql)
 
     def _label(self, name: str, label: ActionConfig) -> Step:
         keys = ["__user", *(_acted(name, place) for place in range(len(label.keys)))]
@@ -344,7 +347,7 @@ class Plan:
         where = f" WHERE {label.where}" if label.where else ""
         merged = (
             f"SELECT DISTINCT {partition}, __time AS __at, 0 AS __is_action FROM rows UNION ALL "
-            f"SELECT {', '.join(['__user', *label.keys.values()])}, __time, 1 FROM {quoted(label.source)}{where}"
+            f"SELECT {', '.join(['__user', *label.keys.values()])}, __time, 1 FROM {quoted(_source(label.source))}{where}"
         )
         following = (
             f"min(CASE WHEN __is_action = 1 THEN __at END) OVER (PARTITION BY {partition} ORDER BY __at, __is_action "
@@ -353,7 +356,7 @@ class Plan:
         followed = f"SELECT {partition}, __at, __is_action, {following} AS __next FROM ({merged}) AS m"
         within = label.within * MICROSECONDS
         return Step(
-            f"label {name}",
+            f"label_{name}",
             f"SELECT {partition}, __at AS __time, CASE WHEN __next - __at <= {within} THEN 1.0 ELSE 0.0 END AS __label "
             f"FROM ({followed}) AS f WHERE __is_action = 0",
         )
@@ -367,20 +370,20 @@ class Plan:
         joins = []
         for place, name in enumerate(self.config.histories):
             table = f"h{place}"
-            joins.append(f"LEFT JOIN {quoted(f'ends {name}')} AS {table} ON r.request_id = {table}.request_id")
-            columns += [f"coalesce({table}.__{end}, 0) AS {quoted(f'{name} {end}')}" for end in ("seen", "stop")]
+            joins.append(f"LEFT JOIN {quoted(f'ends_{name}')} AS {table} ON r.request_id = {table}.request_id")
+            columns += [f"coalesce({table}.__{end}, 0) AS {quoted(f'{name}_{end}')}" for end in ("seen", "stop")]
         candidate = [name for name in self.features("candidate") if name not in self.config.counts]
         columns += [f"x.{quoted(name)}" for name in candidate]
         for place, name in enumerate(self.config.counts):
             table = f"c{place}"
             same = f"x.{_by(name)} = {table}.{_by(name)} AND x.__time = {table}.__time"
-            joins.append(f"LEFT JOIN {quoted(f'count {name}')} AS {table} ON {same}")
+            joins.append(f"LEFT JOIN {quoted(f'count_{name}')} AS {table} ON {same}")
             columns.append(f"coalesce({table}.__count, 0) AS {quoted(name)}")
         for place, (name, label) in enumerate(self.config.labels.items()):
             table = f"l{place}"
             keys = ["__user", *(_acted(name, i) for i in range(len(label.keys))), "__time"]
             same = " AND ".join(f"x.{key} = {table}.{key}" for key in keys)
-            joins.append(f"LEFT JOIN {quoted(f'label {name}')} AS {table} ON {same}")
+            joins.append(f"LEFT JOIN {quoted(f'label_{name}')} AS {table} ON {same}")
             columns.append(f"coalesce({table}.__label, 0.0) AS {quoted(name)}")
         same = " AND ".join(f"x.{i} = r.{i}" for i in self._ids)
         order = ["r.request_id", *(f"x.__order{place}" for place in range(len(self.config.requests.order)))]
@@ -398,13 +401,14 @@ class Plan:
                 continue
             value = f"unnest({quoted(name)})" if feature.kind == "ids" else quoted(name)
             if feature.side == "event":
-                events = quoted(f"events {feature.history}")
+                events = quoted(f"events_{feature.history}")
                 parts.append(f"SELECT {value} AS __value FROM {events} WHERE __available < {self.until[0]}")
             else:
                 parts.append(f"SELECT {value} AS __value FROM rows WHERE __time < {self.until[0]}")
+        counted = f"SELECT __value, count(*) AS __n FROM ({' UNION ALL '.join(parts)}) AS v GROUP BY __value"
         return (
-            f"SELECT __value FROM ({' UNION ALL '.join(parts)}) AS v WHERE __value IS NOT NULL GROUP BY __value "
-            f"HAVING count(*) >= {self.config.vocabularies.get(table, 1)} ORDER BY count(*) DESC, __value"
+            f"SELECT __value FROM ({counted}) AS c WHERE __value IS NOT NULL AND "
+            f"__n >= {self.config.vocabularies.get(table, 1)} ORDER BY __n DESC, __value"
         )
 
 
@@ -416,23 +420,20 @@ def _seen(merged: str, partition: str) -> str:
     return f"SELECT *, CAST(sum(__is_event) OVER ({window}) AS BIGINT) AS __seen FROM ({merged}) AS a"
 
 
+def _source(name: str) -> str:
+    return f"source_{name}"
+
+
 def _on(name: str) -> str:
-    return quoted(f"__on {name}")
+    return quoted(f"__on_{name}")
 
 
 def _by(name: str) -> str:
-    return quoted(f"__by {name}")
+    return quoted(f"__by_{name}")
 
 
 def _acted(name: str, place: int) -> str:
-    return quoted(f"__acted {name} {place}")
-
-
-def translated(sql: str, dialect: str) -> str:
-    """A step in another engine's dialect."""
-    import sqlglot  # noqa: PLC0415 - of the extra `build`
-
-    return sqlglot.transpile(sql, read="duckdb", write=dialect)[0]
+    return quoted(f"__acted_{place}_{name}")
 
 
 def tables_of(config: BuildConfig) -> Mapping[str, FeatureConfig]:

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS
 from torchrec_amort.data.splits import lists
 from torchrec_amort.hashing import ids_of_text
 from torchrec_amort.schema import RequestSchema
-
-OWN = {"request_id": "request_id", "user": "__user", "time": "__time"}
 
 
 class Events:
@@ -90,8 +87,8 @@ class Requests:
             values = rows[feature.source].combine_chunks()
             columns[feature.source] = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), values)
         for name, events in self._events.items():
-            stops = firsts[f"{name} stop"].to_numpy()
-            columns |= events.ranges(stops - np.minimum(firsts[f"{name} seen"].to_numpy(), self._lengths[name]), stops)
+            stops = firsts[f"{name}_stop"].to_numpy()
+            columns |= events.ranges(stops - np.minimum(firsts[f"{name}_seen"].to_numpy(), self._lengths[name]), stops)
         return pa.table(columns)
 
 
@@ -116,13 +113,3 @@ def _whole_requests(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def _bounds(request_ids: np.ndarray) -> np.ndarray:
     """Where each request begins, and the number of rows."""
     return np.concatenate([[0], np.flatnonzero(np.diff(request_ids)) + 1, [len(request_ids)]])
-
-
-def lengths_in_words(lengths: np.ndarray) -> dict[str, float]:
-    """Mean, median and most of some numbers of events."""
-    return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "max": int(lengths.max())}
-
-
-def has_nulls(table: pa.Table, name: str) -> bool:
-    """Whether a column has nulls."""
-    return bool(pc.any(table[name].is_null()).as_py())

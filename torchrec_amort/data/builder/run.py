@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pyarrow as pa
 
 from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
 from torchrec_amort.data.builder.duckdb_engine import DuckDB
-from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Check, Plan, quoted, tables_of
+from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Check, Plan, tables_of
 from torchrec_amort.data.builder.requests import Events, Requests
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.writer import write_requests
@@ -38,13 +37,13 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
     Raises:
         InputError: the config does not fit itself or the logs, or the folder is there already.
     """
-    plan = Plan(config, _until(config))
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.plan.", dir=out.parent) as folder,
-        DuckDB(Path(folder), config.memory, config.threads) as engine,
+        _engine(config, Path(folder)) as engine,
     ):
+        plan = Plan(config, _until(config), engine.instant)
         _run(plan, engine)
         schema = schema_of(config, _vocabularies(plan, engine))
         events = {}
@@ -55,6 +54,14 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
         return write_requests(
             out, schema, {split: requests.of_split(split) for split in SPLITS}, overwrite=config.overwrite
         )
+
+
+def _engine(config: BuildConfig, folder: Path) -> Any:
+    if config.engine == "spark":
+        from torchrec_amort.data.builder.spark_engine import Spark  # noqa: PLC0415
+
+        return Spark(folder, config.master, config.memory)
+    return DuckDB(folder, config.memory, config.threads)
 
 
 def _until(config: BuildConfig) -> list[int]:
@@ -77,7 +84,7 @@ def _until(config: BuildConfig) -> list[int]:
 def _run(plan: Plan, engine: DuckDB) -> None:
     for name, source in plan.config.sources.items():
         files = source.files if isinstance(source.files, dict) else {"": source.files}
-        engine.read(f"raw {name}", {part: _paths(name, given) for part, given in files.items()}, source.explode)
+        engine.read(f"raw_{name}", {part: _paths(name, given) for part, given in files.items()}, source.explode)
     steps = list(plan.steps())
     with progress(total=len(steps), desc="plan", unit="steps") as bar:
         for step in steps:

@@ -1,0 +1,130 @@
+"""Apache Spark runs the plan, here or on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import sqlglot
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from torchrec_amort.data.builder.config import Unit
+from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Step
+from torchrec_amort.data.parquet import visible_files
+from torchrec_amort.errors import InputError, one_line
+
+ROWS_PER_BATCH = 65_536
+
+
+class Spark:
+    """An engine, for as long as it is entered.
+
+    Args:
+        folder: where it keeps tables that several steps read; all workers have to see it.
+        master: the cluster's URL, or `local[2]`.
+        memory: of each worker's process, such as `4g`.
+    """
+
+    def __init__(self, folder: Path, master: str, memory: str) -> None:
+        self._folder, self._master, self._memory = folder, master, memory
+
+    def __enter__(self) -> Spark:
+        builder = SparkSession.builder.appName("torchrec-amort build").master(self._master)
+        options = {
+            "spark.driver.memory": self._memory,
+            "spark.executor.memory": self._memory,
+            "spark.sql.session.timeZone": "UTC",
+            "spark.sql.ansi.enabled": "true",
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+        }
+        for name, value in options.items():
+            builder = builder.config(name, value)
+        self._spark = builder.getOrCreate()
+        self._spark.sparkContext.setLogLevel("ERROR")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._spark.stop()
+
+    def read(self, name: str, files: Mapping[str, Sequence[str]], explode: Sequence[str]) -> None:
+        """Make a table of files, with column `part` if they have names.
+
+        Args:
+            name: of the table.
+            files: Parquet or CSV files, by the name of their part; `""` if there is only one.
+            explode: columns of lists that become rows.
+
+        Raises:
+            InputError: files cannot be read, or lists that are opened side by side differ in length.
+        """
+        table: DataFrame | None = None
+        for part, paths in files.items():
+            if all(".csv" in Path(path).suffixes for path in paths):
+                one = self._spark.read.csv(list(paths), header=True, inferSchema=True)
+            else:
+                one = self._spark.read.option("mergeSchema", "true").parquet(*paths)
+            one = one.withColumn("part", F.lit(part)) if part else one
+            table = one if table is None else table.unionByName(one)
+        assert table is not None
+        if explode:
+            for column in explode[1:]:
+                wrong = table.where(f"NOT size(`{explode[0]}`) <=> size(`{column}`)").take(1)
+                if wrong:
+                    raise InputError(
+                        f"sources: {name.removeprefix('raw_')}: explode opens {explode[0]} and {column} side by side, but "
+                        f"a row has {len(wrong[0][explode[0]])} and {len(wrong[0][column])} entries: mend the source, or "
+                        "leave one out"
+                    )
+            kept = [column for column in table.columns if column not in explode]
+            zipped = F.arrays_zip(*(F.col(f"`{column}`").alias(column) for column in explode))
+            table = table.select(*(f"`{column}`" for column in kept), F.inline(zipped).alias(*explode))
+        table.createOrReplaceTempView(f"`{name}`")
+
+    @staticmethod
+    def instant(expression: str, unit: Unit, zone: str) -> str:
+        """SQL of the microseconds since 1970 UTC of a time."""
+        if unit != "timestamp":
+            return f"CAST({expression} AS BIGINT) * {MICROSECONDS_PER[unit]}"
+        return f"UNIX_MICROS(TO_UTC_TIMESTAMP(CAST({expression} AS TIMESTAMP), '{zone}'))"
+
+    def run(self, step: Step) -> None:
+        """Make a table of the plan.
+
+        Raises:
+            InputError: the SQL of the config cannot be run.
+        """
+        table = self._table(step.sql, step.name)
+        if step.kept:
+            path = str(self._folder / step.name)
+            table.write.parquet(path)
+            table = self._spark.read.parquet(path)
+        table.createOrReplaceTempView(f"`{step.name}`")
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Some rows."""
+        return [tuple(row) for row in self._table(sql, "a check").collect()]
+
+    def batches(self, sql: str) -> Iterator[pa.Table]:
+        """Rows in their order, some thousand at a time."""
+        folder = self._folder / f"result{len(list(self._folder.glob('result*')))}"
+        self._table(sql, "the result").write.parquet(str(folder))
+        # A sort puts ranges of rows into files, which are numbered in their order.
+        for path in visible_files(folder.glob("*.parquet"), folder):
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(ROWS_PER_BATCH):
+                    yield pa.Table.from_batches([batch])
+
+    def _table(self, sql: str, what: str) -> DataFrame:
+        try:
+            return self._spark.sql(sqlglot.transpile(sql, read="duckdb", write="spark")[0])
+        except (PySparkException, sqlglot.errors.SqlglotError) as error:
+            raise InputError(f"{what}: {one_line(error)}") from error
