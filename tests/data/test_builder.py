@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from zoneinfo import ZoneInfo
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("duckdb")
@@ -209,7 +211,9 @@ def found_rows(out: Path) -> dict[str, list[Any]]:
     return found
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(clicks, buys, shown, prices)
 def test_requests_are_those_of_plain_loops(clicks: Any, buys: Any, shown: Any, prices: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -217,3 +221,103 @@ def test_requests_are_those_of_plain_loops(clicks: Any, buys: Any, shown: Any, p
         write_logs(folder, clicks, buys, shown, prices)
         build(config_of(folder))
         assert found_rows(folder / "out") == expected_rows(clicks, buys, shown, prices)
+
+
+def small_config(folder: Path, **changes: Any) -> BuildConfig:
+    write_logs(folder, [("ann", 1, 2, 0)], [("ann", 2, 3)], [("ann", 5, [2, 3])], {})
+    config = config_of(folder)
+    return replace(config, **changes)
+
+
+def with_source(config: BuildConfig, name: str, **changes: Any) -> BuildConfig:
+    return replace(config, sources={**config.sources, name: replace(config.sources[name], **changes)})
+
+
+def test_what_comes_after_a_request_changes_nothing_of_it(tmp_path: Path) -> None:
+    shown = [("ann", 3, [1, 2]), ("bob", 6, [2, 3]), ("ann", 9, [3])]
+    clicks = [("ann", 1, 1, 0), ("bob", 2, 3, 1), ("ann", 4, 2, 0)]
+    later = [("ann", 9, 3, 0), ("bob", 9, 2, 0), ("cyd", 9, 1, 0)]
+    rows = []
+    for name, more in {"one": [], "other": later}.items():
+        (tmp_path / name).mkdir()
+        write_logs(tmp_path / name, clicks + more, [], shown, {(3, 9): 5} if more else {})
+        # Vocabularies are of all that is known when train ends.
+        config = config_of(tmp_path / name)
+        features = {
+            key: replace(feature, vocabulary="unknown", table_size=9) if feature.vocabulary == "file" else feature
+            for key, feature in config.features.items()
+        }
+        build(replace(config, features=features, labels={}, vocabularies={}))
+        files = sorted((tmp_path / name / "out" / "train").glob("*.parquet"))
+        rows.append([row for file in files for row in pq.read_table(file).to_pylist()])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 3
+
+
+def test_the_report_tells_what_may_be_wrong(tmp_path: Path) -> None:
+    write_logs(
+        tmp_path,
+        [("ann", 1, 2, 0), ("ann", 3, 2, 0), ("bob", 0, 1, 3)],
+        [("ann", 5, 3)],
+        [("ann", 5, [2, 3]), ("bob", 7, [1])],
+        {},
+    )
+    build(with_source(config_of(tmp_path), "buys", columns={"whole": "ms - 7"}, time="whole"))
+    report = json.loads((tmp_path / "out" / "build.json").read_text())
+    acts = report["histories"]["acts"]
+    # Clicks are available 2 s after they arrived: ann's of 3 s, and what she bought, at her request's very instant.
+    assert acts["requests_with_events_of_their_instant"] == 1
+    assert acts["events_available_later"] == 3
+    assert acts["known"] == {"mean": 1.0, "median": 1.0, "max": 1}
+    assert acts["requests_by_bits_of_known"] == [0, 2]
+    assert report["labels"]["bought"]["requests_without_all_their_time"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: replace(c, requests=RequestsConfig(source="seen")),
+            "requests.source is 'seen', but the sources are",
+        ),
+        (lambda c: with_source(c, "buys", user=None), "labels.bought.source is 'buys', which has no user"),
+        (lambda c: with_source(c, "clicks", time=None), "which has no time: give sources.clicks.time"),
+        (lambda c: with_source(c, "shown", files="nowhere/*.parquet"), "sources.shown.files: nowhere"),
+        (lambda c: with_source(c, "shown", where="no_column > 1"), "source_shown: .*no_column"),
+        (lambda c: with_source(c, "shown", user="NULL"), "sources.shown: user is null in 2 rows"),
+        (lambda c: replace(c, requests=RequestsConfig(source="shown", id=["who", "items"])), None),
+        (lambda c: replace(c, validation_until="2020-01-01"), "validation_until is '2020-01-01', before train_until"),
+        (lambda c: replace(c, train_until="soon"), "train_until is 'soon', not a time such as"),
+        (lambda c: replace(c, memory="much"), "memory is 'much'"),
+        (
+            lambda c: replace(c, counts={"clicks_so_far": CountConfig(source="clicks", by={})}),
+            "counts.clicks_so_far.by names 0 columns",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_told(tmp_path: Path, change: Any, message: str | None) -> None:
+    config = change(small_config(tmp_path))
+    if message is None:
+        build(config)
+        return
+    with pytest.raises(InputError, match=message):
+        build(config)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_rows_of_one_request_agree_on_what_is_the_requests(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    features = {
+        **config.features,
+        "item_of_request": FeatureConfig(side="request", kind="id", of="items", table_size=9),
+    }
+    with pytest.raises(InputError, match="rows of request r0 do not agree on item_of_request, which is 2 and 3"):
+        build(replace(config, features=features))
+
+
+def test_a_joined_table_has_one_row_for_each_key(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    pq.write_table(pa.table({"item": [2, 2], "since": [0, 0], "price": [1, 2]}), tmp_path / "prices.parquet")
+    with pytest.raises(InputError, match="sources.shown.join: 2 rows of prices have item 2: keep one"):
+        build(config)

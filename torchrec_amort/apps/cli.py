@@ -6,6 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "build": "write raw logs as request-level Parquet: histories, labels and counts of what was known before",
     "prepare": "write a public data set as request-level Parquet",
     "migrate": "turn a log of impressions into request-level Parquet, and back",
     "train": "train a model with or without history, on any number of ranks",

@@ -17,7 +17,12 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.training.processes import Stopped, stop_signals
 
 # What an extra of setup.cfg brings: a plain install scores without.
-EXTRAS = {"train": ("tensorboard", "torchx"), "report": ("jinja2", "matplotlib")}
+EXTRAS = {
+    "train": ("tensorboard", "torchx"),
+    "report": ("jinja2", "matplotlib"),
+    "build": ("duckdb",),
+    "spark": ("pyspark", "sqlglot"),
+}
 # No space, over quota, file too large, read-only, not permitted (twice), a file where a folder should be (twice).
 UNWRITABLE = (
     errno.ENOSPC,

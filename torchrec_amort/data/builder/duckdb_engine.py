@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from torchrec_amort.data.builder.config import Unit
-from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Step, quoted
+from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Explode, Step, quoted
 from torchrec_amort.errors import InputError, one_line
 
 ROWS_PER_BATCH = 65_536
@@ -47,16 +47,15 @@ class DuckDB:
     ) -> None:
         self._connection.close()
 
-    def read(self, name: str, files: Mapping[str, Sequence[str]], explode: Sequence[str]) -> None:
+    def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
         """Make a table of files, with column `part` if they have names.
 
         Args:
             name: of the table.
             files: Parquet or CSV files, by the name of their part; `""` if there is only one.
-            explode: columns of lists that become rows.
 
         Raises:
-            InputError: files cannot be read, or lists that are opened side by side differ in length.
+            InputError: files cannot be read.
         """
         parts = []
         for part, paths in files.items():
@@ -65,20 +64,6 @@ class DuckDB:
             label = f", '{part}' AS part" if part else ""
             parts.append(f"SELECT *{label} FROM {reader}([{listed}], union_by_name = true)")
         sql = " UNION ALL BY NAME ".join(parts)
-        if explode:
-            opened = ", ".join(f"unnest({quoted(column)}) AS {quoted(column)}" for column in explode)
-            excluded = ", ".join(map(quoted, explode))
-            for column in explode[1:]:
-                wrong = self.rows(
-                    f"SELECT len({quoted(explode[0])}), len({quoted(column)}) FROM ({sql}) "
-                    f"WHERE len({quoted(explode[0])}) IS DISTINCT FROM len({quoted(column)}) LIMIT 1"
-                )
-                if wrong:
-                    raise InputError(
-                        f"sources: {name.removeprefix('raw_')}: explode opens {explode[0]} and {column} side by side, but "
-                        f"a row has {wrong[0][0]} and {wrong[0][1]} entries: mend the source, or leave one out"
-                    )
-            sql = f"SELECT * EXCLUDE ({excluded}), {opened} FROM ({sql})"
         self.run(Step(name, sql))
 
     @staticmethod
@@ -96,14 +81,22 @@ class DuckDB:
         """
         self._execute(f"CREATE {'TABLE' if step.kept else 'VIEW'} {quoted(step.name)} AS {step.sql}", step.name)
 
+    def explode(self, step: Explode) -> None:
+        """Make a table of a row for each entry of another's lists."""
+        opened = ", ".join(f"unnest({quoted(column)}) AS {quoted(column)}" for column in step.columns)
+        others = ", ".join(map(quoted, step.columns))
+        self.run(Step(step.name, f"SELECT * EXCLUDE ({others}), {opened} FROM {quoted(step.of)}"))
+
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Some rows."""
         return self._execute(sql, "a check").fetchall()
 
     def batches(self, sql: str) -> Iterator[pa.Table]:
-        """Rows in their order, some thousand at a time."""
+        """Rows in their order, some thousand at a time; an empty table if there is none."""
         try:
-            for batch in self._connection.sql(sql).to_arrow_reader(ROWS_PER_BATCH):
+            reader = self._connection.sql(sql).to_arrow_reader(ROWS_PER_BATCH)
+            yield reader.schema.empty_table()
+            for batch in reader:
                 yield pa.Table.from_batches([batch])
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             raise InputError(f"the plan could not be run to its end: {one_line(error)}") from error

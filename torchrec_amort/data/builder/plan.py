@@ -10,6 +10,7 @@ never counts. A history is then the last rows before a place in the events of it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,6 +49,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Explode:
+    """A table whose columns of lists are opened side by side: a row for each entry.
+
+    Args:
+        name: of the table.
+        of: the table that has the lists.
+        columns: the lists.
+    """
+
+    name: str
+    of: str
+    columns: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Check:
     """Rows that there must not be.
 
@@ -63,6 +79,12 @@ class Check:
 def quoted(name: str) -> str:
     """A name as SQL has it."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def expression(given: str) -> str:
+    """An SQL expression of the config; the name of a column may be any word."""
+    is_name = re.fullmatch(r"[^\W\d]\w*", given) and given.lower() not in ("true", "false", "null")
+    return quoted(given) if is_name else given
 
 
 class Instant(Protocol):
@@ -128,7 +150,7 @@ class Plan:
 
     # ----- sources ----------------------------------------------------------------------------------------------------
 
-    def steps(self) -> Iterator[Step | Check]:
+    def steps(self) -> Iterator[Step | Explode | Check]:
         """All tables, each after those that it reads, and what is checked of them."""
         for name in self._ordered_sources():
             yield from self._source(name)
@@ -156,17 +178,22 @@ class Plan:
             visit(name, ())
         return ordered
 
-    def _source(self, name: str) -> Iterator[Step | Check]:
+    def _source(self, name: str) -> Iterator[Step | Explode | Check]:
         source = self.config.sources[name]
-        columns = [f"{expression} AS {quoted(column)}" for column, expression in source.columns.items()]
-        sql = f"SELECT {', '.join(['*', *columns])} FROM {quoted(f'raw_{name}')}"
+        columns = [f"{expression(value)} AS {quoted(column)}" for column, value in source.columns.items()]
+        raw = f"raw_{name}"
+        if source.explode:
+            yield from (_same_lengths(name, source.explode[0], other) for other in source.explode[1:])
+            yield Explode(f"exploded_{name}", raw, source.explode)
+            raw = f"exploded_{name}"
+        sql = f"SELECT {', '.join(['*', *columns])} FROM {quoted(raw)}"
         own = []
         if source.user is not None:
-            own.append(f"{source.user} AS __user")
+            own.append(f"{expression(source.user)} AS __user")
         if source.time is not None:
             time, known = (
-                self._instant(expression, source.unit, source.zone)
-                for expression in (source.time, source.available or source.time)
+                self._instant(expression(value), source.unit, source.zone)
+                for value in (source.time, source.available or source.time)
             )
             own += [f"{time} AS __time", f"{known} + {source.delay * MICROSECONDS} AS __available"]
         if own:
@@ -196,7 +223,7 @@ class Plan:
 
     def _joined(self, sql: str, join: JoinConfig, place: int) -> str:
         keys = [f"{quoted(key)} AS __key{i}" for i, key in enumerate(join.keys.values())]
-        taken = [f"{expression} AS {quoted(column)}" for column, expression in join.columns.items()]
+        taken = [f"{expression(value)} AS {quoted(column)}" for column, value in join.columns.items()]
         on = [f"s.{quoted(mine)} = j.__key{i}" for i, mine in enumerate(join.keys)]
         table = f"SELECT {', '.join([*keys, *taken])} FROM {quoted(_source(join.source))}"
         if self.config.sources[join.source].time is not None:
@@ -209,9 +236,9 @@ class Plan:
 
     # ----- requests ---------------------------------------------------------------------------------------------------
 
-    def _requests(self) -> Iterator[Step | Check]:
+    def _requests(self) -> Iterator[Step | Explode | Check]:
         requests = self.config.requests
-        columns = [f"{expression} AS {name}" for expression, name in zip(self._id_expressions, self._ids, strict=True)]
+        columns = [f"{value} AS {name}" for value, name in zip(self._id_expressions, self._ids, strict=True)]
         columns += ["__user", "__time"]
         columns += [f"{quoted(name)} AS {_on(name)}" for name in self._on_columns]
         columns += [f"{quoted(key)} AS {_by(name)}" for name, (key, _) in self._counted.items()]
@@ -219,7 +246,7 @@ class Plan:
             columns += [f"{quoted(mine)} AS {_acted(name, place)}" for place, mine in enumerate(label.keys)]
         for name, feature in {**self.features("request"), **self.features("candidate")}.items():
             if name not in self.config.counts:
-                columns.append(f"{feature.of or quoted(name)} AS {quoted(name)}")
+                columns.append(f"{expression(feature.of or name)} AS {quoted(name)}")
         columns += [f"{quoted(name)} AS __order{place}" for place, name in enumerate(requests.order)]
         yield Step("rows", f"SELECT {', '.join(columns)} FROM {quoted(_source(requests.source))}")
         yield Check(
@@ -238,7 +265,9 @@ class Plan:
             )
         values = ", ".join(f"min({column}) AS {column}" for column in shared)
         day = f"CAST(floor(__time / {MICROSECONDS * SECONDS_PER_DAY}) AS BIGINT)"
-        yield Step("unnumbered", f"SELECT *, {day} AS __day FROM (SELECT {ids}, {values} FROM rows GROUP BY {ids}) AS r", True)
+        yield Step(
+            "unnumbered", f"SELECT *, {day} AS __day FROM (SELECT {ids}, {values} FROM rows GROUP BY {ids}) AS r", True
+        )
         # Numbers of requests in order of time, without putting all of them into one partition.
         yield Step(
             "days",
@@ -270,7 +299,7 @@ class Plan:
         for name, count in self.config.counts.items():
             if len(count.by) != 1:
                 raise InputError(f"counts.{name}.by names {len(count.by)} columns: name one of candidates")
-            counted[name] = next(iter(count.by.items()))
+            counted[name] = next((key, expression(value)) for key, value in count.by.items())
         return counted
 
     # ----- histories --------------------------------------------------------------------------------------------------
@@ -305,8 +334,8 @@ class Plan:
         columns += [f"{place} AS __part", *(f"{quoted(order)} AS __order{i}" for i, order in enumerate(history.order))]
         for feature_name, feature in self.features("event", name).items():
             own_time = f"__time // {MICROSECONDS}" if feature.kind in ("age", "gap") else quoted(feature_name)
-            expression = part.columns.get(feature_name) or feature.of or own_time
-            columns.append(f"{expression} AS {quoted(feature_name)}")
+            given = part.columns.get(feature_name) or feature.of
+            columns.append(f"{expression(given) if given else own_time} AS {quoted(feature_name)}")
         where = f" WHERE {part.where}" if part.where else ""
         return f"SELECT {', '.join(columns)} FROM {quoted(_source(part.source))}{where}"
 
@@ -347,7 +376,7 @@ class Plan:
         where = f" WHERE {label.where}" if label.where else ""
         merged = (
             f"SELECT DISTINCT {partition}, __time AS __at, 0 AS __is_action FROM rows UNION ALL "
-            f"SELECT {', '.join(['__user', *label.keys.values()])}, __time, 1 FROM {quoted(_source(label.source))}{where}"
+            f"SELECT {', '.join(['__user', *map(expression, label.keys.values())])}, __time, 1 FROM {quoted(_source(label.source))}{where}"
         )
         following = (
             f"min(CASE WHEN __is_action = 1 THEN __at END) OVER (PARTITION BY {partition} ORDER BY __at, __is_action "
@@ -393,6 +422,30 @@ class Plan:
             f"ORDER BY {', '.join(order)}"
         )
 
+    def lengths(self, name: str) -> str:
+        """How many events each request could know of a history."""
+        return (
+            f"SELECT coalesce(h.__seen, 0) AS __seen FROM requests AS r LEFT JOIN {quoted(f'ends_{name}')} AS h "
+            "ON r.request_id = h.request_id"
+        )
+
+    def same_instant(self, name: str) -> str:
+        """How many requests have events of a history that became available at their very instant."""
+        keys = ["__user", *map(_on, self.config.histories[name].keys)]
+        events = f"SELECT DISTINCT {', '.join(keys)}, __available FROM {quoted(f'events_{name}')}"
+        same = " AND ".join(f"r.{key} = e.{key}" for key in keys)
+        return f"SELECT count(*) FROM requests AS r JOIN ({events}) AS e ON {same} AND r.__time = e.__available"
+
+    def late(self, name: str) -> str:
+        """How many events of a history became available after they had happened."""
+        return f"SELECT count(*) FROM {quoted(f'events_{name}')} WHERE __available > __time"
+
+    def unfinished(self, name: str) -> str:
+        """How many requests are so late that the log of a label's actions ends before its time is up."""
+        label = self.config.labels[name]
+        last = f"SELECT max(__time) FROM {quoted(_source(label.source))}"
+        return f"SELECT count(*) FROM requests WHERE __time + {label.within * MICROSECONDS} > ({last})"
+
     def vocabulary(self, table: str) -> str:
         """The ids of a table that are in train often enough, the most frequent first."""
         parts = []
@@ -412,11 +465,19 @@ class Plan:
         )
 
 
+def _same_lengths(name: str, first: str, other: str) -> Check:
+    lengths = [f"array_length({quoted(column)})" for column in (first, other)]
+    is_wrong = f"{lengths[0]} <> {lengths[1]} OR ({quoted(first)} IS NULL) <> ({quoted(other)} IS NULL)"
+    return Check(
+        f"SELECT {', '.join(lengths)} FROM {quoted(f'raw_{name}')} WHERE {is_wrong} LIMIT 1",
+        f"sources.{name}: explode opens {first} and {other} side by side, but a row has {{0}} and {{1}} entries: mend the "
+        "source, or leave one out",
+    )
+
+
 def _seen(merged: str, partition: str) -> str:
     """Of each row of a merged log, how many events came before: of one instant, the rows that ask come first."""
-    window = (
-        f"PARTITION BY {partition} ORDER BY __at, __is_event ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW"
-    )
+    window = f"PARTITION BY {partition} ORDER BY __at, __is_event ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW"
     return f"SELECT *, CAST(sum(__is_event) OVER ({window}) AS BIGINT) AS __seen FROM ({merged}) AS a"
 
 

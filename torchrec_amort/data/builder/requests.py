@@ -23,7 +23,8 @@ class Events:
     """
 
     def __init__(self, path: Path) -> None:
-        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._columns = {name: table[name].combine_chunks() for name in table.column_names}
 
     @classmethod
     def written(cls, path: Path, tables: Iterable[pa.Table]) -> Events:
@@ -38,7 +39,7 @@ class Events:
 
     def ranges(self, starts: np.ndarray, stops: np.ndarray) -> dict[str, pa.ListArray]:
         """For each feature, the events from each start up to its stop, as lists."""
-        return {name: lists(self.table[name].chunk(0), starts, stops) for name in self.table.column_names}
+        return {name: lists(values, starts, stops) for name, values in self._columns.items()}
 
 
 class Requests:

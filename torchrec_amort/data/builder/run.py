@@ -9,19 +9,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
 from torchrec_amort.data.builder.duckdb_engine import DuckDB
-from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Check, Plan, tables_of
+from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Explode, Plan, Step, tables_of
 from torchrec_amort.data.builder.requests import Events, Requests
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
+from torchrec_amort.files import write_json
 from torchrec_amort.hashing import Vocabulary
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import Feature, RequestSchema, TableConfig
+from torchrec_amort.schema import Feature, RequestSchema
 
+REPORT_FILE = "build.json"
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 
 
@@ -51,9 +54,31 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
             events[name] = Events.written(Path(folder) / f"{len(events)}.arrow", engine.batches(plan.events(name)))
         lengths = {name: history.length for name, history in config.histories.items()}
         requests = Requests(engine.batches(plan.candidates()), schema, events, lengths)
-        return write_requests(
-            out, schema, {split: requests.of_split(split) for split in SPLITS}, overwrite=config.overwrite
-        )
+        splits = {split: requests.of_split(split) for split in SPLITS}
+        counts = write_requests(out, schema, splits, overwrite=config.overwrite)
+        write_json(out / REPORT_FILE, _report(plan, engine, counts))
+    return counts
+
+
+def _report(plan: Plan, engine: Any, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """What was built, and what could be wrong with it."""
+    histories = {}
+    for name, history in plan.config.histories.items():
+        known = np.concatenate([table["__seen"].to_numpy() for table in engine.batches(plan.lengths(name))])
+        kept = np.minimum(known, history.length)
+        histories[name] = {
+            "kept": {"mean": float(kept.mean()), "median": float(np.median(kept)), "max": int(kept.max())},
+            "known": {"mean": float(known.mean()), "median": float(np.median(known)), "max": int(known.max())},
+            # Requests that know no event, one, two or three, four to seven, ...
+            "requests_by_bits_of_known": np.bincount(np.frexp(known.astype(np.float64))[1]).tolist(),
+            "requests_with_events_of_their_instant": engine.rows(plan.same_instant(name))[0][0],
+            "events_available_later": engine.rows(plan.late(name))[0][0],
+        }
+    labels = {
+        name: {"requests_without_all_their_time": engine.rows(plan.unfinished(name))[0][0]}
+        for name in plan.config.labels
+    }
+    return {"splits": counts, "histories": histories, "labels": labels}
 
 
 def _engine(config: BuildConfig, folder: Path) -> Any:
@@ -76,7 +101,8 @@ def _until(config: BuildConfig) -> list[int]:
         instants.append(round(time.timestamp() * MICROSECONDS))
     if instants[0] > instants[1]:
         raise InputError(
-            f"validation_until is {config.validation_until!r}, before train_until {config.train_until!r}: give a later one"
+            f"validation_until is {config.validation_until!r}, before train_until {config.train_until!r}: give a later "
+            "time"
         )
     return instants
 
@@ -84,12 +110,14 @@ def _until(config: BuildConfig) -> list[int]:
 def _run(plan: Plan, engine: DuckDB) -> None:
     for name, source in plan.config.sources.items():
         files = source.files if isinstance(source.files, dict) else {"": source.files}
-        engine.read(f"raw_{name}", {part: _paths(name, given) for part, given in files.items()}, source.explode)
+        engine.read(f"raw_{name}", {part: _paths(name, given) for part, given in files.items()})
     steps = list(plan.steps())
     with progress(total=len(steps), desc="plan", unit="steps") as bar:
         for step in steps:
-            if not isinstance(step, Check):
+            if isinstance(step, Step):
                 engine.run(step)
+            elif isinstance(step, Explode):
+                engine.explode(step)
             elif wrong := engine.rows(step.sql):
                 raise InputError(step.what.format(*wrong[0]))
             bar.update()
@@ -99,7 +127,9 @@ def _paths(name: str, given: str) -> list[str]:
     """The files of a file, folder or pattern."""
     path = Path(given)
     found = [path] if path.is_file() else list(path.rglob("*")) if path.is_dir() else map(Path, glob.glob(given))
-    files = [str(file) for file in visible_files(found, path.parent if path.is_file() else Path(path.anchor or "."), "")]
+    files = [
+        str(file) for file in visible_files(found, path.parent if path.is_file() else Path(path.anchor or "."), "")
+    ]
     kept = [file for file in files if file.endswith(SUFFIXES)]
     if not kept:
         raise InputError(f"sources.{name}.files: {given}: no such file, folder or pattern of Parquet or CSV")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from torchrec_amort.data.builder.config import Unit
-from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Step
+from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Explode, Step
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.errors import InputError, one_line
 
@@ -55,39 +56,24 @@ class Spark:
     ) -> None:
         self._spark.stop()
 
-    def read(self, name: str, files: Mapping[str, Sequence[str]], explode: Sequence[str]) -> None:
+    def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
         """Make a table of files, with column `part` if they have names.
 
         Args:
             name: of the table.
             files: Parquet or CSV files, by the name of their part; `""` if there is only one.
-            explode: columns of lists that become rows.
 
         Raises:
-            InputError: files cannot be read, or lists that are opened side by side differ in length.
+            InputError: files cannot be read.
         """
-        table: DataFrame | None = None
+        parts = []
         for part, paths in files.items():
             if all(".csv" in Path(path).suffixes for path in paths):
-                one = self._spark.read.csv(list(paths), header=True, inferSchema=True)
+                table = self._spark.read.csv(list(paths), header=True, inferSchema=True)
             else:
-                one = self._spark.read.option("mergeSchema", "true").parquet(*paths)
-            one = one.withColumn("part", F.lit(part)) if part else one
-            table = one if table is None else table.unionByName(one)
-        assert table is not None
-        if explode:
-            for column in explode[1:]:
-                wrong = table.where(f"NOT size(`{explode[0]}`) <=> size(`{column}`)").take(1)
-                if wrong:
-                    raise InputError(
-                        f"sources: {name.removeprefix('raw_')}: explode opens {explode[0]} and {column} side by side, but "
-                        f"a row has {len(wrong[0][explode[0]])} and {len(wrong[0][column])} entries: mend the source, or "
-                        "leave one out"
-                    )
-            kept = [column for column in table.columns if column not in explode]
-            zipped = F.arrays_zip(*(F.col(f"`{column}`").alias(column) for column in explode))
-            table = table.select(*(f"`{column}`" for column in kept), F.inline(zipped).alias(*explode))
-        table.createOrReplaceTempView(f"`{name}`")
+                table = self._spark.read.option("mergeSchema", "true").parquet(*paths)
+            parts.append(table.withColumn("part", F.lit(part)) if part else table)
+        reduce(DataFrame.unionByName, parts).createOrReplaceTempView(f"`{name}`")
 
     @staticmethod
     def instant(expression: str, unit: Unit, zone: str) -> str:
@@ -109,17 +95,25 @@ class Spark:
             table = self._spark.read.parquet(path)
         table.createOrReplaceTempView(f"`{step.name}`")
 
+    def explode(self, step: Explode) -> None:
+        """Make a table of a row for each entry of another's lists."""
+        table = self._spark.table(f"`{step.of}`")
+        kept = [f"`{column}`" for column in table.columns if column not in step.columns]
+        zipped = F.arrays_zip(*(F.col(f"`{column}`") for column in step.columns))
+        table.select(*kept, F.inline(zipped).alias(*step.columns)).createOrReplaceTempView(f"`{step.name}`")
+
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Some rows."""
         return [tuple(row) for row in self._table(sql, "a check").collect()]
 
     def batches(self, sql: str) -> Iterator[pa.Table]:
-        """Rows in their order, some thousand at a time."""
+        """Rows in their order, some thousand at a time; an empty table if there is none."""
         folder = self._folder / f"result{len(list(self._folder.glob('result*')))}"
         self._table(sql, "the result").write.parquet(str(folder))
         # A sort puts ranges of rows into files, which are numbered in their order.
         for path in visible_files(folder.glob("*.parquet"), folder):
             with pq.ParquetFile(path) as file:
+                yield file.schema_arrow.empty_table()
                 for batch in file.iter_batches(ROWS_PER_BATCH):
                     yield pa.Table.from_batches([batch])
 
