@@ -592,6 +592,22 @@ def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str
                 )
 
 
+def refuse_other_dtypes(batch: RequestBatch) -> None:
+    """Refuse numbers that are not float32: compiled code would read their bytes as such.
+
+    Args:
+        batch: any.
+
+    Raises:
+        InputError: some are of another type.
+    """
+    numbers = {"request_dense": batch.request_dense, "candidate_dense": batch.candidate_dense}
+    numbers |= {f"dense_sequences[{key!r}]": jagged.values() for key, jagged in batch.dense_sequences.items()}
+    for name, values in numbers.items():
+        if values.dtype != torch.float32:
+            raise InputError(f"batch: {name} is {values.dtype}, but the scorer reads torch.float32: make it float()")
+
+
 def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) -> None:
     """Refuse ids with weights where a collection of bags does not read weights, and ids without where it does.
 

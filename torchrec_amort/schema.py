@@ -390,6 +390,11 @@ class RequestSchema:
         return {side: tuple(f for f in others if f.side == side) for side in _SIDES_OF_BAGS}
 
     @cached_property
+    def num_dense(self) -> dict[str, int]:
+        """Columns of `RequestBatch.request_dense` and `candidate_dense`, by their side."""
+        return {side: sum(f.num_inputs for f in features) for side, features in self.dense_features.items()}
+
+    @cached_property
     def table_sizes(self) -> dict[str, int]:
         """Ids that each feature that is looked up may have, the rows of its table or any if that is managed."""
         sizes = {f.name: ANY_ID if f.vocabulary == "managed" else f.table_size for f in self.features}

@@ -276,7 +276,7 @@ def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch
     }
     dim = config.embedding_dim
     sparse = build_collection(schema, towers, dim, leave_out=config.leave_out, device=device)
-    num_dense = sum(f.num_inputs for features in schema.dense_features.values() for f in features)
+    num_dense = sum(schema.num_dense.values())
     layers = {
         "dense_in_features": max(1, num_dense),
         "dense_arch_layer_sizes": [*config.dense_layers, dim],
@@ -360,7 +360,7 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
     return AmortizedDLRM(
         candidate_embedding_bag_collection=candidate_bags,
         request_embedding_bag_collection=tables.bags(schema.bag_features["request"]),
-        dense_in_features=sum(f.num_inputs for features in schema.dense_features.values() for f in features),
+        dense_in_features=sum(schema.num_dense.values()),
         dense_arch_layer_sizes=[*config.dense_layers, dim],
         over_arch_layer_sizes=[*config.over_layers, len(schema.labels)],
         history_embedding_collection=_sequences(schema, config, tables) if has_history else None,

@@ -18,7 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_unequal_events, refuse_weights
+from torchrec_amort.batch import (
+    RequestBatch,
+    refuse_missing_features,
+    refuse_other_dtypes,
+    refuse_unequal_events,
+    refuse_weights,
+)
 from torchrec_amort.errors import InputError
 from torchrec_amort.lists import Entries, Lists, shortest
 from torchrec_amort.models.ranker import Call
@@ -171,6 +177,7 @@ class AmortizedScorer:
         if self.validate and isinstance(requests, RequestBatch):
             batch.validate(self._table_sizes)
             refuse_unequal_events(batch, self._events)
+            refuse_other_dtypes(batch)
         # Not only when batches are checked: weights that are left out crash nothing.
         for field, is_weighted in self._is_weighted.items():
             refuse_weights(field, getattr(batch, field), is_weighted)
