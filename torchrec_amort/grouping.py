@@ -327,8 +327,8 @@ class Impressions:
         places, lengths_of_first = taken(lengths_C, self._firsts_C)
         if len(other := (lengths_C != lengths_of_first).nonzero()):
             row, entries = int(other[0]), "ids" if what == "id" else "entries"
-            have, of_first = (f"{int(lengths[row])} {entries}" for lengths in (lengths_C, lengths_of_first))
-            self._refuse_row(row, name, have, of_first, advice)
+            own, first = (f"{int(lengths[row])} {entries}" for lengths in (lengths_C, lengths_of_first))
+            self._refuse_row(row, name, own, first, advice)
         of_first = values[places]
         # What is no number is no number in both.
         if len(other := ((values != of_first) & ~(values.isnan() & of_first.isnan())).nonzero()):

@@ -315,6 +315,12 @@ class RequestSchema:
             raise InputError(
                 f"schema {self.dataset!r}: tables {list(managed)} are managed, but one can be: hash others"
             )
+        for name in managed:
+            if (table := self.tables.get(name, TableConfig())).pretrained or not table.trains:
+                raise InputError(
+                    f"schema {self.dataset!r}: table {name!r} is managed, and rows that change hands start at random: "
+                    "leave out pretrained and trains, or give another vocabulary"
+                )
 
     def _refuse_columns(self) -> None:
         """Refuse a column that is read as two types."""

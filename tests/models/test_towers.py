@@ -284,9 +284,9 @@ def test_a_history_that_no_candidate_shares_a_table_with_is_told() -> None:
     build_model(schema, ModelConfig(**SMALL, history="none"))
 
 
-def test_a_managed_table_is_refused_beside_several_histories() -> None:
-    schema = SCHEMA.with_tables({"film": TableConfig(vocabulary="managed")})
-    with pytest.raises(InputError, match="table 'film' is managed, which goes with one history of items alone: train"):
+def test_a_managed_table_that_no_history_is_read_by_is_told() -> None:
+    schema = SCHEMA.with_tables({"film_id": TableConfig(vocabulary="managed")})
+    with pytest.raises(InputError, match="table 'film_id' of 'film_id' is managed, but the model reads no history of"):
         build_model(schema, ModelConfig(**SMALL))
 
 

@@ -275,7 +275,14 @@ def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch
         for name, (history, of_tower) in settings.items()
     }
     dim = config.embedding_dim
-    sparse = build_collection(schema, towers, dim, leave_out=config.leave_out, device=device)
+    sparse = build_collection(
+        schema,
+        towers,
+        dim,
+        leave_out=config.leave_out,
+        device=device,
+        eviction_interval=config.eviction_interval,
+    )
     num_dense = sum(schema.num_dense.values())
     layers = {
         "dense_in_features": max(1, num_dense),
@@ -354,7 +361,7 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
             "more: add one, such as Feature('item_id', 'candidate', 'id', table_size, column='candidate_item')"
         )
     dim = config.embedding_dim
-    has_history, tables = config.history != "none", Tables(schema, dim, device)
+    has_history, tables = config.history != "none", Tables(schema, dim, device, config.eviction_interval)
     candidate_bags = tables.bags(schema.bag_features["candidate"])
     assert candidate_bags is not None
     return AmortizedDLRM(
@@ -447,4 +454,4 @@ def _sequences(schema: RequestSchema, config: ModelConfig, tables: Tables) -> Em
         assert plain is not None
         return plain
     (item,) = (table for table in configs if table.name in managed)
-    return SequenceTables(ManagedCollection(item, config.eviction_interval, tables.device), plain)
+    return SequenceTables(tables.managed(item), plain)
