@@ -294,7 +294,8 @@ class _History:
         self.num_events = int(next(iter(entries.values())).lengths.sum())
         fixed = [of_feature.values for of_feature in entries.values() if of_feature.num_ids is None]
         # What all features have of an event, together.
-        self._bytes = np.concatenate([_bytes_of(values, self.num_events) for values in fixed], axis=1)
+        none = np.empty((self.num_events, 0), np.uint8)
+        self._bytes = np.concatenate([none, *(_bytes_of(values, self.num_events) for values in fixed)], axis=1)
         self._lists = [
             (_bytes_of(of_feature.num_ids, self.num_events), of_feature)
             for of_feature in entries.values()
