@@ -220,13 +220,15 @@ class Impressions:
         """
         events = [key for of_history in keys.layout.histories.values() for key in of_history]
         items = [] if keys.item is None else [keys.item]
-        have = [*self._features.keys(), *self._dense_sequences]
         named = {"request_features": keys.requests, "event_features": events, "item": items}
         for name, of_name in named.items():
-            known = have if name == "event_features" else self._features.keys()
+            numbers = list(self._dense_sequences) if name == "event_features" else []
             for key in of_name:
-                if key not in known:
-                    raise InputError(f"impressions: {name}: no {key!r}: sparse_features has {known}")
+                if key not in (*self._features.keys(), *numbers):
+                    others = f" and dense_sequences {numbers}" if numbers else ""
+                    raise InputError(
+                        f"impressions: {name}: no {key!r}: sparse_features has {self._features.keys()}{others}"
+                    )
         self._refuse_twice(", ".join(named), [key for of_name in named.values() for key in of_name])
         if "candidate_item" in events:
             raise InputError(
