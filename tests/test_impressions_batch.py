@@ -1,7 +1,7 @@
 """A user's own batch of impressions, put together to requests."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from tests.conftest import SCHEMA, make_requests, with_weights
+from tests.schemas import THREE, Shapes
+from tests.schemas import make_requests as requests_of
+from tests.schemas import schemas as random_schemas
+from tests.schemas import shapes as random_shapes
 from tests.test_batch import assert_same, lists, shapes
-from torchrec_amort import InputError, RequestBatch
+from torchrec_amort import Feature, InputError, RequestBatch, RequestSchema
 
 KEYS = ["user", "tags", "history", "actions", "film", "words"]
 OWN = {"user", "tags"}
@@ -169,6 +173,144 @@ def test_the_impressions_of_a_batch_become_the_batch_again(
     assert_same(replace(again, **kept), batch)
     for kjt in (again.request_sparse, again.candidate_sparse, again.sequences) if weighted else ():
         assert torch.equal(kjt.weights(), kjt.values() + 0.25)
+
+
+def regrouped(alone: RequestBatch, request_ids: Tensor, **changes: Any) -> RequestBatch:
+    """Requests of impressions whose request has one candidate each."""
+    with_keys = [ids for ids in (alone.request_sparse, alone.candidate_sparse, alone.sequences) if ids.keys()]
+    arguments: dict[str, Any] = {
+        "dense_features": alone.candidate_dense,
+        "sparse_features": KeyedJaggedTensor.concat(with_keys),
+        "request_ids": request_ids,
+        **{name: getattr(alone, name) for name in ("request_dense", "dense_sequences", "num_ids")},
+        **{name: getattr(alone, name) for name in ("labels", "weights", "users")},
+    }
+    return RequestBatch.from_impressions(**(arguments | changes))
+
+
+@given(random_schemas(), random_shapes(), st.randoms(use_true_random=False), st.integers(0, 2**20))
+def test_the_impressions_of_any_schema_become_the_batch_again(
+    schema: RequestSchema, sizes: Shapes, random: Any, seed: int
+) -> None:
+    batch = RequestBatch.from_requests(requests_of(schema, sizes, seed), schema)
+    request_ids, alone = torch.repeat_interleave(batch.num_candidates), batch.to_impressions()
+    again = regrouped(alone, request_ids, schema=schema)
+    assert_same(again.validate(schema.table_sizes), batch)
+    shuffled = torch.tensor(random.sample(range(batch.stride()), batch.stride()))
+    order = RequestBatch.impression_order(request_ids[shuffled])
+    mixed = regrouped(alone.select(shuffled), request_ids[shuffled], schema=schema)
+    assert_same(mixed.to_impressions(), alone.select(shuffled[order]))
+    assert len(mixed) == len(batch)
+
+
+def test_several_histories_with_numbers_and_lists_are_given_by_name() -> None:
+    batch = RequestBatch.from_requests(requests_of(THREE, [((3, 1, 0), 2), ((0, 2, 4), 3)], 0), THREE)
+    alone, request_ids = batch.to_impressions(), torch.repeat_interleave(batch.num_candidates)
+    histories = {name: [f.name for f in features] for name, features in THREE.histories.items()}
+    named = regrouped(
+        alone,
+        request_ids,
+        request_features=["user_id", "likes"],
+        event_features=histories,
+        item="film",
+        num_ids={"clicks_tags": alone.num_ids["clicks_tags"]},
+    ).validate()
+    ids, expected = lists(named.sequences), lists(batch.sequences)
+    events = [key for keys in histories.values() for key in keys if key in ids]
+    assert ids == {key: expected[key] for key in events} | {"candidate_item": expected["film"]}
+    assert named.dense_sequences.keys() == batch.dense_sequences.keys()
+    latest, expected_latest = named.keep_latest({"clicks": 1}), batch.keep_latest({"clicks": 1})
+    for key in events:
+        assert lists(latest.sequences)[key] == lists(expected_latest.sequences)[key]
+    for key, numbers in expected_latest.dense_sequences.items():
+        assert torch.equal(latest.dense_sequences[key].values(), numbers.values())
+
+
+def without(mapping: Any, key: str) -> dict[str, JaggedTensor]:
+    return {name: value for name, value in mapping.items() if name != key}
+
+
+def numbers_of(mapping: Any, key: str, change: Callable[[Tensor], Tensor]) -> dict[str, JaggedTensor]:
+    """The same with other values of a key."""
+    other = JaggedTensor(change(mapping[key].values()), lengths=mapping[key].lengths())
+    return {**mapping, key: other}
+
+
+def plus(row: int) -> Callable[[Tensor], Tensor]:
+    return lambda values: values.index_add(0, torch.tensor([row]), torch.ones_like(values[:1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda b: {"dense_sequences": numbers_of(b.dense_sequences, "clicks_content", plus(4))},
+            r"request 0: 'clicks_content' has number -?\d\.\d+ as entry 1, column 0 in row 0 but number .* in row 1: "
+            "give rows with another history another request id",
+        ),
+        (
+            lambda b: {"num_ids": numbers_of(b.num_ids, "clicks_tags", lambda v: v[[1, 0, *range(2, len(v))]])},
+            r"request 0: 'clicks_tags' has number of ids \d as entry 0 in row 0 but number of ids \d in row 1",
+        ),
+        (
+            lambda b: {
+                "request_dense": torch.tensor([[0.5], [0.25], [1], [1], [1]]),
+                "schema": RequestSchema("films", (*THREE.features, Feature("hour", "request", "dense"))),
+            },
+            "request 0: request_dense has number 0.5 as entry 0 in row 0 but number 0.25 in row 1: give these rows",
+        ),
+        (
+            lambda b: {"num_ids": numbers_of(b.num_ids, "clicks_tags", plus(0))},
+            r"row 0: 'clicks_tags' has \d ids, but num_ids tells of \d",
+        ),
+        (
+            lambda b: {"num_ids": without(b.num_ids, "clicks_tags")},
+            "num_ids: no 'clicks_tags', which schema 'films' has: add it",
+        ),
+        (
+            lambda b: {"dense_sequences": without(b.dense_sequences, "content")},
+            "dense_sequences: no 'content', which schema 'films' has: add it",
+        ),
+        (
+            lambda b: {"dense_sequences": numbers_of(b.dense_sequences, "content", lambda v: v[:, :3])},
+            r"dense_sequences\['content'\] has 3 columns, but schema 'films' has 4",
+        ),
+        (
+            lambda b: {"dense_sequences": numbers_of(b.dense_sequences, "content", lambda v: v[:3])},
+            r"dense_sequences\['content'\] has values of shape \(3, 4\), but its lengths tell of 5 entries",
+        ),
+        (
+            lambda b: {"dense_sequences": {**b.dense_sequences, "rest": b.dense_sequences["content"]}},
+            "dense_sequences: 'rest' is not one of .*: leave it out",
+        ),
+        (
+            lambda b: {"dense_sequences": {**b.dense_sequences, "film": b.dense_sequences["content"]}},
+            "'film' is a key of sparse_features and of dense_sequences: rename one",
+        ),
+        (lambda b: {"num_ids": {"rest": b.num_ids["tags"]}}, "num_ids: no 'rest': sparse_features has"),
+        (lambda b: {"dense_features": torch.zeros(5, 2)}, "dense_features has 2 columns, but schema 'films' has 1"),
+        (lambda b: {"request_dense": torch.zeros(5, 2)}, "request_dense has 2 columns, but schema 'films' has 0"),
+        (lambda b: {"request_dense": torch.zeros(4, 0)}, "request_dense has 4 rows, but dense_features has 5"),
+        (lambda b: {"request_dense": torch.zeros(5)}, r"request_dense is torch.float32 with shape \(5,\), not float"),
+        (lambda b: {"weights": torch.zeros(4)}, "weights has 4 rows, but dense_features has 5"),
+        (lambda b: {"weights": torch.zeros(5, 1)}, r"weights has shape \(5, 1\), not \[C\]"),
+        (
+            lambda b: {"item": "film"},
+            "a schema is given, which says what request_features, event_features and item say",
+        ),
+        (
+            lambda b: {"num_ids": numbers_of(b.num_ids, "tags", lambda v: v.new_zeros(5)), "labels": torch.zeros(5)},
+            r"row \d: 'tags' has \d ids, but num_ids tells of 0",
+        ),
+    ],
+)
+def test_other_impressions_of_several_histories_are_refused(
+    change: Callable[[RequestBatch], dict[str, Any]], message: str
+) -> None:
+    batch = RequestBatch.from_requests(requests_of(THREE, [((3, 1, 0), 2), ((0, 2, 4), 3)], 0), THREE)
+    request_ids, alone = torch.repeat_interleave(batch.num_candidates), batch.to_impressions()
+    with pytest.raises(InputError, match=f"impressions: {message}"):
+        regrouped(alone, request_ids, **({"schema": THREE} | change(alone)))
 
 
 def row(request: int, **ids: list[int]) -> Row:

@@ -19,7 +19,7 @@ from torchrec.streamable import Pipelineable
 from torchrec_amort.checks import Checks, array_of
 from torchrec_amort.columns import MisfitError, column_of, wanted
 from torchrec_amort.errors import InputError
-from torchrec_amort.grouping import Impressions, first_rows, whole_numbers
+from torchrec_amort.grouping import Impressions, Keys, first_rows, whole_numbers
 from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, taken
 from torchrec_amort.lists import Layout, Lists
 from torchrec_amort.rows import Rows
@@ -162,9 +162,14 @@ class RequestBatch(Pipelineable):
         *,
         labels: Tensor | None = None,
         request_features: Sequence[str] = (),
-        event_features: Sequence[str] = (),
+        event_features: Sequence[str] | Mapping[str, Sequence[str]] = (),
         item: str | None = None,
         users: Tensor | Sequence[int] | None = None,
+        schema: RequestSchema | None = None,
+        request_dense: Tensor | None = None,
+        dense_sequences: Mapping[str, JaggedTensor] | None = None,
+        num_ids: Mapping[str, JaggedTensor] | None = None,
+        weights: Tensor | None = None,
     ) -> RequestBatch:
         """Build a batch from impressions, as `torchrec.datasets.utils.Batch` holds them.
 
@@ -180,15 +185,25 @@ class RequestBatch(Pipelineable):
             request_ids: int64 [C].
             labels: [C] or [C, T], of any type of number, or None when scoring.
             request_features: keys of ids of the request.
-            event_features: keys of ids of its history's events, the oldest first.
+            event_features: keys of ids of its history's events, the oldest first; of several histories, or of one with
+                numbers, a mapping from the name of each history to its keys, of ids or of `dense_sequences`.
             item: key of the candidate's item, one id in each row. It becomes `candidate_item` of the sequences, and
                 stays an id of the candidate. If None, the sequences have no `candidate_item`.
             users: int64 [C], or None: whose impressions they are.
+            schema: says which keys are whose, in place of `request_features`, `event_features` and `item`: keys are the
+                names of its features. Ids are rows of tables, and numbers what the model reads.
+            request_dense: float [C, I_r], or None: dense inputs of the request.
+            dense_sequences: numbers of events, and vectors of candidates, as the batch has them, with one row of C per
+                impression. What is of no history is the candidates'.
+            num_ids: for each key of ids whose events or candidates have several ids or none: how many, as the batch has
+                them, with one row of C per impression.
+            weights: float [C], or None: of each candidate's share of the loss.
 
         Raises:
             InputError: there are no rows, the arguments do not have the same number of rows, a key is missing or named
-                twice, a row has not exactly one item, or rows of one request do not agree on its ids, history or user.
-                The message then names the request, the key, the two rows and what each of them has.
+                twice, a row has not exactly one item, the schema has other features, or rows of one request do not
+                agree on its ids, numbers, histories or user. The message then names the request, the key, the two rows
+                and what each of them has.
 
         Example::
 
@@ -198,26 +213,43 @@ class RequestBatch(Pipelineable):
                 request_ids,
                 labels=impressions.labels,
                 request_features=["user", "country"],
-                event_features=["history_item"],
+                event_features={"clicks": ["clicked_item", "clicked_time"], "purchases": ["bought_item"]},
                 item="item",
             )
         """
-        impressions = Impressions(dense_features, sparse_features, request_ids)
-        impressions.refuse_keys(request_features, event_features, item)
-        sequences = impressions.of_requests(event_features, "give rows with another history another request id")
+        numbers = dense_sequences or {}
+        impressions = Impressions(dense_features, sparse_features, request_ids, request_dense, numbers, num_ids or {})
+        if schema is not None:
+            if request_features or event_features or item is not None:
+                raise InputError(
+                    "impressions: a schema is given, which says what request_features, event_features and item say: "
+                    "leave them out"
+                )
+            impressions.refuse_other_schema(schema)
+            keys = Keys.of(schema)
+        else:
+            keys = Keys.named(request_features, event_features, item, numbers)
+            impressions.refuse_keys(keys)
+        lists = impressions.lists(keys)
+        sequences, layout = lists.sequences, lists.layout
         if item is not None:
             sequences = KeyedJaggedTensor.concat([sequences, impressions.items(item)])
+        if schema is None and not isinstance(event_features, Mapping):
+            # Of such keys, a batch knows itself whose they are.
+            layout = replace(layout, histories={})
         return cls(
-            request_dense=dense_features.new_empty(len(impressions.num_candidates), 0),
+            request_dense=impressions.dense_of_requests(),
             candidate_dense=impressions.dense(),
-            request_sparse=impressions.of_requests(
-                request_features, "take it out of request_features, or give these rows request ids of their own"
-            ),
-            candidate_sparse=impressions.of_candidates(but={*request_features, *event_features}),
+            request_sparse=impressions.of_requests(keys.requests),
+            candidate_sparse=impressions.of_candidates(but={*keys.requests, *lists.sequences.keys()}),
             sequences=sequences,
             num_candidates=impressions.num_candidates,
             labels=None if labels is None else impressions.labels(labels),
             users=None if users is None else impressions.users(users),
+            dense_sequences=lists.dense,
+            num_ids=lists.num_ids,
+            weights=None if weights is None else impressions.weights(weights),
+            layout=layout,
         )
 
     @staticmethod
@@ -590,6 +622,22 @@ def refuse_unequal_events(batch: RequestBatch, events: Mapping[str, Sequence[str
                     f"batch: request {row}: sequences[{name!r}] has {int(have[row])} entries, but sequences[{first!r}] "
                     f"has {int(expected[row])}: each event needs all its features"
                 )
+
+
+def refuse_other_dtypes(batch: RequestBatch) -> None:
+    """Refuse numbers that are not float32: compiled code would read their bytes as such.
+
+    Args:
+        batch: any.
+
+    Raises:
+        InputError: some are of another type.
+    """
+    numbers = {"request_dense": batch.request_dense, "candidate_dense": batch.candidate_dense}
+    numbers |= {f"dense_sequences[{key!r}]": jagged.values() for key, jagged in batch.dense_sequences.items()}
+    for name, values in numbers.items():
+        if values.dtype != torch.float32:
+            raise InputError(f"batch: {name} is {values.dtype}, but the scorer reads torch.float32: make it float()")
 
 
 def refuse_weights(name: str, features: KeyedJaggedTensor, is_weighted: bool) -> None:

@@ -212,6 +212,20 @@ class Lists:
 
         return self._of_entries(requests_C.numel(), repeated)
 
+    def put_together(self, firsts_B: Tensor, order_C: Tensor, num_candidates_B: Tensor) -> Lists:
+        """Those of impressions as B requests, which undoes `impressions`.
+
+        Args:
+            firsts_B: int64, the first row of each request.
+            order_C: int64, the rows in the order of their candidates, of which each has one.
+            num_candidates_B: int64, how many of them each request has.
+        """
+
+        def together(key: str, lengths_C: Tensor) -> tuple[Tensor, Tensor]:
+            return (order_C, num_candidates_B) if key in self.layout.candidates else taken(lengths_C, firsts_B)
+
+        return self._of_entries(firsts_B.numel(), together)
+
     def _of_entries(self, stride: int, choose: Callable[[str, Tensor], tuple[Tensor | slice, Tensor]]) -> Lists:
         """Some entries of each key.
 

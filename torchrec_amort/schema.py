@@ -315,6 +315,12 @@ class RequestSchema:
             raise InputError(
                 f"schema {self.dataset!r}: tables {list(managed)} are managed, but one can be: hash others"
             )
+        for name in managed:
+            if (table := self.tables.get(name, TableConfig())).pretrained or not table.trains:
+                raise InputError(
+                    f"schema {self.dataset!r}: table {name!r} is managed, and rows that change hands start at random: "
+                    "leave out pretrained and trains, or give another vocabulary"
+                )
 
     def _refuse_columns(self) -> None:
         """Refuse a column that is read as two types."""
@@ -388,6 +394,11 @@ class RequestSchema:
         """What the columns of `RequestBatch.request_dense` and `candidate_dense` are of, by their side."""
         others = [f for f in self.features if f.num_inputs and f not in self.dense_sequence_features]
         return {side: tuple(f for f in others if f.side == side) for side in _SIDES_OF_BAGS}
+
+    @cached_property
+    def num_dense(self) -> dict[str, int]:
+        """Columns of `RequestBatch.request_dense` and `candidate_dense`, by their side."""
+        return {side: sum(f.num_inputs for f in features) for side, features in self.dense_features.items()}
 
     @cached_property
     def table_sizes(self) -> dict[str, int]:

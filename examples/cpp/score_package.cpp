@@ -5,7 +5,8 @@
 // INPUTS is a dict of lists of float32 tensors as torch.save writes it, the embeddings and dense inputs of one request
 // with n events of each history and m candidates, in the order of the package's manifest: `events_0` and so on, [n, W]
 // of each feature of a history's events, `request_dense`, [1, I_r] alone, `request_bags`, [1, W] each, `candidate_dense`,
-// [m, I_c] alone, `candidate_bags`, [m, W] each, and `items`, [m, W] of each history; n and m at least 1. OUTPUT gets the
+// [m, I_c] alone, `candidate_bags`, [m, W] each, and `items`, [m, W] of each feature by which candidates read a history,
+// history by history; numbers stand for themselves, [n, I] or [m, I]; n and m at least 1. OUTPUT gets the
 // logits [m, T], row by row, as float32. A service keeps the history's state from one request to the next, and
 // looks the embeddings up itself: the tables are in tables.pt. OPERATORS is the library that the package's manifest
 // names, from the folder torchrec_amort/ops of an install with this torch.

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SCHEMA, make_table
+from tests.schemas import Shapes, make_requests, shapes
+from tests.schemas import schemas as any_schemas
 from torchrec_amort.data import impressions, kuairand, log, mind, movielens, writer
 from torchrec_amort.data.counts import read_counts, sizes
 from torchrec_amort.data.impressions import to_impressions, to_requests
@@ -144,6 +146,58 @@ def test_requests_to_impressions_and_back_is_the_same_folder(data: st.DataObject
         assert sizes(read_counts(back)) == counts
         for name in ("columns", "arrow_bytes", "splits", "candidates_per_request", "users"):
             assert there[name] == again[name]
+
+
+@given(any_schemas(), shapes(), st.randoms(use_true_random=False))
+@settings(max_examples=8)
+def test_histories_lists_text_nulls_and_weights_go_there_and_back(
+    schema: RequestSchema, sizes: Shapes, random: Any
+) -> None:
+    table = pa.Table.from_pylist(make_requests(schema, sizes, 0), schema.arrow_schema())
+    with tempfile.TemporaryDirectory() as folder:
+        given_, log_, back = (Path(folder) / name for name in ("given", "log", "back"))
+        write_requests(given_, schema, {"train": [table]})
+        to_impressions(given_, log_)
+        to_requests({"train": log_ / "train"}, schema, back)
+        assert rows_of(back / "train") == rows_of(given_ / "train")
+        # Rows of a request that are apart are compared as well.
+        rows = rows_of(log_ / "train")
+        random.shuffle(rows)
+        to_requests({"train": write_log(log_ / "mixed.parquet", rows, schema)}, schema, Path(folder) / "mixed")
+        to_impressions(Path(folder) / "mixed", Path(folder) / "again")
+        assert rows_of(Path(folder) / "again" / "train") == in_request_order(rows)
+
+
+@pytest.mark.parametrize(
+    ("column", "other", "told"),
+    [
+        ("text", "b", "text is a in the one and b in the other"),
+        ("text", None, "text is a in the one and None in the other"),
+        ("words", [["a"], ["b", None]], r"words has \['b', 'c'\] at entry 1 in the one and \['b', None\] in the other"),
+        (
+            "vectors",
+            [[0.5, 1.0], [0.0, 3.0]],
+            r"vectors has \[0.0, 2.0\] at entry 1 in the one and \[0.0, 3.0\] in the",
+        ),
+    ],
+)
+def test_rows_of_a_request_with_other_text_lists_or_vectors_are_told(
+    column: str, other: Any, told: str, tmp_path: Path, out: Path
+) -> None:
+    text: dict[str, Any] = {"vocabulary": "hash", "text": True, "nullable": True}
+    features = (
+        Feature("item", "candidate", "id", 9),
+        Feature("text", "request", "id", 9, **text),
+        Feature("words", "event", "ids", 9, history="reads", **text),
+        Feature("vectors", "event", "vector", size=2, history="reads"),
+        Feature("liked", "candidate", "label"),
+    )
+    schema = RequestSchema("any", features)
+    row = {"text": "a", "words": [["a"], ["b", "c"]], "vectors": [[0.5, 1.0], [0.0, 2.0]], "item": 1, "liked": 1.0}
+    row |= {"request_id": 5, "user": 1, "time": 9}
+    path = write_log(tmp_path / "log.parquet", [row, row, {**row, column: other}], schema)
+    with pytest.raises(InputError, match=rf"row 2 are of one request \(request_id 5\), but {told}"):
+        to_requests({"train": path}, schema, out)
 
 
 @given(st.data())

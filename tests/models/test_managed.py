@@ -1,10 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torchrec import EmbeddingConfig, KeyedJaggedTensor
 
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
+from tests.schemas import THREE, Shapes
+from tests.schemas import make_requests as make_requests_of
 from torchrec_amort import (
     AmortizedDLRM,
     AmortizedScorer,
@@ -13,6 +17,7 @@ from torchrec_amort import (
     InputError,
     ModelConfig,
     RequestBatch,
+    RequestSchema,
     TableConfig,
     build_model,
     export_package,
@@ -80,6 +85,44 @@ def test_a_scorer_and_its_cache_take_raw_ids() -> None:
         scorer.score(requests)
 
 
+SHARED = THREE.with_tables({"film": TableConfig(rows=12, width=4, vocabulary="managed")})
+SIZES: Shapes = [((3, 2, 0), 3), ((0, 0, 0), 1), ((4, 1, 5), 2)]
+
+
+def films(seed: int) -> list[dict[str, Any]]:
+    """Requests of 30 films of large ids, some of which come more often than others."""
+
+    def spread(film: int) -> int:
+        return int((film % 7 if seed % 2 else film) * 2**57 + film % 3)
+
+    requests = make_requests_of(THREE, SIZES, seed)
+    columns = ("film", "clicks_film", "buys_film", "views_film")
+    return [request | {name: [spread(i) for i in request[name]] for name in columns} for request in requests]
+
+
+def test_a_managed_table_is_shared_by_several_histories_and_the_candidate(tmp_path: Path) -> None:
+    features = tuple(f for f in SHARED.features if f.name != "film_id")
+    schema = RequestSchema("films", features, tables=SHARED.tables)
+    config = ModelConfig(embedding_dim=8, history_layers=1, history_length=6, eviction_interval=1)
+    model = build_model(schema, config, seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "sorted_raw_ids" in name}
+    for seed in range(4):
+        model(RequestBatch.from_requests(films(seed), schema)).sum().backward()
+    (ids,) = (value for name, value in model.state_dict().items() if name in before)
+    assert int((ids[:-1] < 2**63 - 1).sum()) == 11, "each row but the unknown ids' has an id"
+    batch = replace(RequestBatch.from_requests(films(1), schema), users=torch.arange(3))
+    with torch.no_grad():
+        expected = model.eval()(batch.to_impressions())
+        torch.testing.assert_close(model(batch), expected, rtol=0, atol=2e-6)
+    cached = AmortizedScorer(model, 2, HistoryCache(2**20))
+    for scorer in (AmortizedScorer(model, schema=schema, backend="eager"), cached, cached):
+        torch.testing.assert_close(scorer.score(batch), expected, rtol=0, atol=2e-6)
+    with pytest.raises(InputError, match="cannot be exported: its table 'film' is managed"):
+        export_package(model, tmp_path / "package", schema)
+    with pytest.raises(InputError, match="table 'film' is managed, and rows that change hands start at random: leave"):
+        schema.with_tables({"film": TableConfig(trains=False)})
+
+
 def test_a_scorer_of_a_model_in_training_learns_no_ids() -> None:
     model, batch = trained_model(), RequestBatch.from_requests(make_requests([(5, 3), (0, 1), (8, 4)]), MANAGED)
     expected = AmortizedScorer(model.eval()).score(batch)
@@ -99,5 +142,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         collection(rows=1)
     with pytest.raises(InputError, match="model.eviction_interval is 0: give 1 or more"):
         collection(eviction_interval=0)
-    with pytest.raises(InputError, match="cannot be exported: its table of items is managed"):
+    with pytest.raises(InputError, match="cannot be exported: its table 'item' is managed"):
         export_package(trained_model(), tmp_path / "package", MANAGED)

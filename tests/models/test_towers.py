@@ -173,18 +173,33 @@ def test_in_float64_a_model_is_its_plain_loops(
 def test_every_way_to_score_gives_the_models_scores(
     schema: RequestSchema, config: ModelConfig, sizes: Shapes, seed: int
 ) -> None:
-    ranker, batch = model_of(schema, config), RequestBatch.from_requests(make_requests(schema, sizes, seed), schema)
+    requests = make_requests(schema, sizes, seed)
+    assert_every_way_is_the_same(model_of(schema, config), RequestBatch.from_requests(requests, schema))
+
+
+def assert_every_way_is_the_same(ranker: ModelRanker, batch: RequestBatch) -> None:
     batch = replace(batch, users=torch.arange(len(batch)))
     shorter = batch.keep_latest(1)
     with torch.no_grad():
         expected = {False: ranker(batch.to_impressions()), True: ranker(shorter.to_impressions())}
         assert_same(ranker(batch), expected[False])
+        assert_same(ranker.score_candidates(ranker.encode_request(batch), batch), expected[False])
     for backend in ("eager", "auto"):
         cached = AmortizedScorer(ranker, 2, HistoryCache(2**20), backend=backend)
         for scorer in (AmortizedScorer(ranker, backend=backend), cached):
             # Longer histories extend what is cached, where that can be.
             for is_short in (True, False, False):
                 assert_same(scorer.score(shorter if is_short else batch), expected[is_short])
+
+
+@pytest.mark.parametrize("kind", ["ids", "vector"])
+def test_histories_of_lists_or_of_vectors_alone_are_scored_every_way(kind: Any) -> None:
+    options: dict[str, Any] = {"table": "shared"} | ({"size": 4} if kind == "vector" else {"table_size": 9})
+    features = (Feature("of", "candidate", kind, **options), Feature("seen", "event", kind, history="seen", **options))
+    schema = RequestSchema("films", (*features, Feature("liked", "candidate", "label")))
+    ranker = build_model(schema, ModelConfig(**SMALL), seed=0).eval()
+    assert isinstance(ranker, ModelRanker)
+    assert_every_way_is_the_same(ranker, batch_of(schema, [((3,), 2), ((0,), 1)]))
 
 
 def assert_same(logits: Tensor, expected: Tensor) -> None:
@@ -284,9 +299,9 @@ def test_a_history_that_no_candidate_shares_a_table_with_is_told() -> None:
     build_model(schema, ModelConfig(**SMALL, history="none"))
 
 
-def test_a_managed_table_is_refused_beside_several_histories() -> None:
-    schema = SCHEMA.with_tables({"film": TableConfig(vocabulary="managed")})
-    with pytest.raises(InputError, match="table 'film' is managed, which goes with one history of items alone: train"):
+def test_a_managed_table_that_no_history_is_read_by_is_told() -> None:
+    schema = SCHEMA.with_tables({"film_id": TableConfig(vocabulary="managed")})
+    with pytest.raises(InputError, match="table 'film_id' of 'film_id' is managed, but the model reads no history of"):
         build_model(schema, ModelConfig(**SMALL))
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,10 +14,13 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from tests.conftest import MAX_HISTORY, make_requests
 from tests.launch import torchrun
 from tests.models.test_managed import MANAGED
+from tests.schemas import THREE, Shapes
+from tests.schemas import make_requests as requests_of_three
 from tests.training.test_training import arguments, checkpoints, cut_back, losses, refused
-from torchrec_amort import AmortizedScorer, ModelConfig, RequestBatch, build_model
+from torchrec_amort import AmortizedScorer, ModelConfig, RequestBatch, TableConfig, build_model
 from torchrec_amort.apps import evaluate, train
 from torchrec_amort.data.reader import RequestDataset
+from torchrec_amort.data.writer import write_requests
 from torchrec_amort.training.loop import GlobalBatchTrain
 from torchrec_amort.training.run import load_model
 from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
@@ -110,3 +114,55 @@ def test_two_ranks_train_go_on_and_are_read_by_one_process(
     scores = [scorer.score(batch) for batch in DataLoader(data, batch_size=None)]
     expected = np.load(run / "predictions-test.npz")["logits"]
     np.testing.assert_allclose(np.sort(torch.cat(scores).numpy(), 0), np.sort(expected, 0), atol=1e-5)
+
+
+def test_two_ranks_train_a_managed_table_of_several_histories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    splits = {}
+    for seed, (split, count) in enumerate({"train": 192, "validation": 8, "test": 30}.items()):
+        shapes = [((row % 5, row % 3, row % 4), 1 + row % 3) for row in range(count)]
+        requests = [
+            {**request, "request_id": 1000 * seed + row}
+            for row, request in enumerate(requests_of_three(THREE, shapes, seed))
+        ]
+        splits[split] = [pa.Table.from_pylist(requests, THREE.arrow_schema())]
+    write_requests(data, THREE, splits)
+    table = "--tables.film={rows: 12, width: 4, vocabulary: managed}"
+    torchrun(2, "train", *arguments(data, run, table, "--model.eviction_interval=2"))
+    line = refused(capsys, evaluate.main, ["--run_folder", str(run)])
+    assert "the managed table 'film' was spread over 2 ranks, and there are 1 now" in line
+    torchrun(2, "evaluate", "--run_folder", str(run), "--save_predictions=true")
+    model, _, schema = load_model(str(run))
+    (ids,) = (ids for name, ids in model.state_dict().items() if name.endswith("film._mch_sorted_raw_ids"))
+    # Each rank has a row for all ids that have none.
+    assert int((ids < 30).sum()) == 10
+    scorer, read = AmortizedScorer(model), RequestDataset(data, "test", batch_size=30, schema=schema)
+    scores = [scorer.score(batch) for batch in DataLoader(read, batch_size=None)]
+    expected = np.load(run / "predictions-test.npz")["logits"]
+    np.testing.assert_allclose(np.sort(torch.cat(scores).numpy(), 0), np.sort(expected, 0), atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_torchrecs_pipeline_takes_a_managed_table_of_several_histories_ahead() -> None:
+    schema = THREE.with_tables({"film": TableConfig(rows=12, width=4, vocabulary="managed")})
+    config = ModelConfig(embedding_dim=8, history_layers=1, history_length=6, eviction_interval=2)
+    shapes: Shapes = [((3, 2, 0), 3), ((0, 0, 0), 1), ((4, 1, 5), 2)]
+    results = []
+    for kind in (TrainPipelineSparseDist, TrainPipelineBase):
+        torch.manual_seed(0)
+        train_module = GlobalBatchTrain(build_model(schema, config, seed=0))
+        model = shard(train_module, device=torch.device("cpu"), optimizer=OptimizerConfig(), batch_size=3)
+        model.module.train()
+        batches = iter(
+            [RequestBatch.from_requests(requests_of_three(THREE, shapes, seed), schema) for seed in range(8)]
+        )
+        pipeline = kind(model.module, model.optimizer, torch.device("cpu"))
+        results.append([float(pipeline.progress(batches)[0].detach()) for _ in range(6)])
+        if kind is TrainPipelineSparseDist:
+            kinds = [type(module).__mro__ for module in pipeline._pipelined_modules]
+            assert sum(ShardedManagedCollisionEmbeddingCollection in mro for mro in kinds) == 1
+            # Two widths of plain tables, and the bags of both sides.
+            assert len(kinds) == 5
+    assert results[0] == pytest.approx(results[1], rel=1e-6)

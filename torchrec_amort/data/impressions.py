@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from tqdm import tqdm
 
 from torchrec_amort.batch import RequestBatch
@@ -39,6 +40,7 @@ from torchrec_amort.data.splits import lists_of, split_bounds
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_folder, write_json
+from torchrec_amort.jagged_ids import taken
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 
@@ -277,25 +279,30 @@ class _Disagreements:
 
 def _differing(array: pa.Array, rows: np.ndarray) -> np.ndarray:
     """Those of the rows that differ from the row before them."""
+    return rows[_are_unlike(array, rows, rows - 1)]
+
+
+def _are_unlike(array: pa.Array, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether each of the rows differs from another one: bool [rows]."""
     if not pa.types.is_list(array.type):
+        if array.null_count or pa.types.is_string(array.type):
+            array = array.dictionary_encode(null_encoding="encode").indices
         values = array.to_numpy()
-        return rows[values[rows] != values[rows - 1]]
-    values, lengths = array.flatten().to_numpy(), array.value_lengths().to_numpy()
-    is_long = lengths[rows] == lengths[rows - 1]
-    compared = rows[is_long]
-    sizes = lengths[compared]
-    ends = np.cumsum(sizes)
-    entries = np.arange(ends[-1] if len(ends) else 0) + np.repeat(
-        np.cumsum(lengths, dtype=np.int64)[compared] - ends, sizes
-    )
-    is_other = values[entries] != values[entries - np.repeat(sizes, sizes)]
-    differing = np.searchsorted(ends, np.flatnonzero(is_other), side="right")
-    return np.union1d(rows[~is_long], compared[differing])
+        return np.asarray(values[rows] != values[others])
+    # A null list is not an empty one.
+    lengths = array.value_lengths().fill_null(-1).to_numpy().astype(np.int64)
+    unlike = lengths[rows] != lengths[others]
+    compared = np.flatnonzero(~unlike & (lengths[rows] > 0))
+    all_lists = torch.from_numpy(lengths.clip(min=0))
+    one, other = (taken(all_lists, torch.from_numpy(of[compared]))[0].numpy() for of in (rows, others))
+    row_of_entry = np.repeat(compared, lengths[rows[compared]])
+    unlike[row_of_entry[_are_unlike(array.flatten(), one, other)]] = True
+    return unlike
 
 
 def _difference(first: Any, second: Any) -> tuple[str, str]:
     """What two values are, told by the first entry that differs if they are lists."""
-    if not isinstance(first, list):
+    if not isinstance(first, list) or second is None:
         return f"is {first}", str(second)
     if len(first) != len(second):
         return f"lists {len(first)} entries", str(len(second))
@@ -326,7 +333,7 @@ class _Merged:
         writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
         with progress(total=self.log.num_rows, desc="read", unit="rows") as bar:
             try:
-                for first_row, batch in self.log.batches(list(self.log.types)):
+                for first_row, batch in self.log.batches(list(self.log.fields)):
                     self.impressions.add(batch)
                     table = self._merge(self._single_candidates(batch, first_row))
                     place = table[PLACE].to_numpy()
@@ -426,11 +433,13 @@ def _bytes_of_rows(table: pa.Table) -> np.ndarray:
 
 
 def _values_of_rows(array: pa.Array) -> np.ndarray:
-    """How many values, and lists in lists, each row has: [rows]."""
+    """How many values of 8 bytes, and lists in lists, each row has: [rows]."""
+    if pa.types.is_string(array.type):
+        return 1 + pc.binary_length(array).fill_null(0).to_numpy().astype(np.int64) // 8
     if not pa.types.is_list(array.type):
         return np.ones(len(array), np.int64)
     ends = np.cumsum(_values_of_rows(array.flatten()), dtype=np.int64)
-    lengths = array.value_lengths().to_numpy()
+    lengths = array.value_lengths().fill_null(0).to_numpy()
     return np.diff(np.concatenate([[0], ends])[np.cumsum(lengths, dtype=np.int64)], prepend=0) + 1
 
 
@@ -550,6 +559,8 @@ def _size(array: pa.Array) -> tuple[int, int]:
     if pa.types.is_list(array.type):
         values, size = _size(array.flatten())
         return values, size + 4 * len(array)
+    if pa.types.is_string(array.type):
+        return len(array), (pc.sum(pc.binary_length(array)).as_py() or 0) + 4 * len(array)
     return len(array), len(array) * array.type.bit_width // 8
 
 

@@ -275,8 +275,15 @@ def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch
         for name, (history, of_tower) in settings.items()
     }
     dim = config.embedding_dim
-    sparse = build_collection(schema, towers, dim, leave_out=config.leave_out, device=device)
-    num_dense = sum(f.num_inputs for features in schema.dense_features.values() for f in features)
+    sparse = build_collection(
+        schema,
+        towers,
+        dim,
+        leave_out=config.leave_out,
+        device=device,
+        eviction_interval=config.eviction_interval,
+    )
+    num_dense = sum(schema.num_dense.values())
     layers = {
         "dense_in_features": max(1, num_dense),
         "dense_arch_layer_sizes": [*config.dense_layers, dim],
@@ -354,13 +361,13 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
             "more: add one, such as Feature('item_id', 'candidate', 'id', table_size, column='candidate_item')"
         )
     dim = config.embedding_dim
-    has_history, tables = config.history != "none", Tables(schema, dim, device)
+    has_history, tables = config.history != "none", Tables(schema, dim, device, config.eviction_interval)
     candidate_bags = tables.bags(schema.bag_features["candidate"])
     assert candidate_bags is not None
     return AmortizedDLRM(
         candidate_embedding_bag_collection=candidate_bags,
         request_embedding_bag_collection=tables.bags(schema.bag_features["request"]),
-        dense_in_features=sum(f.num_inputs for features in schema.dense_features.values() for f in features),
+        dense_in_features=sum(schema.num_dense.values()),
         dense_arch_layer_sizes=[*config.dense_layers, dim],
         over_arch_layer_sizes=[*config.over_layers, len(schema.labels)],
         history_embedding_collection=_sequences(schema, config, tables) if has_history else None,
@@ -447,4 +454,4 @@ def _sequences(schema: RequestSchema, config: ModelConfig, tables: Tables) -> Em
         assert plain is not None
         return plain
     (item,) = (table for table in configs if table.name in managed)
-    return SequenceTables(ManagedCollection(item, config.eviction_interval, tables.device), plain)
+    return SequenceTables(tables.managed(item), plain)

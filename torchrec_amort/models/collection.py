@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_weights
 from torchrec_amort.models.bags import Bags, Reads, Rows, SequenceBag, bag_of, place_of
@@ -331,10 +331,14 @@ def _features(tables: Iterable[BaseEmbeddingConfig]) -> list[str]:
 
 def _without(sequences: KeyedJaggedTensor, is_left_out: Callable[[str], bool]) -> KeyedJaggedTensor:
     # The same keys in the same order: a sharded collection takes those of its first batch for those of all.
-    jagged, none = sequences.to_dict(), (sequences.values()[:0], sequences.lengths().new_zeros(sequences.stride()))
-    rows = [none if is_left_out(name) else (of.values(), of.lengths()) for name, of in jagged.items()]
-    values, lengths = zip(*rows, strict=True)
-    return KeyedJaggedTensor(sequences.keys(), torch.cat(values), lengths=torch.cat(lengths), stride=sequences.stride())
+    none = JaggedTensor(sequences.values()[:0], lengths=sequences.lengths().new_zeros(sequences.stride()))
+    rows = [none if is_left_out(name) else of_name for name, of_name in sequences.to_dict().items()]
+    return KeyedJaggedTensor(
+        sequences.keys(),
+        torch.cat([none.values(), *(of_name.values() for of_name in rows)]),
+        lengths=torch.cat([sequences.lengths()[:0], *(of_name.lengths() for of_name in rows)]),
+        stride=sequences.stride(),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The managed vocabulary: a table of items that learns in training which ids get a row of their own.
+"""The managed vocabulary: a table of events and candidates that learns in training which ids get a row of their own.
 
 It is TorchRec's zero collision hash (`MCHManagedCollisionModule`). All that is private to TorchRec is in this file; it
 was tried with torchrec 1.8.0.
@@ -6,6 +6,7 @@ was tried with torchrec 1.8.0.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ from torchrec_amort.errors import InputError
 # What the keys of a map in a state dict have, and those of its table.
 MAP = "._managed_collision_collection."
 TABLE = "._embedding_module"
-_FIRST_ROWS = f"{MAP}_managed_collision_modules.item._output_segments_tensor"
+_FIRST_ROWS = re.compile(rf"{re.escape(MAP)}_managed_collision_modules\.(.*)\._output_segments_tensor$")
 
 
 class _Map(MCHManagedCollisionModule):
@@ -65,7 +66,7 @@ class _Map(MCHManagedCollisionModule):
 
 
 class ManagedCollection(ManagedCollisionEmbeddingCollection):
-    """An EmbeddingCollection of one table, `item`, whose ids are any from 0 to 2**63 - 2.
+    """An EmbeddingCollection of one table, whose ids are any from 0 to 2**63 - 2.
 
     Made for the ranks of the default process group, or this process alone. Rows that change hands are drawn anew only
     once it is sharded.
@@ -83,8 +84,8 @@ class ManagedCollection(ManagedCollisionEmbeddingCollection):
         ranks, rows = dist.get_world_size() if dist.is_initialized() else 1, table.num_embeddings
         if rows - -(-rows // ranks) * (ranks - 1) < 2:
             raise InputError(
-                f"table 'item' is managed and has {rows} rows for {ranks} ranks: each needs 2, the last one's rest "
-                "included"
+                f"table {table.name!r} is managed and has {rows} rows for {ranks} ranks: each needs 2, the last one's "
+                "rest included"
             )
         if eviction_interval < 1:
             raise InputError(f"model.eviction_interval is {eviction_interval}: give 1 or more")
@@ -99,7 +100,7 @@ class ManagedCollection(ManagedCollisionEmbeddingCollection):
         )
         super().__init__(
             EmbeddingCollection(tables=[table], device=device),
-            ManagedCollisionCollection({"item": rows_of_ids}, [table]),
+            ManagedCollisionCollection({table.name: rows_of_ids}, [table]),
         )
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
@@ -112,25 +113,25 @@ class ManagedCollection(ManagedCollisionEmbeddingCollection):
             return super().forward(features)
         # TorchRec would take all batches for ones whose keys are in the first one's order.
         (table,) = self.embedding_configs()
-        known = self._managed_collision_collection._managed_collision_modules["item"]
+        known = self._managed_collision_collection._managed_collision_modules[table.name]
         rows = known.remap({name: features[name] for name in table.feature_names})
         return self._embedding_module(KeyedJaggedTensor.from_jt_dict(rows)), None
 
 
 class SequenceTables(nn.Module):
-    """A managed table of items and plain tables of other event features, as one collection.
+    """A managed table and plain tables of other event features, as one collection.
 
     TorchRec's collections are of one kind or the other.
 
     Args:
-        managed: the table of items.
+        managed: the managed table.
         plain: the others, if there are any.
     """
 
     def __init__(self, managed: ManagedCollection, plain: EmbeddingCollection | None) -> None:
         super().__init__()
         self.managed, self.plain = managed, plain
-        self.item_features = [name for table in managed.embedding_configs() for name in table.feature_names]
+        self.managed_features = [name for table in managed.embedding_configs() for name in table.feature_names]
         others = [] if plain is None else plain.embedding_configs()
         self._other_features = [name for table in others for name in table.feature_names]
 
@@ -140,8 +141,8 @@ class SequenceTables(nn.Module):
 
     def forward(self, sequences: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Embeddings by feature."""
-        items, _ = self.managed(sequences)
-        embeddings = {name: items[name] for name in self.item_features}
+        of_managed, _ = self.managed(sequences)
+        embeddings = {name: of_managed[name] for name in self.managed_features}
         if self.plain is not None:
             others = self.plain(sequences)
             embeddings |= {name: others[name] for name in self._other_features}
@@ -205,10 +206,10 @@ def refuse_other_ranks(weights: Mapping[str, Any], source: str) -> None:
         InputError: they are of another number of ranks.
     """
     for name, first_rows in weights.items():
-        if name.endswith(_FIRST_ROWS) and dist.is_initialized():
+        if (found := _FIRST_ROWS.search(name)) and dist.is_initialized():
             ranks = int((first_rows >= 0).sum()) - 1
             if ranks != dist.get_world_size():
                 raise InputError(
-                    f"{source}: the managed table of items was spread over {ranks} ranks, and there are "
+                    f"{source}: the managed table {found[1]!r} was spread over {ranks} ranks, and there are "
                     f"{dist.get_world_size()} now: use as many as it was trained on"
                 )

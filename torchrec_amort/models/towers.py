@@ -17,6 +17,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec_amort.errors import InputError
 from torchrec_amort.models.bags import SequenceBag
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
+from torchrec_amort.models.managed import ManagedCollection, SequenceTables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import HistoryTower
@@ -45,6 +46,7 @@ def build_collection(
     *,
     leave_out: Collection[str] = (),
     device: torch.device | None = None,
+    eviction_interval: int = 10,
 ) -> AmortizedEmbeddingBagCollection:
     """The collection of a schema's tables and histories.
 
@@ -56,12 +58,14 @@ def build_collection(
         dim: D, width of tables that have no other, and of all bags.
         leave_out: features that are not read.
         device: where to put the tables.
+        eviction_interval: steps after which a managed table gives rows to other ids.
 
     Returns:
         AmortizedEmbeddingBagCollection: with a bag for each other feature that is looked up.
 
     Raises:
-        InputError: no feature of candidates shares a table with a history, or a file of vectors does not fit.
+        InputError: no feature of candidates shares a table with a history, a managed table is of no history, or a file
+            of vectors does not fit.
 
     Example::
 
@@ -69,16 +73,12 @@ def build_collection(
         parts = TowerParts("history", arch, partial(EventEncoder, embedding_dim=32, max_length=100))
         sparse = build_collection(schema, {"history": parts}, 32)
     """
-    if managed := sorted({f.table for f in schema.features if f.vocabulary == "managed"}):
-        raise InputError(
-            f"schema {schema.dataset!r}: table {managed[0]!r} is managed, which goes with one history of items alone: "
-            "train with vocabulary 'hash' for it"
-        )
     read = {feature.name for feature in schema.features} - set(leave_out)
-    tables = Tables(schema, dim, device)
+    tables = Tables(schema, dim, device, eviction_interval)
     listed = [feature for feature in schema.sequence_features if feature.name in read]
     of_events = {feature.table for feature in schema.of("event") if feature.is_looked_up}
     bags = [f for f in listed if f.side == "request" or (f.side == "candidate" and f.table not in of_events)]
+    tables.refuse_managed(bags)
     histories = {parts.history for parts in towers.values()}
     of_towers = {f.table for f in listed if f.side == "event" and f.history in histories}
     others = [f for f in listed if f.table in of_towers and (f.side == "candidate" or f.history in histories)]
@@ -100,7 +100,7 @@ def _tower(
     name: str,
     schema: RequestSchema,
     parts: TowerParts,
-    sequences: Sequence[EmbeddingCollection],
+    sequences: Sequence[EmbeddingCollection | SequenceTables],
     read: Collection[str],
 ) -> HistoryTower:
     events = [feature for feature in schema.histories[parts.history] if feature.name in read]
@@ -130,14 +130,15 @@ class Tables:
         schema: of the features.
         dim: width of tables that have no other.
         device: where to put them.
+        eviction_interval: steps after which a managed table gives rows to other ids.
 
     Example::
 
-        bags = Tables(schema, 32, None).bags(schema.bag_features["candidate"])
+        bags = Tables(schema, 32, None, 10).bags(schema.bag_features["candidate"])
     """
 
-    def __init__(self, schema: RequestSchema, dim: int, device: torch.device | None) -> None:
-        self.device = device
+    def __init__(self, schema: RequestSchema, dim: int, device: torch.device | None, eviction_interval: int) -> None:
+        self.device, self._eviction_interval = device, eviction_interval
         self._schema, self._dim = schema, dim
 
     @staticmethod
@@ -162,8 +163,26 @@ class Tables:
             return partial(nn.init.normal_, std=width**-0.5)
         return partial(_copy, vectors=_vectors(Path(file), rows, width, name))
 
+    def refuse_managed(self, features: Sequence[Feature]) -> None:
+        """Refuse features that become bags and are of a managed table.
+
+        Raises:
+            InputError: one is.
+        """
+        for feature in features:
+            if feature.vocabulary == "managed":
+                raise InputError(
+                    f"schema {self._schema.dataset!r}: table {feature.table!r} of {feature.name!r} is managed, but the "
+                    "model reads no history of it: train with vocabulary 'hash' for it"
+                )
+
     def bags(self, features: Sequence[Feature]) -> EmbeddingBagCollection | None:
-        """Bags of features; several ids are averaged. None of none."""
+        """Bags of features; several ids are averaged. None of none.
+
+        Raises:
+            InputError: one is of a managed table.
+        """
+        self.refuse_managed(features)
         tables = [
             EmbeddingBagConfig(
                 name=name,
@@ -190,12 +209,22 @@ class Tables:
             for name, of_table in self._of(features).items()
         ]
 
-    def sequences(self, features: Sequence[Feature]) -> list[EmbeddingCollection]:
-        """A collection for each width, since TorchRec's have one."""
+    def sequences(self, features: Sequence[Feature]) -> list[EmbeddingCollection | SequenceTables]:
+        """A collection for each width, since TorchRec's have one, and one of the table that is managed."""
+        managed = {feature.table for feature in features if feature.vocabulary == "managed"}
         of_widths: dict[int, list[EmbeddingConfig]] = {}
+        collections: list[EmbeddingCollection | SequenceTables] = []
         for table in self.of_sequences(features):
-            of_widths.setdefault(table.embedding_dim, []).append(table)
-        return [EmbeddingCollection(tables=tables, device=self.device) for tables in of_widths.values()]
+            if table.name in managed:
+                collections.append(SequenceTables(self.managed(table), None))
+            else:
+                of_widths.setdefault(table.embedding_dim, []).append(table)
+        plain = [EmbeddingCollection(tables=tables, device=self.device) for tables in of_widths.values()]
+        return [*plain, *collections]
+
+    def managed(self, table: EmbeddingConfig) -> ManagedCollection:
+        """The collection of a managed table."""
+        return ManagedCollection(table, self._eviction_interval, self.device)
 
 
 def _vectors(path: Path, rows: int, width: int, table: str) -> Tensor:

@@ -153,12 +153,7 @@ class HistoryTower(nn.Module):
         Raises:
             InputError: there are more or fewer numbers than the tower reads.
         """
-        expected = self.numbers.get(feature)
-        if expected is not None and rows.shape[1] != expected:
-            raise InputError(
-                f"batch: dense_sequences[{feature!r}] has {rows.shape[1]} numbers for each entry, but tower "
-                f"{self.name!r} reads {expected}"
-            )
+        refuse_other_numbers(self.name, feature, rows, self.numbers)
         fitted: Tensor = self.fit(feature)(rows)
         return fitted
 
@@ -252,3 +247,23 @@ class HistoryTower(nn.Module):
         if self.gate is not None:
             vectors_CSW = vectors_CSW * self.gate
         return vectors_CSW.unbind(1)
+
+
+def refuse_other_numbers(tower: str, feature: str, rows: Tensor, numbers: Mapping[str, int]) -> None:
+    """Refuse more or fewer numbers than a tower reads.
+
+    Args:
+        tower: its name, for the error message.
+        feature: of its events or candidates.
+        rows: that the feature has, [entries, their number].
+        numbers: of an entry of each feature that is numbers.
+
+    Raises:
+        InputError: there are others.
+    """
+    expected = numbers.get(feature)
+    if expected is not None and rows.shape[1] != expected:
+        raise InputError(
+            f"batch: dense_sequences[{feature!r}] has {rows.shape[1]} numbers for each entry, but tower {tower!r} "
+            f"reads {expected}"
+        )

@@ -270,7 +270,8 @@ def _why_other_tables(ranker: CollectionRanker, collections: Mapping[str, nn.Mod
             return f"{name} looks ids up outside of its collection"
     for module in collections.values():
         if isinstance(module, SequenceTables):
-            return "its table of items is managed, and packages do not hold which ids have its rows"
+            (table,) = module.managed.embedding_configs()
+            return f"its table {table.name!r} is managed, and packages do not hold which ids have its rows"
         if isinstance(module, EmbeddingBagCollection) and module.is_weighted():
             return "its bags are weighted, and the requests of a schema have no weights"
     # Quantizing copies tables, not what else a collection does.
@@ -301,7 +302,7 @@ def _compile(
     widths, num_candidates = collection.bags.own_widths, 5
     limits = [tower.event_encoder.max_length for tower in collection.towers]
     num_events = min([6, *(limit for limit in limits if limit is not None)])
-    num_dense = {side: len(schema.of(side, "dense")) for side in ("request", "candidate")}
+    num_dense = schema.num_dense
     head = phases.head(num_dense["request"])
     if head is not None and not head.is_cheaper(1, _USUAL_CANDIDATES):
         head = None

@@ -135,13 +135,12 @@ class Dlrm:
         return (CrossHead if self.is_crossed else DotHead)(self, num_of_request, encoder, dtype)
 
 
-def dlrm_of(ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollection, dtype: torch.dtype) -> Dlrm | str:
+def dlrm_of(ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollection) -> Dlrm | str:
     """A ranker as a DLRM that native code can serve, or why it is none.
 
     Args:
         ranker: any.
         collection: the one of the ranker.
-        dtype: of the head's weights.
     """
     parts: Any = ranker
     reads = "both"
@@ -159,7 +158,7 @@ def dlrm_of(ranker: CollectionRanker, collection: AmortizedEmbeddingBagCollectio
     bags = list(collection.bags.widths)
     dim = next(iter(collection.bags.widths.values()))
     dlrm = Dlrm(parts, dim, bags, bags_of(collection, "request"), reads)
-    return _why_other_parts(dlrm) or _why_no_kernel(dlrm, dtype) or dlrm
+    return _why_other_parts(dlrm) or dlrm
 
 
 def _why_other_model(ranker: ModelRanker, collection: AmortizedEmbeddingBagCollection) -> str | None:
@@ -217,8 +216,13 @@ def _num_new_slots(dlrm: Dlrm) -> int:
     return inter_arch.num_new_slots if isinstance(inter_arch, AttachedInteractionArch) else 0
 
 
-def _why_no_kernel(dlrm: Dlrm, dtype: torch.dtype) -> str | None:
-    """Why native code cannot serve such a DLRM here, or None if it can."""
+def why_no_kernel(dlrm: Dlrm, dtype: torch.dtype) -> str | None:
+    """Why native code cannot serve such a DLRM here, or None if it can.
+
+    Args:
+        dlrm: of any size.
+        dtype: of the head's weights.
+    """
     dense, over = dlrm.parts.dense_arch, dlrm.parts.over_arch
     if any(activation is not torch.relu for activation in (*activations(dense), *activations(over))):
         return "it knows ReLU only"

@@ -260,7 +260,7 @@ class SequenceLookup:
         self._features = [name for table in tables for name in table.feature_names]
         self._weights: dict[str, Tensor] | None = None
         if isinstance(collection, SequenceTables):
-            self.table_sizes |= dict.fromkeys(collection.item_features, ANY_ID)
+            self.table_sizes |= dict.fromkeys(collection.managed_features, ANY_ID)
         elif _is_plain(collection):
             self._weights = {
                 name: collection.embeddings[table.name].weight.detach()

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.errors import InputError
 from torchrec_amort.models.bags import Reads, SequenceBag
 from torchrec_amort.modules.encoder import HistoryState
-from torchrec_amort.modules.tower import CANDIDATE_ITEM
+from torchrec_amort.modules.tower import CANDIDATE_ITEM, refuse_other_numbers
 from torchrec_amort.ops.native import why_no_build
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, SequenceLookup
@@ -81,7 +81,7 @@ def load_package(folder: str | Path) -> Served:
     sequence_bags = {name: SequenceBag(**bag) for name, bag in manifest["sequence_bags"].items()}
     return Served(
         Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, sequence_bags),
-        _PackagedPhases(folder, manifest),
+        _PackagedPhases(folder, manifest, schema),
         manifest["history_lengths"],
         device,
         schema,
@@ -165,8 +165,10 @@ def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class _PackagedPhases(Phases):
     """The compiled phases of a package, request by request."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], schema: RequestSchema) -> None:
         self._manifest = manifest
+        # A package has scored requests of its schema: its towers read these numbers.
+        self._numbers = {feature.name: feature.num_inputs for feature in schema.dense_sequence_features}
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
         self._towers: dict[str, int] = {name: place for place, name in enumerate(manifest["reads"])}
         open_: Any = lambda name: torch._inductor.aoti_load_package(str(folder / name))  # noqa: E731
@@ -192,10 +194,17 @@ class _PackagedPhases(Phases):
 
     def encode(self, terms: RequestTerms, tower: str, events: Embeddings, lengths_B: Tensor) -> HistoryState:
         """Phase one of B histories."""
-        rows = [events[feature].tensor() for feature in self._manifest["reads"][tower]["events"]]
+        rows = self._rows(tower, "events", events)
         of_each = zip(*(rows_NW.split(lengths_B.tolist()) for rows_NW in rows), strict=True)
         states = [self._encode(self._towers[tower], of_request) for of_request in of_each]
         return states[0] if len(states) == 1 else HistoryState.cat(states)
+
+    def _rows(self, tower: str, of: Literal["events", "items"], given: Embeddings) -> list[Tensor]:
+        """What a tower reads of its events or candidates: compiled code checks no sizes."""
+        rows = {feature: given[feature].tensor() for feature in self._manifest["reads"][tower][of]}
+        for feature, rows_of_feature in rows.items():
+            refuse_other_numbers(tower, feature, rows_of_feature, self._numbers)
+        return list(rows.values())
 
     def _encode(self, place: int, events: Sequence[Tensor]) -> HistoryState:
         num_keys = self._manifest["num_keys"][place]
@@ -225,11 +234,7 @@ class _PackagedPhases(Phases):
         counts = batch.num_candidates.tolist()
         states = [[state[row] for state in histories[name] for row in range(len(state))] for name in self._towers]
         bags_CW = [bags[bag].tensor() for bag in self._manifest["candidate_bags"]]
-        items_CW = [
-            items[name][feature].tensor()
-            for name, reads in self._manifest["reads"].items()
-            for feature in reads["items"]
-        ]
+        items_CW = [rows_CW for name in self._towers for rows_CW in self._rows(name, "items", items[name])]
         logits, stop = [], 0
         for row, count in enumerate(counts):
             start, stop = stop, stop + count

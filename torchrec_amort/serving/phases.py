@@ -27,7 +27,7 @@ from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.plain import Plain, why_patched
 from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.ops.native import EmbeddingRows
-from torchrec_amort.serving.heads import Dlrm, Head, dlrm_of
+from torchrec_amort.serving.heads import Dlrm, Head, dlrm_of, why_no_kernel
 from torchrec_amort.serving.lookup import Embeddings, bags_of
 from torchrec_amort.serving.native_encoder import NativeEncoder, why_not_native
 
@@ -137,10 +137,13 @@ class RankerPhases(Phases):
         self.request_bags, self.candidate_bags = (bags_of(collection, side) for side in ("request", "candidate"))
         may_be_native = backend in ("auto", "native")
         self.towers = {tower.name: ServedTower(tower, dtype, may_be_native) for tower in collection.towers}
-        dlrm = dlrm_of(ranker, collection, dtype)
-        self._dlrm: Dlrm | None = dlrm if isinstance(dlrm, Dlrm) and may_be_native else None
+        known = dlrm_of(ranker, collection)
+        why_no_head = known if isinstance(known, str) else why_no_kernel(known, dtype)
+        # What it reads is known, whatever computes it.
+        self._known = known if isinstance(known, Dlrm) else None
+        self._dlrm = self._known if may_be_native and why_no_head is None else None
         not_native = [f"encoder: {tower.not_native}" for tower in self.towers.values() if tower.not_native is not None]
-        not_native += [f"head: {dlrm}"] if isinstance(dlrm, str) else []
+        not_native += [f"head: {why_no_head}"] if why_no_head is not None else []
         self._refuse_or_tell(not_native, backend)
         self._heads: dict[int, Head] = {}
         # The tower whose vector is the last slot, if heads can make it as well.
@@ -177,8 +180,8 @@ class RankerPhases(Phases):
 
     def request(self, batch: RequestBatch, bags: Embeddings) -> RequestTerms:
         """Phase one of all but histories; see `Phases.request`."""
-        if self._dlrm is not None:
-            self._dlrm.refuse_other_dense(batch)
+        if self._known is not None:
+            self._known.refuse_other_dense(batch)
         head = self.head(batch.request_dense.shape[1])
         if head is not None and head.is_cheaper(len(batch), batch.stride()):
             return RequestTerms(head.request(batch.request_dense, self.fitted(bags)), head)

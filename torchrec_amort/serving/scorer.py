@@ -18,7 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchrec_amort.batch import RequestBatch, refuse_missing_features, refuse_unequal_events, refuse_weights
+from torchrec_amort.batch import (
+    RequestBatch,
+    refuse_missing_features,
+    refuse_other_dtypes,
+    refuse_unequal_events,
+    refuse_weights,
+)
 from torchrec_amort.errors import InputError
 from torchrec_amort.lists import Entries, Lists, shortest
 from torchrec_amort.models.ranker import Call
@@ -171,6 +177,7 @@ class AmortizedScorer:
         if self.validate and isinstance(requests, RequestBatch):
             batch.validate(self._table_sizes)
             refuse_unequal_events(batch, self._events)
+            refuse_other_dtypes(batch)
         # Not only when batches are checked: weights that are left out crash nothing.
         for field, is_weighted in self._is_weighted.items():
             refuse_weights(field, getattr(batch, field), is_weighted)
@@ -287,7 +294,8 @@ class _History:
         self.num_events = int(next(iter(entries.values())).lengths.sum())
         fixed = [of_feature.values for of_feature in entries.values() if of_feature.num_ids is None]
         # What all features have of an event, together.
-        self._bytes = np.concatenate([_bytes_of(values, self.num_events) for values in fixed], axis=1)
+        none = np.empty((self.num_events, 0), np.uint8)
+        self._bytes = np.concatenate([none, *(_bytes_of(values, self.num_events) for values in fixed)], axis=1)
         self._lists = [
             (_bytes_of(of_feature.num_ids, self.num_events), of_feature)
             for of_feature in entries.values()
