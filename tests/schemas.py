@@ -46,7 +46,7 @@ THREE = RequestSchema(
 
 def _features(draw: st.DrawFn, side: Any, prefix: str, history: str) -> list[Feature]:
     """Some features of one side; ids of films and tags, and vectors, share what those of other sides have."""
-    kinds = draw(st.sets(st.sampled_from(["tags", "word", "words", "number", "content", "own", "age", "old", "gap"])))
+    kinds = draw(st.sets(st.sampled_from(["tags", "word", "words", "number", "seen", "content", "own", "age", "old", "gap"])))
     shared = draw(st.booleans())
     options: dict[str, Any] = {"history": history} if side == "event" else {}
     every = {
@@ -56,6 +56,7 @@ def _features(draw: st.DrawFn, side: Any, prefix: str, history: str) -> list[Fea
         ),
         "words": lambda name: Feature(name, side, "ids", 5, vocabulary="unknown", nullable=True, **options),
         "number": lambda name: Feature(name, side, "dense", **options),
+        "seen": lambda name: Feature(name, side, "count", **options),
         "content": lambda name: Feature(name, side, "vector", size=4, table="content" if shared else "", **options),
         "own": lambda name: Feature(name, side, "vector", size=2, **options),
         "age": lambda name: Feature(name, side, "age", 64, **options),
@@ -169,6 +170,8 @@ def entries_of(feature: Feature, request: dict[str, Any]) -> list[Any]:
         seconds = seconds_of(feature, request)
         return [[s.bit_length()] if feature.is_looked_up else [math.log2(1 + s)] for s in seconds]
     values = request[feature.source] if feature.side != "request" else [request[feature.source]]
+    if feature.kind == "count":
+        return [[math.log2(1 + value)] for value in values]
     if feature.is_looked_up:
         return [rows_of(feature, value) for value in values]
     return [value if feature.kind == "vector" else [value] for value in values]

@@ -96,7 +96,16 @@ class Rows:
         if feature.kind in KINDS_OF_TIMES:
             seconds = self._seconds(feature, entries.to_numpy(), lengths)
             return np.log2(1.0 + seconds).astype(np.float32)[:, None], lengths
-        return entries.to_numpy().astype(np.float32, copy=False)[:, None], lengths
+        numbers = entries.to_numpy().astype(np.float32, copy=False)
+        if feature.kind == "count":
+            if len(wrong := np.flatnonzero(numbers < 0)):
+                entry = int(wrong[0])
+                raise InputError(
+                    f"{self._at(self._row_of(lengths, entry))}: {feature.source} has a count of {numbers[entry]}: write "
+                    "0 or more, or give it kind 'dense'"
+                )
+            numbers = np.log2(1 + numbers)
+        return numbers[:, None], lengths
 
     def dense(self, side: Side) -> Tensor:
         """The numbers of a side: [rows, their number]; it may have none."""

@@ -22,15 +22,15 @@ FORMAT_VERSION = 2
 SCHEMA_FILE = "schema.json"
 
 Side = Literal["request", "candidate", "event"]
-Kind = Literal["id", "ids", "item", "dense", "vector", "age", "gap", "weight", "label"]
+Kind = Literal["id", "ids", "item", "dense", "count", "vector", "age", "gap", "weight", "label"]
 VocabularyKind = Literal["refuse", "unknown", "hash", "file", "managed"]
 Content = Literal["id", "text", "time", "number"]
 
 # What may stand on which side.
 KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
-    "request": ("id", "ids", "dense", "vector", "age", "weight"),
-    "candidate": ("item", "id", "ids", "dense", "vector", "age", "weight", "label"),
-    "event": ("item", "id", "ids", "dense", "vector", "age", "gap"),
+    "request": ("id", "ids", "dense", "count", "vector", "age", "weight"),
+    "candidate": ("item", "id", "ids", "dense", "count", "vector", "age", "weight", "label"),
+    "event": ("item", "id", "ids", "dense", "count", "vector", "age", "gap"),
 }
 KINDS_OF_IDS = ("id", "ids", "item")
 KINDS_OF_TIMES = ("age", "gap")
@@ -64,7 +64,7 @@ class Feature:
         name: key of the feature in a batch.
         side: whose feature it is: the request's, each candidate's, or each history event's.
         kind: what its column has for each request, candidate or event: `id` (one id), `ids` (a list of ids, whose
-            vectors are averaged), `dense` (a number), `vector` (a list of `size` numbers), `age` (a time, read as the
+            vectors are averaged), `dense` (a number), `count` (one of 0 or more, read as log2(1 + it)), `vector` (a list of `size` numbers), `age` (a time, read as the
             seconds from then to the request), `gap` (an event's time, read as the seconds from the event before; 0 for
             the first), `label` (a number from 0 to 1), `weight` (of the request's or the candidate's share of the loss,
             0 or more) or `item` (the same as `id` with `table="item"`).
