@@ -45,7 +45,7 @@ def impression_schema(schema: RequestSchema) -> pa.Schema:
     candidate = candidate_columns(schema)
     return pa.schema(
         [
-            pa.field(field.name, field.type.value_type if field.name in candidate else field.type, nullable=False)
+            pa.field(field.name, field.type.value_type if field.name in candidate else field.type, field.nullable)
             for field in schema.arrow_schema()
         ]
     )
@@ -115,7 +115,7 @@ class ImpressionLog:
         for path, present in names.items():
             refuse_columns(path, present, [*columns, *self.key], drop)
         types = impression_schema(schema)
-        self.types = {name: types.field(name).type for name in columns}
+        self.types = {name: types.field(name) for name in columns}
         self.contents = schema.contents
         self.rounded = rounded
 
@@ -215,9 +215,9 @@ class ImpressionLog:
                 row += batch.num_rows
 
     def _exact(self, name: str, column: pa.ChunkedArray, first_row: int) -> pa.Array:
-        rounded = name in self.rounded
+        field, rounded = self.types[name], name in self.rounded
         try:
-            return typed(column, self.types[name], self.contents[name], rounded=rounded, finite=True)
+            return typed(column, field.type, self.contents[name], rounded=rounded, finite=True, nullable=field.nullable)
         except MisfitError as misfit:
             where = self.at(first_row + misfit.place)
             advice = f", or name the column in rounded, {misfit.if_rounded}" if misfit.if_rounded else ""
