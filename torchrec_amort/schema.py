@@ -389,6 +389,11 @@ class RequestSchema:
         others = [f for f in self.features if f.num_inputs and f not in self.dense_sequence_features]
         return {side: tuple(f for f in others if f.side == side) for side in _SIDES_OF_BAGS}
 
+    @property
+    def num_dense(self) -> dict[str, int]:
+        """Columns of `RequestBatch.request_dense` and `candidate_dense`, by their side."""
+        return {side: sum(f.num_inputs for f in features) for side, features in self.dense_features.items()}
+
     @cached_property
     def table_sizes(self) -> dict[str, int]:
         """Ids that each feature that is looked up may have, the rows of its table or any if that is managed."""
@@ -415,7 +420,10 @@ class RequestSchema:
                 f"schema {self.dataset!r}: {unknown[0]!r} cannot be left out: the features that can are "
                 f"{sorted(optional)}"
             )
-        return replace(self, features=tuple(f for f in self.features if f.name not in left_out))
+        features = tuple(f for f in self.features if f.name not in left_out)
+        of_ids = {f.table for f in features if f.kind in KINDS_OF_IDS}
+        tables = {name: table for name, table in self.tables.items() if name in of_ids}
+        return replace(self, features=features, tables=tables)
 
     def without_pretrained(self) -> RequestSchema:
         """The schema with tables that start at random, of a model whose weights are loaded."""

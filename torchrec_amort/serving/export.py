@@ -301,7 +301,7 @@ def _compile(
     widths, num_candidates = collection.bags.own_widths, 5
     limits = [tower.event_encoder.max_length for tower in collection.towers]
     num_events = min([6, *(limit for limit in limits if limit is not None)])
-    num_dense = {side: len(schema.of(side, "dense")) for side in ("request", "candidate")}
+    num_dense = schema.num_dense
     head = phases.head(num_dense["request"])
     if head is not None and not head.is_cheaper(1, _USUAL_CANDIDATES):
         head = None
