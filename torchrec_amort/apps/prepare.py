@@ -36,8 +36,8 @@ class PrepareConfig:
             (see docs/data.md) unless given.
         histories: of kuairand: `one` of all that was shown, which is the default, or `separate` ones of what was
             clicked, what was viewed long and all that was shown.
-        history_of: of ebnerd: `own`, which is the default, or `another user`, a control: each user has the events of one
-            other user, all else equal.
+        history_of: of ebnerd: `own`, which is the default, or `another user`, a control: each user has the events of
+            one other user, all else equal.
         news: of mind: its news.tsv; that beside behaviors.tsv, if there is one, unless given.
         vectors: of mind: Parquet of columns id and vector; hashed bags of the news' words unless given.
     """
