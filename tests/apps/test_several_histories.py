@@ -15,6 +15,7 @@ import torch
 from tests.schemas import THREE, make_requests
 from torchrec_amort import AmortizedScorer, Feature, RequestBatch, load_package
 from torchrec_amort.apps import benchmark, compare, evaluate, export, migrate, pilot, throughput, train
+from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.hashing import Vocabulary
@@ -150,6 +151,11 @@ def test_compare_trains_arms_that_read_different_features(data: Path, tmp_path: 
     trained = (tmp_path / "narrow" / "setting-0" / "seed-0" / "evaluate-test.json").stat().st_mtime_ns
     compare.main(args)
     assert (tmp_path / "narrow" / "setting-0" / "seed-0" / "evaluate-test.json").stat().st_mtime_ns == trained
+
+
+def test_the_unknown_id_of_text_is_null(data: Path) -> None:
+    (batch,) = RequestDataset(data, "test", batch_size=60, seed=0, unknown_rate={"country": 1.0})
+    assert batch.request_sparse["country"].values().tolist() == [0] * 60
 
 
 def test_throughput_times_training_on_them(data: Path, tmp_path: Path) -> None:

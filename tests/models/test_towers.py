@@ -284,6 +284,13 @@ def test_a_history_that_no_candidate_shares_a_table_with_is_told() -> None:
     build_model(schema, ModelConfig(**SMALL, history="none"))
 
 
+def test_items_of_candidates_may_have_any_name() -> None:
+    features = (Feature("film", "candidate", "item", 30), Feature("seen", "event", "item", 30))
+    schema = RequestSchema("films", (*features, Feature("liked", "candidate", "label")))
+    batch = RequestBatch.from_requests([{"film": [1, 2], "seen": [3]}], schema)
+    assert build_model(schema, ModelConfig(**SMALL))(batch).shape == (2, 1)
+
+
 def test_a_managed_table_is_refused_beside_several_histories() -> None:
     schema = SCHEMA.with_tables({"film": TableConfig(vocabulary="managed")})
     with pytest.raises(InputError, match="table 'film' is managed, which goes with one history of items alone: train"):
