@@ -156,3 +156,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no public data at {folder}; set TORCHREC_AMORT_DATA")
     return folder
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages of programs as torch.export traces them: compiling takes long and is tested elsewhere."""
+
+    def save(program: torch.export.ExportedProgram, package_path: str) -> None:
+        torch.export.save(program, package_path)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", save)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: torch.export.load(path).module())

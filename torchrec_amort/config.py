@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,7 +74,8 @@ def with_overrides(config: Config, overrides: Mapping[str, Any], command: str) -
             fields = fields.get(part, {})
         if last not in fields:
             raise InputError(f"{name}: no such field of {command}: torchrec-amort {command} --help lists them")
-        fields[last] = value
+        # A parser makes namespaces of the mappings that it is given.
+        fields[last] = deepcopy(value)
     parser = parser_of(type(config), command)
     parser.exit_on_error = False
     try:

@@ -426,7 +426,10 @@ class RequestSchema:
                 f"schema {self.dataset!r}: {unknown[0]!r} cannot be left out: the features that can are "
                 f"{sorted(optional)}"
             )
-        return replace(self, features=tuple(f for f in self.features if f.name not in left_out))
+        features = tuple(f for f in self.features if f.name not in left_out)
+        of_ids = {f.table for f in features if f.kind in KINDS_OF_IDS}
+        tables = {name: table for name, table in self.tables.items() if name in of_ids}
+        return replace(self, features=features, tables=tables)
 
     def without_pretrained(self) -> RequestSchema:
         """The schema with tables that start at random, of a model whose weights are loaded."""
@@ -546,16 +549,7 @@ class RequestSchema:
         path = Path(folder) / SCHEMA_FILE
         if not path.is_file():
             raise InputError(f"{path}: no such file: prepare the data first (torchrec-amort prepare --help)")
-        vocabularies = {}
-        for file in sorted(path.parent.glob(vocabulary_file("*"))):
-            try:
-                values = pq.read_table(file)["value"].combine_chunks()
-                vocabularies[unquote(file.name.removeprefix("vocabulary-").removesuffix(".parquet"))] = Vocabulary(
-                    values
-                )
-            except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-                raise InputError(f"{file}: not a vocabulary ({one_line(error)}): copy it again") from error
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path), vocabularies)
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path), load_vocabularies(path.parent))
 
     def save(self, folder: str | Path) -> None:
         """Write `schema.json`, and the vocabularies beside it, into a folder.
@@ -568,6 +562,25 @@ class RequestSchema:
             path = Path(folder) / vocabulary_file(quote(table, safe=""))
             pq.write_table(pa.table({"value": vocabulary.values}), path)
         write_text(Path(folder) / SCHEMA_FILE, self.to_json())
+
+
+def load_vocabularies(folder: Path) -> dict[str, Vocabulary]:
+    """The vocabularies that are in a folder, by their tables.
+
+    Args:
+        folder: that of a `schema.json`.
+
+    Raises:
+        InputError: a file is none.
+    """
+    vocabularies = {}
+    for file in sorted(folder.glob(vocabulary_file("*"))):
+        try:
+            values = pq.read_table(file)["value"].combine_chunks()
+            vocabularies[unquote(file.name.removeprefix("vocabulary-").removesuffix(".parquet"))] = Vocabulary(values)
+        except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+            raise InputError(f"{file}: not a vocabulary ({one_line(error)}): copy it again") from error
+    return vocabularies
 
 
 def vocabulary_file(table: str) -> str:

@@ -246,7 +246,7 @@ def make_log(num_requests: int, seed: int) -> tuple[Log, np.ndarray]:
     num_candidates = random.integers(1, 9, size=num_requests)
     labels = random.integers(2, size=(num_candidates.sum(), 1)).astype(np.float32)
     users = np.unique(random.integers(40, size=num_requests), return_inverse=True)[1]
-    log = Log(labels, users, num_candidates, random.integers(0, 101, size=num_requests))
+    log = Log(labels, users, num_candidates, random.integers(0, 101, size=(num_requests, 1)))
     return log, labels + random.normal(size=labels.shape)
 
 

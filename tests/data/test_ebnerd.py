@@ -36,6 +36,7 @@ from tests.data.ebnerd_loops import (
     write_folder,
 )
 from torchrec_amort import InputError
+from torchrec_amort.apps import prepare
 from torchrec_amort.data import ebnerd
 from torchrec_amort.data.counts import read_counts
 from torchrec_amort.data.ebnerd_counters import embed_readers
@@ -428,6 +429,14 @@ def test_a_folder_that_is_not_as_published_is_refused_by_file_and_row(
     with pytest.raises(InputError, match=message):
         ebnerd.prepare(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_the_control(small: Small, tmp_path: Path) -> None:
+    ebnerd.prepare(small[1], tmp_path / "expected", history_of="another user")
+    options = ["--source", str(small[1]), "--out", str(tmp_path / "out"), "--history_of", "another user"]
+    prepare.main(["ebnerd", *options])
+    for split in ("train", "validation", "test"):
+        assert pq.read_table(tmp_path / "out" / split).equals(pq.read_table(tmp_path / "expected" / split))
 
 
 def test_what_cannot_be_prepared_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -14,9 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import schemas as kinds
 from tests.conftest import SCHEMA, make_table
-from tests.schemas import Shapes, make_requests, shapes
-from tests.schemas import schemas as any_schemas
 from torchrec_amort.data import impressions, kuairand, log, mind, movielens, writer
 from torchrec_amort.data.counts import read_counts, sizes
 from torchrec_amort.data.impressions import to_impressions, to_requests
@@ -35,7 +35,7 @@ def impressions_of(requests: pa.Table, schema: RequestSchema = SCHEMA) -> list[R
     return [
         {name: value[place] if name in of_candidates else value for name, value in request.items()}
         for request in requests.to_pylist()
-        for place in range(len(request["candidate_item"]))
+        for place in range(len(request[schema.candidate_column]))
     ]
 
 
@@ -148,56 +148,24 @@ def test_requests_to_impressions_and_back_is_the_same_folder(data: st.DataObject
             assert there[name] == again[name]
 
 
-@given(any_schemas(), shapes(), st.randoms(use_true_random=False))
-@settings(max_examples=8)
-def test_histories_lists_text_nulls_and_weights_go_there_and_back(
-    schema: RequestSchema, sizes: Shapes, random: Any
+@given(kinds.schemas(), kinds.shapes(), st.randoms(use_true_random=False), st.integers(0, 2**20))
+@settings(max_examples=6)
+def test_features_of_every_kind_go_to_impressions_and_back(
+    schema: RequestSchema, shapes: kinds.Shapes, random: Random, seed: int
 ) -> None:
-    table = pa.Table.from_pylist(make_requests(schema, sizes, 0), schema.arrow_schema())
+    table = pa.Table.from_pylist(kinds.make_requests(schema, shapes, seed), schema.arrow_schema())
     with tempfile.TemporaryDirectory() as folder:
         given_, log_, back = (Path(folder) / name for name in ("given", "log", "back"))
         write_requests(given_, schema, {"train": [table]})
         to_impressions(given_, log_)
-        to_requests({"train": log_ / "train"}, schema, back)
-        assert rows_of(back / "train") == rows_of(given_ / "train")
-        # Rows of a request that are apart are compared as well.
+        written = pq.read_table(given_ / "train")
         rows = rows_of(log_ / "train")
+        assert rows == impressions_of(written, schema)
         random.shuffle(rows)
-        to_requests({"train": write_log(log_ / "mixed.parquet", rows, schema)}, schema, Path(folder) / "mixed")
-        to_impressions(Path(folder) / "mixed", Path(folder) / "again")
-        assert rows_of(Path(folder) / "again" / "train") == in_request_order(rows)
-
-
-@pytest.mark.parametrize(
-    ("column", "other", "told"),
-    [
-        ("text", "b", "text is a in the one and b in the other"),
-        ("text", None, "text is a in the one and None in the other"),
-        ("words", [["a"], ["b", None]], r"words has \['b', 'c'\] at entry 1 in the one and \['b', None\] in the other"),
-        (
-            "vectors",
-            [[0.5, 1.0], [0.0, 3.0]],
-            r"vectors has \[0.0, 2.0\] at entry 1 in the one and \[0.0, 3.0\] in the",
-        ),
-    ],
-)
-def test_rows_of_a_request_with_other_text_lists_or_vectors_are_told(
-    column: str, other: Any, told: str, tmp_path: Path, out: Path
-) -> None:
-    text: dict[str, Any] = {"vocabulary": "hash", "text": True, "nullable": True}
-    features = (
-        Feature("item", "candidate", "id", 9),
-        Feature("text", "request", "id", 9, **text),
-        Feature("words", "event", "ids", 9, history="reads", **text),
-        Feature("vectors", "event", "vector", size=2, history="reads"),
-        Feature("liked", "candidate", "label"),
-    )
-    schema = RequestSchema("any", features)
-    row = {"text": "a", "words": [["a"], ["b", "c"]], "vectors": [[0.5, 1.0], [0.0, 2.0]], "item": 1, "liked": 1.0}
-    row |= {"request_id": 5, "user": 1, "time": 9}
-    path = write_log(tmp_path / "log.parquet", [row, row, {**row, column: other}], schema)
-    with pytest.raises(InputError, match=rf"row 2 are of one request \(request_id 5\), but {told}"):
-        to_requests({"train": path}, schema, out)
+        shuffled = write_log(Path(folder) / "shuffled.parquet", rows, schema)
+        to_requests({"train": shuffled}, schema, back)
+        assert impressions_of(pq.read_table(back / "train"), schema) == in_request_order(rows)
+        assert RequestSchema.load(back) == schema
 
 
 @given(st.data())
@@ -382,6 +350,56 @@ def test_rows_of_one_request_that_disagree_are_named_and_counted(tmp_path: Path,
         with pytest.raises(InputError, match=rf"{where}, but {message}.* rows of 1 of 12 requests: mend the log"):
             to_requests({"train": path}, SCHEMA, out)
         assert list(out.parent.iterdir()) == []
+
+
+OF_KINDS = RequestSchema(
+    "films",
+    (
+        Feature("film", "candidate", "id", 30),
+        Feature("country", "request", "id", 11, vocabulary="hash", text=True, nullable=True),
+        Feature("likes", "request", "ids", 9, nullable=True),
+        Feature("taste", "request", "vector", size=2),
+        Feature("clicks", "event", "ids", 9, vocabulary="hash", text=True, nullable=True, history="clicks"),
+        Feature("buys", "event", "vector", size=2, history="buys"),
+        Feature("liked", "candidate", "label"),
+    ),
+)
+OF_REQUEST: Row = {
+    "request_id": 3,
+    "user": 1,
+    "time": 100,
+    "country": "DK",
+    "likes": [1, None],
+    "taste": [0.5, 1.0],
+    "clicks": [["a"], [], ["b", None]],
+    "buys": [[0.0, 0.5], [0.5, 0.5]],
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "other", "told"),
+    [
+        ("country", None, "is DK in the one and None"),
+        ("country", "SE", "is DK in the one and SE"),
+        ("likes", [1, 0], "has None at entry 1 in the one and 0"),
+        ("taste", [0.5, 2.0], "has 1.0 at entry 1 in the one and 2.0"),
+        ("clicks", [["a"], [], ["b", "c"]], r"has \['b', None\] at entry 2 in the one and \['b', 'c'\]"),
+        ("clicks", [["a"], ["b"], [None]], r"has \[\] at entry 1 in the one and \['b'\]"),
+        ("clicks", [["a"], []], "lists 3 entries in the one and 2"),
+        ("buys", [[0.0, 0.5], [0.5, 0.0]], r"has \[0.5, 0.5\] at entry 1 in the one and \[0.5, 0.0\]"),
+    ],
+)
+def test_rows_that_disagree_in_text_lists_vectors_or_nulls_are_refused(
+    column: str, other: Any, told: str, tmp_path: Path, out: Path
+) -> None:
+    rows = [{**OF_REQUEST, "film": film, "liked": 1.0} for film in (4, 5, 6)]
+    to_requests({"train": write_log(tmp_path / "log.parquet", rows, OF_KINDS)}, OF_KINDS, out)
+    assert len(rows_of(out / "train")) == 1
+    wrong = write_log(tmp_path / "log.parquet", [*rows[:2], {**rows[2], column: other}], OF_KINDS)
+    with pytest.raises(
+        InputError, match=rf"row 1 and .* row 2 are of one request .*, but {column} {told} in the other"
+    ):
+        to_requests({"train": wrong}, OF_KINDS, out, overwrite=True)
 
 
 def test_disagreements_far_apart_and_in_all_splits_are_counted(tmp_path: Path, out: Path) -> None:

@@ -21,6 +21,7 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "examples").glob("*.ipynb"))
 STARTED_IN = {
     "quickstart": ".",
     "add_history": "examples",
+    "several_histories": "examples",
     "what_amortization_buys": "examples",
     "two_ranks": ".",
 }

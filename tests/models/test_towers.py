@@ -262,7 +262,7 @@ def test_what_a_model_leaves_out_changes_no_score() -> None:
     with torch.no_grad():
         one, other = (ranker(RequestBatch.from_requests(of, SCHEMA)) for of in (requests, changed))
     assert torch.equal(one, other)
-    with pytest.raises(InputError, match="no feature 'clicks_age'"):
+    with pytest.raises(InputError, match="'clicks_age' cannot be left out: the features that can are"):
         build_model(SCHEMA, ModelConfig(leave_out=["clicks_age"]))
 
 
@@ -297,6 +297,13 @@ def test_a_history_that_no_candidate_shares_a_table_with_is_told() -> None:
     with pytest.raises(InputError, match="no feature of candidates shares a table with history 'history', whose"):
         build_model(schema, ModelConfig(**SMALL))
     build_model(schema, ModelConfig(**SMALL, history="none"))
+
+
+def test_items_of_candidates_may_have_any_name() -> None:
+    features = (Feature("film", "candidate", "item", 30), Feature("seen", "event", "item", 30))
+    schema = RequestSchema("films", (*features, Feature("liked", "candidate", "label")))
+    batch = RequestBatch.from_requests([{"film": [1, 2], "seen": [3]}], schema)
+    assert build_model(schema, ModelConfig(**SMALL))(batch).shape == (2, 1)
 
 
 def test_a_managed_table_that_no_history_is_read_by_is_told() -> None:

@@ -13,7 +13,7 @@ from torchrec_amort.apps.command import run_command
 from torchrec_amort.config import parser_of
 from torchrec_amort.data.impressions import REPORT_FILE, to_impressions, to_requests
 from torchrec_amort.errors import InputError
-from torchrec_amort.schema import RequestSchema
+from torchrec_amort.schema import RequestSchema, load_vocabularies
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class ToRequestsConfig:
     Args:
         log: its Parquet file, folder or pattern; `--log.train`, `--log.validation` and `--log.test` if it is split,
             else it is split in order of time, 80, 10 and 10% of the rows.
-        schema: JSON file of the features; see docs/data.md.
+        schema: JSON file of the features, with the vocabularies that it needs beside it; see docs/data.md.
         out: the data folder to make.
         request_key: columns that together tell a request, if the log has no request_id: [user, time] for example.
         drop: columns of the log to leave out.
@@ -105,7 +105,7 @@ def _migrate(config: ToRequestsConfig | ToImpressionsConfig) -> None:
 def _schema(path: Path) -> RequestSchema:
     if not path.is_file():
         raise InputError(f"{path}: no such file: give the JSON file of the features, a prepared folder's schema.json")
-    return RequestSchema.from_json(path.read_text(encoding="utf-8"), source=str(path))
+    return RequestSchema.from_json(path.read_text(encoding="utf-8"), str(path), load_vocabularies(path.parent))
 
 
 def summary(report: Mapping[str, Any]) -> str:

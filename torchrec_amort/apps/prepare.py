@@ -11,6 +11,7 @@ from torchrec_amort.apps.command import run_command
 from torchrec_amort.config import parser_of
 from torchrec_amort.data import ebnerd, kuairand, mind, movielens
 from torchrec_amort.data.counts import read_counts, split_table
+from torchrec_amort.data.ebnerd_features import HistoryOf
 from torchrec_amort.errors import InputError
 
 DATASETS: dict[str, Callable[..., Any]] = {
@@ -35,6 +36,8 @@ class PrepareConfig:
             (see docs/data.md) unless given.
         histories: of kuairand: `one` of all that was shown, which is the default, or `separate` ones of what was
             clicked, what was viewed long and all that was shown.
+        history_of: of ebnerd: `own`, which is the default, or `another user`, a control: each user has the events of
+            one other user, all else equal.
         news: of mind: its news.tsv; that beside behaviors.tsv, if there is one, unless given.
         vectors: of mind: Parquet of columns id and vector; hashed bags of the news' words unless given.
     """
@@ -44,6 +47,7 @@ class PrepareConfig:
     overwrite: bool = False
     history_length: int | None = None
     histories: kuairand.Histories | None = None
+    history_of: HistoryOf | None = None
     news: str | None = None
     vectors: str | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +54,8 @@ class Arm:
         config: what it was made by.
         history: the kind of its encoder, or `none`; the function that built it, if it is of another class.
         schema: of the requests that it reads.
-        history_length: events that it reads of a history, the latest ones.
+        limits: events that it reads of each history, the latest ones.
+        history_length: of the history that may have most.
         device: where it is.
         parameter_bytes: of tables and dense weights.
         score: what is timed: from what `read` returned to logits [C, T].
@@ -63,6 +64,7 @@ class Arm:
     config: ArmConfig
     history: str
     schema: RequestSchema
+    limits: Mapping[str, int]
     history_length: int
     device: torch.device
     parameter_bytes: int
@@ -73,10 +75,11 @@ class Arm:
 
         Args:
             requests: with the columns of `schema.arrow_schema()`; labels may be absent.
-            history_length: events of a history, if that is less than what the arm can read.
+            history_length: events of each history, where that is less than what the arm can read.
         """
-        length = self.history_length if history_length is None else min(history_length, self.history_length)
-        batch = RequestBatch.from_arrow(requests, self.schema, length).to(self.device)
+        most = self.history_length if history_length is None else history_length
+        lengths = {history: min(limit, most) for history, limit in self.limits.items()}
+        batch = RequestBatch.from_arrow(requests, self.schema, lengths).to(self.device)
         return batch.to_impressions() if self.config.serving == "impressions" else batch
 
 
@@ -102,7 +105,8 @@ def load_arm(config: ArmConfig) -> Arm:
         config=config,
         history=trained.model.build or trained.model.history,
         schema=read,
-        history_length=trained.model.history_length,
+        limits=trained.model.history_lengths(read),
+        history_length=trained.model.longest_history(read),
         device=device,
         parameter_bytes=sum(tensor.numel() * tensor.element_size() for tensor in parameters),
         score=_way_to_score(model.to(device), config, read),

@@ -52,10 +52,10 @@ class BenchmarkConfig:
         run_folder: folder of a training run, whose model and data are used; a random model and random requests unless
             given.
         out: folder of the results; the run's, or `runs/benchmark`.
-        data: prepared data folder; the one the run was trained on unless given.
+        data: prepared data folder for the run's model; the one it was trained on unless given.
         split: of that data.
         model: size of a random model.
-        history_lengths: events of a history, one case each.
+        history_lengths: events of each history, one case each; a tower that keeps fewer reads the latest of them.
         candidates: candidates of a request, one case each.
         batches: requests that are scored in one call, one case each.
         embedding_dims: of a random model, one case each; the one of `model` if empty.
@@ -106,6 +106,11 @@ class BenchmarkConfig:
         at_least_one = (*shapes, "microbatch_size", "turns", "slow_turns", "threads")
         not_negative = ("history_lengths", "most_pairs", "warmup", "seed")
         refuse_out_of_bounds(self, {AT_LEAST_ONE: at_least_one, NOT_NEGATIVE: not_negative})
+        if self.data is not None and self.run_folder is None:
+            raise InputError(
+                f"data is {self.data!r}, but a random model has random requests: give the run_folder of a model that "
+                "was trained on such data, or leave data out"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +146,8 @@ def sources(config: BenchmarkConfig) -> list[Source]:
 def _trained(config: BenchmarkConfig, run_folder: str, device: torch.device) -> Source:
     _, data, _ = load_run(run_folder, config.data)
     model, trained, schema = load_model(run_folder)
-    read, limit = schema.without(trained.model.leave_out), trained.model.history_length
+    read = schema.without(trained.model.leave_out)
+    limit = trained.model.longest_history(read)
 
     def batch(count: int, events: int, candidates: int, seed: int) -> RequestBatch:
         if events > limit:
@@ -151,12 +157,14 @@ def _trained(config: BenchmarkConfig, run_folder: str, device: torch.device) -> 
         drawn = sample_requests(
             data, config.split, num_requests=count, num_candidates=candidates, history_length=events, seed=seed
         )
-        return RequestBatch.from_arrow(drawn, read, events, source=f"{data}/{config.split}").to(device)
+        lengths = trained.model.history_lengths(read, events)
+        return RequestBatch.from_arrow(drawn, read, lengths, source=f"{data}/{config.split}").to(device)
 
     def usual(count: int) -> list[RequestBatch]:
         table = first_requests(data, config.split, count)
         rows = [table.slice(row, 1) for row in range(table.num_rows)]
-        return [RequestBatch.from_arrow(row, read, limit, source=f"{data}/{config.split}").to(device) for row in rows]
+        lengths = trained.model.history_lengths(read)
+        return [RequestBatch.from_arrow(row, read, lengths, source=f"{data}/{config.split}").to(device) for row in rows]
 
     return Source(model.to(device), read, batch, usual)
 

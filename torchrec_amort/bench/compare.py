@@ -88,7 +88,8 @@ def run_comparison(config: CompareConfig) -> None:
         InputError: the data is missing or does not fit, or the folder has runs of another comparison.
     """
     arms = _arms(config)
-    longest = max(setting.model.history_length for settings in arms.values() for setting in settings)
+    schema = RequestSchema.load(config.data)
+    longest = max(_longest(setting, schema) for settings in arms.values() for setting in settings)
     # Refused, if it is, before hours of training.
     requests = requests_to_score(config.data, config.speed, longest)
     with process_group() as device, run_lock(config.out, device):
@@ -98,7 +99,6 @@ def run_comparison(config: CompareConfig) -> None:
         results = {name: [_results(run, "test", device) for run in _runs(chosen[name], config)] for name in arms}
         speed = measure_speed(chosen, requests, config.speed, device)
         if is_first():
-            schema = RequestSchema.load(config.data)
             record = {
                 "data": config.data,
                 "seeds": config.seeds,
@@ -150,6 +150,10 @@ def _arms(config: CompareConfig) -> dict[str, list[TrainConfig]]:
         name: [with_overrides(base, {**overrides, **setting}, "train") for setting in config.grid]
         for name, overrides in arms.items()
     }
+
+
+def _longest(config: TrainConfig, schema: RequestSchema) -> int:
+    return config.model.longest_history(schema.without(config.model.leave_out))
 
 
 def _difference(first: TrainConfig, other: TrainConfig) -> dict[str, Any]:
@@ -216,7 +220,7 @@ def _is_evaluated(run: TrainConfig, split: str) -> bool:
     if not path.exists() or (split == "test" and not path.with_name("predictions-test.npz").exists()):
         return False
     record = json.loads(path.read_text())
-    return (record["data"], record["history_length"]) == (run.data, run.model.history_length)
+    return (record["data"], record["history_length"]) == (run.data, _longest(run, RequestSchema.load(run.data)))
 
 
 def _refuse_other_config(run: TrainConfig) -> None:

@@ -34,6 +34,7 @@ from torchrec_amort.data.sample import drawn_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now
 from torchrec_amort.progress import progress
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.environment import git_commit
 from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.run import load_run
@@ -55,8 +56,8 @@ class PilotConfig:
         split: of that data.
         requests: at most so many requests of it are replayed, drawn at random.
         bootstrap_samples: resamples of users for all intervals.
-        history_lengths: events of the requests of given shapes that are timed; an eighth, a quarter, a half and all of
-            the longest that there is unless given.
+        history_lengths: events of each history, of the requests of given shapes that are timed; an eighth, a quarter, a
+            half and all of the longest that there is unless given.
         candidates: candidates of those.
         turns: requests of each shape.
         rates: requests a second to size for.
@@ -107,7 +108,7 @@ def _replay_and_report(config: PilotConfig) -> None:
     _, data, _ = load_run(config.control.run_folder, config.data)
     arms = _load_arms(config, data)
     requests = drawn_requests(data, config.split, config.requests, seed=config.seed)
-    log = Log.of(requests, arms[CONTROL].schema)
+    log = Log.of(requests, RequestSchema.load(data))
     shapes = _shapes(config, log, arms)
     replayed = replay(arms, requests, config.warmup)
     record = {
@@ -134,8 +135,8 @@ def _load_arms(config: PilotConfig, data: str) -> dict[str, Arm]:
 
 def _shapes(config: PilotConfig, log: Log, arms: Mapping[str, Arm]) -> list[tuple[int, int]]:
     """Events and candidates of the requests of given shapes; refused, if they are, before anything is measured."""
-    # So many requests at least have that many events.
-    most = np.sort(log.num_events)[-min(config.turns, len(log.num_events))]
+    # So many requests at least have that many events in each history.
+    most = np.sort(log.events.min(1))[-min(config.turns, len(log.events))]
     longest = int(min(most, max(arm.history_length for arm in arms.values())))
     lengths = sorted(set(config.history_lengths or [-(-longest * share // 8) for share in (1, 2, 4, 8)]))
     if lengths[-1] > longest:
@@ -195,7 +196,7 @@ def _findings(config: PilotConfig, tasks: Sequence[str], log: Log, replayed: Map
 
 def _shorter_histories(arms: Mapping[str, Arm], requests: pa.Table, log: Log) -> list[dict[str, Any]]:
     """Quality of each arm with histories cut to fewer and fewer events, scored many requests at a time."""
-    longest = min(int(log.num_events.max()), max(arm.history_length for arm in arms.values()))
+    longest = min(int(log.events.max()), max(arm.history_length for arm in arms.values()))
     lengths = sorted({round(share * longest) for share in SHARES_OF_LONGEST})
     found = []
     with progress(total=len(lengths) * len(arms), desc="shorter histories", unit="passes") as bar:

@@ -131,7 +131,7 @@ def by_size(
             log.labels[chosen_R],
             np.unique(log.users[chosen_Q], return_inverse=True)[1],
             log.num_candidates[chosen_Q],
-            log.num_events[chosen_Q],
+            log.events[chosen_Q],
         )
         buckets.append(
             {
@@ -169,7 +169,7 @@ def held_back(shapes: Sequence[tuple[int, int]]) -> list[bool]:
 
 
 def cost_model(points: Sequence[Mapping[str, Any]], arm: str) -> tuple[CostModel, float]:
-    """The one-thread milliseconds of an arm as a function of events and candidates, and its error on held-back points.
+    """The one-thread milliseconds of an arm by events (of each history) and candidates; its error on held-back points.
 
     Args:
         points: what `time_shapes` measured, at least three lengths or numbers of candidates.
@@ -194,13 +194,14 @@ def sizing(
         models: of each arm.
         rates: requests a second.
         utilization: that share.
-        longest: events that an arm reads at most.
+        longest: events that an arm reads of a history at most.
 
     Returns:
         list: for each shape (all requests as logged, the median and the 95th percentile of both sizes) and rate, by
         arm, `ms` on one thread and `cores`.
     """
-    events, candidates = np.minimum(log.num_events, longest), log.num_candidates
+    # As in the points that the models are fitted to, where all histories have as many.
+    events, candidates = np.minimum(log.events, longest).mean(1), log.num_candidates
     shapes: list[tuple[str, np.ndarray, np.ndarray]] = [("as logged", events, candidates)]
     for percent in (50, 95):
         n, m = (np.percentile(sizes, percent, method="higher").reshape(1) for sizes in (events, candidates))

@@ -272,8 +272,8 @@ def _shapes(record: Mapping[str, Any]) -> Table:
     backs = held_back([(point["history_length"], point["candidates"]) for point in points])
     return Table(
         "Requests of given shapes",
-        f"Median milliseconds of {record['config']['turns']} requests with as many events and candidates each, on "
-        f"{record['threads']} threads and on one.",
+        f"Median milliseconds of {record['config']['turns']} requests with as many candidates, and events of each "
+        f"history, on {record['threads']} threads and on one.",
         ("events", "candidates", *_both("ms"), *_both("one thread, ms"), "cost model"),
         [
             (
@@ -291,7 +291,8 @@ def _cost_models(record: Mapping[str, Any]) -> Table:
     models = record["sizing"]["models"]
     return Table(
         "Cost model",
-        "Milliseconds on one thread as a + b n + c m + d n m + e n n, for n events and m candidates; none is negative.",
+        "Milliseconds on one thread as a + b n + c m + d n m + e n n, for n events of each history (their mean) and m "
+        "candidates; none is negative.",
         ("arm", "a", "b", "c", "d", "e", "error, fitted", "error, held back"),
         [
             (

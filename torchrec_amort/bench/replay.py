@@ -36,13 +36,13 @@ class Log:
         labels: float32 [R, T].
         users: int64 [Q], places of users from 0.
         num_candidates: int64 [Q].
-        num_events: int64 [Q], as logged.
+        events: int64 [Q, histories], events of each history as logged; of one that is empty if there is none.
     """
 
     labels: np.ndarray
     users: np.ndarray
     num_candidates: np.ndarray
-    num_events: np.ndarray
+    events: np.ndarray
 
     @classmethod
     def of(cls, requests: pa.Table, schema: RequestSchema) -> Log:
@@ -60,11 +60,18 @@ class Log:
                     f"request_id {requests['request_id'][row]}: {name} is {values[wrong[0]]}, neither 0 nor 1, as are "
                     f"{len(wrong)} of {len(values)} labels: ranking metrics need one of the two"
                 )
-        num_events = np.zeros_like(num_candidates)
-        for column in schema.event_columns.values():
-            num_events = num_events + pc.list_value_length(requests[column]).to_numpy()
+        columns = schema.event_columns.values()
+        events = [pc.list_value_length(requests[column]).to_numpy() for column in columns]
         users = np.unique(requests["user"].to_numpy(), return_inverse=True)[1]
-        return cls(np.stack(labels, axis=1), users, num_candidates, num_events)
+        return cls(
+            np.stack(labels, axis=1), users, num_candidates, np.stack(events or [np.zeros_like(num_candidates)], 1)
+        )
+
+    @property
+    def num_events(self) -> np.ndarray:
+        """Events of all histories of each request: int64 [Q]."""
+        total: np.ndarray = self.events.sum(1)
+        return total
 
     @property
     def requests(self) -> np.ndarray:
@@ -164,7 +171,7 @@ def time_shapes(
         arms: by name.
         data: prepared data folder, from whose requests those to score are made.
         split: of it.
-        shapes: events and candidates.
+        shapes: events of each history, and candidates.
         turns: requests of each shape.
         seed: of the draw.
 

@@ -11,21 +11,18 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bench.timing import Times, threads
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
-from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import sample_requests
-from torchrec_amort.jobs.train import sharded_model
+from torchrec_amort.jobs.train import read_train_split, sharded_model
 from torchrec_amort.models.build import build_model
 from torchrec_amort.models.ranker import Ranker, encoders_of
 from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.processes import is_first
-from torchrec_amort.training.run import TrainConfig
+from torchrec_amort.training.run import TrainConfig, schema_of
 from torchrec_amort.training.sharding import ShardedModel
 
 
@@ -104,34 +101,25 @@ def measure_speed(
 
 
 def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torch.device) -> dict[str, Any]:
-    one = next(iter(arms.values()))
-    dataset = RequestDataset(
-        one.data,
-        "train",
-        batch_size=one.batch_size,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        seed=one.seed,
-        history_length=max(arm.model.history_length for arm in arms.values()),
-        schema=RequestSchema.load(one.data).with_tables(one.tables),
-    )
-    models = {name: sharded_model(arm, dataset.schema, device) for name, arm in arms.items()}
+    models = {name: sharded_model(arm, schema_of(arm), device) for name, arm in arms.items()}
+    # The same requests in the same order, each as its model reads it.
+    datasets = [chain.from_iterable(repeat(read_train_split(arm, schema_of(arm)))) for arm in arms.values()]
     steps = config.warmup + config.train_steps
-    batches = [batch.to(device) for batch in islice(chain.from_iterable(repeat(dataset)), steps)]
+    candidates: dict[str, list[int]] = {name: [] for name in arms}
     times = Times(config.warmup)
-    with progress(total=len(batches), desc="training speed", unit="steps", disable=not is_first()) as bar:
-        for batch in batches:
+    with progress(total=steps, desc="training speed", unit="steps", disable=not is_first()) as bar:
+        for batches in islice(zip(*datasets, strict=True), steps):
             methods: dict[str, Callable[[], object]] = {}
-            for name, model in models.items():
-                seen = batch.keep_latest(arms[name].model.history_length)
-                methods |= {f"{name}/{way}": step for way, step in ways_to_train(model, seen).items()}
+            for (name, model), batch in zip(models.items(), batches, strict=True):
+                candidates[name].append(int(batch.num_candidates.sum()))
+                ways = ways_to_train(model, batch.to(device))
+                methods |= {f"{name}/{way}": step for way, step in ways.items()}
             times.take(methods)
             bar.update()
-    candidates = [int(batch.num_candidates.sum()) for batch in batches[config.warmup :]]
     speeds: dict[str, dict[str, float]] = {name: {} for name in arms}
     for method in methods:
         name, way = method.rsplit("/", 1)
-        speeds[name][way] = times.median_rate(method, candidates)
+        speeds[name][way] = times.median_rate(method, candidates[name][config.warmup :])
     return speeds
 
 
@@ -175,21 +163,24 @@ def _attention_backend(model: Ranker, backend: Backend) -> Iterator[None]:
 def _scoring(
     arms: Mapping[str, TrainConfig], requests: pa.Table, config: SpeedConfig, device: torch.device
 ) -> dict[str, Any]:
-    one = next(iter(arms.values()))
-    schema = RequestSchema.load(one.data).with_tables(one.tables)
-    history_length = config.history_length or max(arm.model.history_length for arm in arms.values())
-    models = {name: build_model(schema, arm.model, seed=arm.seed).eval().to(device) for name, arm in arms.items()}
+    schemas = {name: schema_of(arm) for name, arm in arms.items()}
+    reads = {name: schemas[name].without(arm.model.leave_out) for name, arm in arms.items()}
+    longest = max(arm.model.longest_history(reads[name]) for name, arm in arms.items())
+    history_length = config.history_length or longest
+    limits = {name: arm.model.history_lengths(reads[name], history_length) for name, arm in arms.items()}
+    models = {
+        name: build_model(schemas[name], arm.model, seed=arm.seed).eval().to(device) for name, arm in arms.items()
+    }
     times = Times(config.warmup)
     rows = [*islice(chain.from_iterable(repeat(range(requests.num_rows))), config.warmup), *range(requests.num_rows)]
     with progress(total=len(rows), desc="scoring speed", unit="requests", disable=not is_first()) as bar:
         for row in rows:
-            batch = RequestBatch.from_arrow(requests.slice(row, 1), schema, history_length).to(device)
             methods: dict[str, Callable[[], object]] = {}
             for name, model in models.items():
-                seen = batch.keep_latest(arms[name].model.history_length)
-                methods[f"{name}/requests_ms"] = partial(model, seen)
+                batch = RequestBatch.from_arrow(requests.slice(row, 1), reads[name], limits[name]).to(device)
+                methods[f"{name}/requests_ms"] = partial(model, batch)
                 if encoders_of(model) and model.is_amortizable:
-                    methods[f"{name}/impressions_ms"] = partial(model, seen.to_impressions())
+                    methods[f"{name}/impressions_ms"] = partial(model, batch.to_impressions())
             times.take(methods)
             bar.update()
     latencies: dict[str, dict[str, float]] = {name: {} for name in arms}

@@ -18,9 +18,8 @@ from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_boun
 from torchrec_amort.files import utc_now, write_json
 from torchrec_amort.jobs.train import read_train_split, sharded_model
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.processes import ignore_stop_signals, is_first, process_group, sum_over_ranks
-from torchrec_amort.training.run import TrainConfig
+from torchrec_amort.training.run import TrainConfig, schema_of
 from torchrec_amort.training.sharding import ShardedModel
 
 
@@ -55,12 +54,13 @@ def measure_throughput(config: ThroughputConfig) -> None:
         InputError: the data is missing or does not fit.
     """
     with process_group() as device:
-        dataset = read_train_split(config, RequestSchema.load(config.data).with_tables(config.tables))
-        model = sharded_model(config, dataset.schema, device)
+        schema = schema_of(config)
+        dataset = read_train_split(config, schema)
+        model = sharded_model(config, schema, device)
         data = DataLoader(dataset, batch_size=None, num_workers=config.num_workers, worker_init_fn=ignore_stop_signals)
         rates = {"reading": _reading(data, config.reading_steps)} | _training(model, data, config, device)
         if is_first():
-            _report(config, rates, device)
+            _report(config, config.model.longest_history(dataset.schema), rates, device)
 
 
 def _reading(data: DataLoader[RequestBatch], steps: int) -> float:
@@ -89,12 +89,12 @@ def _training(
     return {way: times.median_rate(way, candidates[config.warmup :]) for way in ways}
 
 
-def _report(config: ThroughputConfig, rates: dict[str, float], device: torch.device) -> None:
+def _report(config: ThroughputConfig, history_length: int, rates: dict[str, float], device: torch.device) -> None:
     ranks, threads = dist.get_world_size(), torch.get_num_threads()
     results = {
         "candidates_per_second": rates,
         "batch_size": config.batch_size,
-        "history_length": config.model.history_length,
+        "history_length": history_length,
         "embedding_dim": None if config.model.build else config.model.embedding_dim,
         "world_size": ranks,
         "threads_per_rank": threads,

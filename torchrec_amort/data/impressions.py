@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from tqdm import tqdm
 
 from torchrec_amort.batch import RequestBatch
@@ -36,11 +35,10 @@ from torchrec_amort.data.log import (
     refuse_columns,
 )
 from torchrec_amort.data.parquet import visible_files
-from torchrec_amort.data.splits import lists_of, split_bounds
+from torchrec_amort.data.splits import lists_of, ranges, split_bounds
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_folder, write_json
-from torchrec_amort.jagged_ids import taken
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 
@@ -279,25 +277,26 @@ class _Disagreements:
 
 def _differing(array: pa.Array, rows: np.ndarray) -> np.ndarray:
     """Those of the rows that differ from the row before them."""
-    return rows[_are_unlike(array, rows, rows - 1)]
+    return rows[~_equal(array, rows, rows - 1)]
 
 
-def _are_unlike(array: pa.Array, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whether each of the rows differs from another one: bool [rows]."""
+def _equal(array: pa.Array, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether each of the rows is what the other one is; a null is what a null is: bool [rows]."""
+    is_null = array.is_null().to_numpy(zero_copy_only=False)
     if not pa.types.is_list(array.type):
-        if array.null_count or pa.types.is_string(array.type):
-            array = array.dictionary_encode(null_encoding="encode").indices
-        values = array.to_numpy()
-        return np.asarray(values[rows] != values[others])
-    # A null list is not an empty one.
-    lengths = array.value_lengths().fill_null(-1).to_numpy().astype(np.int64)
-    unlike = lengths[rows] != lengths[others]
-    compared = np.flatnonzero(~unlike & (lengths[rows] > 0))
-    all_lists = torch.from_numpy(lengths.clip(min=0))
-    one, other = (taken(all_lists, torch.from_numpy(of[compared]))[0].numpy() for of in (rows, others))
-    row_of_entry = np.repeat(compared, lengths[rows[compared]])
-    unlike[row_of_entry[_are_unlike(array.flatten(), one, other)]] = True
-    return unlike
+        one, other = array.take(pa.array(rows)), array.take(pa.array(others))
+        return pc.fill_null(pc.equal(one, other), False).to_numpy(zero_copy_only=False) | (
+            is_null[rows] & is_null[others]
+        )
+    lengths = _lengths(array)
+    starts = np.cumsum(lengths) - lengths
+    is_equal = (lengths[rows] == lengths[others]) & (is_null[rows] == is_null[others])
+    rows, others = rows[is_equal], others[is_equal]
+    ends, entries = ranges(starts[rows], starts[rows] + lengths[rows])
+    _, other_entries = ranges(starts[others], starts[others] + lengths[others])
+    wrong = np.flatnonzero(~_equal(array.flatten(), entries, other_entries))
+    is_equal[np.flatnonzero(is_equal)[np.searchsorted(ends, wrong, side="right") - 1]] = False
+    return is_equal
 
 
 def _difference(first: Any, second: Any) -> tuple[str, str]:
@@ -376,7 +375,7 @@ class _Merged:
         for name in table.column_names:
             array = _array(table, name)
             if name in self.candidate_columns:
-                sizes = np.add.reduceat(array.value_lengths().to_numpy().astype(np.int64), starts)
+                sizes = np.add.reduceat(_lengths(array), starts)
                 columns[name] = lists_of(sizes, array.flatten())
             else:
                 if name not in (PLACE, ROW):
@@ -428,19 +427,26 @@ def _bytes_of_rows(table: pa.Table) -> np.ndarray:
     """About how many bytes each row takes: [rows]."""
     sizes = np.zeros(table.num_rows, np.int64)
     for name in table.column_names:
-        sizes += 8 * _values_of_rows(_array(table, name))
+        sizes += _bytes_of_values(_array(table, name))
     return sizes
 
 
-def _values_of_rows(array: pa.Array) -> np.ndarray:
-    """How many values of 8 bytes, and lists in lists, each row has: [rows]."""
+def _bytes_of_values(array: pa.Array) -> np.ndarray:
+    """Bytes of each value, with those of the ends of lists and text: [values]."""
+    if pa.types.is_list(array.type):
+        bytes_before = np.concatenate([[0], np.cumsum(_bytes_of_values(array.flatten()))])
+        return np.diff(bytes_before[np.cumsum(_lengths(array))], prepend=0) + _BYTES_OF_END
     if pa.types.is_string(array.type):
-        return 1 + pc.binary_length(array).fill_null(0).to_numpy().astype(np.int64) // 8
-    if not pa.types.is_list(array.type):
-        return np.ones(len(array), np.int64)
-    ends = np.cumsum(_values_of_rows(array.flatten()), dtype=np.int64)
-    lengths = array.value_lengths().fill_null(0).to_numpy()
-    return np.diff(np.concatenate([[0], ends])[np.cumsum(lengths, dtype=np.int64)], prepend=0) + 1
+        return pc.fill_null(pc.binary_length(array), 0).to_numpy().astype(np.int64) + _BYTES_OF_END
+    return np.full(len(array), array.type.bit_width // 8)
+
+
+_BYTES_OF_END = 4
+
+
+def _lengths(array: pa.Array) -> np.ndarray:
+    """Entries of each list, 0 of a null: int64 [lists]."""
+    return pc.fill_null(array.value_lengths(), 0).to_numpy().astype(np.int64)
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:
@@ -549,19 +555,13 @@ class _Sizes:
     def add(self, table: pa.Table) -> None:
         """Add the rows of a table."""
         for name in table.column_names:
-            values, size = _size(_array(table, name))
-            self.values[name] += values
-            self.bytes[name] += size
+            array = _array(table, name)
+            self.values[name] += _num_values(array)
+            self.bytes[name] += int(_bytes_of_values(array).sum())
 
 
-def _size(array: pa.Array) -> tuple[int, int]:
-    """Values, and bytes of them and of the ends of lists."""
-    if pa.types.is_list(array.type):
-        values, size = _size(array.flatten())
-        return values, size + 4 * len(array)
-    if pa.types.is_string(array.type):
-        return len(array), (pc.sum(pc.binary_length(array)).as_py() or 0) + 4 * len(array)
-    return len(array), len(array) * array.type.bit_width // 8
+def _num_values(array: pa.Array) -> int:
+    return _num_values(array.flatten()) if pa.types.is_list(array.type) else len(array)
 
 
 def _counts(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -97,7 +98,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         self.batch_size = batch_size
         self.history_length = history_length
         self.seed = seed
-        self.unknown_rate = self._unknown_rate_of_column(unknown_rate or {})
+        self.unknown_rate = self._unknown_rate_of_column(prepared, unknown_rate or {})
         self._row_groups = row_groups(Path(folder) / split, self.schema)
         num_requests = sum(piece.num_rows for piece in self._row_groups)
         if num_requests == 0:
@@ -136,16 +137,24 @@ class RequestDataset(IterableDataset[RequestBatch]):
             table = pa.concat_tables(tables)
             yield RequestBatch.from_arrow(table, self.schema, self.history_length, validate=False)
 
-    def _unknown_rate_of_column(self, unknown_rate: Mapping[str, float]) -> dict[str, float]:
-        columns = {feature.name: feature.source for feature in self.schema.of("request", "id")}
+    def _unknown_rate_of_column(self, prepared: RequestSchema, unknown_rate: Mapping[str, float]) -> dict[str, float]:
+        features = {feature.name: feature for feature in prepared.of("request", "id")}
         for name, rate in unknown_rate.items():
-            if name not in columns or not 0 <= rate <= 1:
+            if name not in features or not 0 <= rate <= 1:
                 raise InputError(
-                    f"unknown_rate: {name}={rate} is not a share from 0 to 1 of one of the request ids {list(columns)}"
+                    f"unknown_rate: {name}={rate} is not a share from 0 to 1 of one of the request ids {list(features)}"
+                )
+            if features[name].text and not features[name].nullable:
+                raise InputError(
+                    f"unknown_rate: {name} is text, which has no unknown id but null: give the feature nullable=True, "
+                    "or leave out its rate"
                 )
         if unknown_rate and self.seed is None:
             raise InputError("unknown_rate: which requests it picks is drawn at random: give a seed")
-        return {columns[name]: rate for name, rate in unknown_rate.items()}
+        # What the model leaves out is not read.
+        read = self.schema.arrow_schema().names
+        sources = {features[name].source: rate for name, rate in unknown_rate.items()}
+        return {column: rate for column, rate in sources.items() if column in read}
 
     def _ordered_pieces(self) -> list[Piece]:
         if self.seed is None:
@@ -188,8 +197,10 @@ class RequestDataset(IterableDataset[RequestBatch]):
     def _shuffled(self, table: pa.Table, order: np.random.Generator, unknown: np.random.Generator) -> pa.Table:
         table = table.take(order.permutation(table.num_rows))
         for column, rate in self.unknown_rate.items():
-            ids = np.where(unknown.random(table.num_rows) < rate, 0, table[column].to_numpy())
-            table = table.set_column(table.column_names.index(column), table.field(column), pa.array(ids))
+            field = self.schema.arrow_schema().field(column)
+            unknown_id = pa.scalar(None if field.nullable else 0, field.type)
+            ids = pc.if_else(pa.array(unknown.random(table.num_rows) < rate), unknown_id, table[column])
+            table = table.set_column(table.column_names.index(column), field, ids)
         return table
 
     def _read(self, piece: Piece) -> pa.Table:

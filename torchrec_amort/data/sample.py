@@ -52,9 +52,10 @@ def sample_requests(
         lengths = np.stack([pc.list_value_length(table[column]).to_numpy() for column in columns])
         long_enough = np.flatnonzero((lengths >= history_length).all(0))
     if len(long_enough) < num_requests:
+        each = f" in each of {', '.join(schema.histories)}" if len(columns) > 1 else ""
         raise InputError(
-            f"{folder}/{split}: {len(long_enough)} requests have {history_length} events or more, not {num_requests}: "
-            "ask for fewer requests or shorter histories"
+            f"{folder}/{split}: {len(long_enough)} requests have {history_length} events or more{each}, not "
+            f"{num_requests}: ask for fewer requests or shorter histories"
         )
     table = table.take(np.sort(random.choice(long_enough, num_requests, replace=False)))
     pool_size = len(pools[schema.candidate_column])

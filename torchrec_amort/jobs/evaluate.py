@@ -35,8 +35,8 @@ class EvaluateConfig:
         data: prepared data folder; the one it was trained on unless given.
         split: `train`, `validation` or `test`.
         batch_size: requests in a global batch, all ranks together.
-        history_length: keep at most this many events of each history, the latest ones; the length it was trained
-            with unless given.
+        history_length: keep at most this many events of each history, the latest ones; as many as it was trained with
+            unless given.
         save_predictions: leave logits, labels, users and requests of all candidates in `predictions-SPLIT.npz`, too.
     """
 
@@ -100,10 +100,12 @@ def predict_split(
         InputError: it is no such folder, the data does not fit, or `history_length` is above the model's.
     """
     trained, data, schema = load_run(run_folder, data)
-    if history_length is not None and not 0 <= history_length <= trained.model.history_length:
+    read = schema.without(trained.model.leave_out)
+    longest = trained.model.longest_history(read)
+    if history_length is not None and not 0 <= history_length <= longest:
         raise InputError(
-            f"history_length is {history_length}, but the model of {run_folder} was trained with up to "
-            f"{trained.model.history_length} events: ask for 0 to {trained.model.history_length}"
+            f"history_length is {history_length}, but the model of {run_folder} was trained with up to {longest} "
+            f"events: ask for 0 to {longest}"
         )
     dataset = RequestDataset(
         data,
@@ -111,8 +113,8 @@ def predict_split(
         batch_size=batch_size,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        history_length=trained.model.history_lengths(schema) if history_length is None else history_length,
-        schema=schema,
+        history_length=trained.model.history_lengths(read, history_length),
+        schema=read,
     )
     model = shard(
         GlobalBatchTrain(build_model(schema.without_pretrained(), trained.model), trained.loop.precision),
@@ -128,13 +130,16 @@ def predict_split(
 def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, seconds: float) -> None:
     trained, data, schema = load_run(config.run_folder, config.data)
     tasks = predictions.metrics(schema.labels)
-    unknown = unknown_ids(data, config.split, schema.without(trained.model.leave_out))
+    read = schema.without(trained.model.leave_out)
+    unknown = unknown_ids(data, config.split, read)
     results = {
         "run": config.run_folder,
         "checkpoint": checkpoint,
         "data": data,
         "split": config.split,
-        "history_length": trained.model.history_length if config.history_length is None else config.history_length,
+        "history_length": trained.model.longest_history(read)
+        if config.history_length is None
+        else config.history_length,
         "requests": predictions.num_requests,
         "candidates": len(predictions.labels),
         "users": len(np.unique(predictions.users)),

@@ -25,7 +25,7 @@ from torchrec_amort.training.lock import FolderLock, run_lock
 from torchrec_amort.training.loop import GlobalBatchTrain, TrainResult, train
 from torchrec_amort.training.numbers import measure_numbers
 from torchrec_amort.training.processes import ignore_stop_signals, is_first
-from torchrec_amort.training.run import TrainConfig
+from torchrec_amort.training.run import TrainConfig, schema_of
 from torchrec_amort.training.sharding import ShardedModel, shard
 
 
@@ -47,7 +47,7 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
 def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | None) -> None:
     run = Path(config.run_folder)
     resume = _refuse_or_resume(config, run, device)
-    schema = RequestSchema.load(run) if resume else RequestSchema.load(config.data).with_tables(config.tables)
+    schema = RequestSchema.load(run) if resume else schema_of(config)
     dataset = read_train_split(config, schema)
     model = sharded_model(config, schema, device, is_resumed=resume)
     # No rank may write before all have looked at what is there.
@@ -117,7 +117,8 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
 
 
 def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDataset:
-    """This rank's part of the training requests, read by a schema."""
+    """This rank's part of the training requests, as the config's model reads them."""
+    read = schema.without(config.model.leave_out)
     return RequestDataset(
         config.data,
         "train",
@@ -125,9 +126,9 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         seed=config.seed,
-        history_length=config.model.history_lengths(schema),
+        history_length=config.model.history_lengths(read),
         unknown_rate=config.unknown_rate,
-        schema=schema,
+        schema=read,
     )
 
 
@@ -137,14 +138,14 @@ def sharded_model(
     """The model, its tables spread over all ranks: untrained; if a checkpoint is to be loaded, with any weights."""
     world_size = dist.get_world_size()
     counts = read_counts(config.data)[TRAIN]
-    lengths = config.model.history_lengths(schema)
-    length_of = lengths if isinstance(lengths, dict) else dict.fromkeys(schema.histories, lengths)
-    events = {feature.name: float(length_of.get(feature.history, 0)) for feature in schema.of("event")}
+    read = schema.without(config.model.leave_out)
+    lengths = config.model.history_lengths(read)
+    events = {feature.name: float(lengths[feature.history]) for feature in read.of("event")}
     candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
     frozen = frozenset(name for name, table in schema.tables.items() if not table.trains)
     model = build_model(schema.without_pretrained() if is_resumed else schema, config.model, seed=config.seed)
     if not is_resumed:
-        measure_numbers(model, _some_batches(config.data, schema), schema)
+        measure_numbers(model, _some_batches(config.data, read), read)
     return shard(
         GlobalBatchTrain(model, config.loop.precision),
         device=device,

@@ -25,6 +25,7 @@ from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
+from torchrec_amort.modules.tower import CANDIDATE_ITEM
 from torchrec_amort.schema import HISTORY, RequestSchema
 
 Encoder = Literal[
@@ -96,7 +97,8 @@ class ModelConfig:
             event). `none` is the control.
         towers: of data with several histories, or for several towers of one: what each tower is, by its name. A tower
             for each history, as the fields below say, unless given.
-        leave_out: features that are looked up, or that events have, that the model does not read.
+        leave_out: features that are looked up, or that events have, that the model does not read: its batches are of
+            `schema.without(leave_out)`.
         history_length: events that each history may have; the latest ones are kept.
         history_layers: layers of the history encoder.
         history_heads: its attention heads.
@@ -181,15 +183,24 @@ class ModelConfig:
                 )
         return settings
 
-    def history_lengths(self, schema: RequestSchema) -> int | dict[str, int]:
-        """Events that are kept of each history; one number if it is of all.
+    def history_lengths(self, schema: RequestSchema, most: int | None = None) -> dict[str, int]:
+        """Events that are kept of each history: none of one that no tower of `towers` reads.
 
         Args:
-            schema: of the requests.
+            schema: of the requests, less what the model leaves out.
+            most: keep no more of any.
         """
-        if not self.towers:
-            return self.history_length
-        return {history: of_tower.history_length for history, of_tower in self.of_towers(schema).values()}
+        lengths = dict.fromkeys(schema.histories, 0 if self.towers else self.history_length)
+        lengths |= {history: of_tower.history_length for history, of_tower in self.of_towers(schema).values()}
+        return lengths if most is None else {history: min(length, most) for history, length in lengths.items()}
+
+    def longest_history(self, schema: RequestSchema) -> int:
+        """Events that are kept of the history that may have most.
+
+        Args:
+            schema: of the requests, less what the model leaves out.
+        """
+        return max(self.history_lengths(schema).values(), default=self.history_length)
 
     def _refuse_sizes(self) -> None:
         """Refuse sizes that a function of the user's does not read."""
@@ -233,10 +244,12 @@ def build_model(
 
         model = build_model(RequestSchema.load("data/movielens-1m"), ModelConfig(), seed=0)
     """
+    schema = schema.without(config.leave_out)
     make: Callable[[RequestSchema], Any] = partial(_build_with_towers, config=config, device=device)
-    if config.build is not None or _is_of_one_history(schema, config):
-        schema = schema.without(config.leave_out)
-        make = partial(_build, config=config, device=device) if config.build is None else _function(config.build)
+    if config.build is not None:
+        make = _function(config.build)
+    elif _is_of_one_history(schema, config):
+        make = partial(_build, config=config, device=device)
     if config.build is None and config.history != "none" and not schema.of("event"):
         raise InputError(
             f"model.history is {config.history!r}, but data set {schema.dataset!r} has no event features: "
@@ -260,13 +273,11 @@ def _is_of_one_history(schema: RequestSchema, config: ModelConfig) -> bool:
     """Whether an AmortizedDLRM reads it: one history of ids, the candidate's item, and tables of one width."""
     is_other = config.towers or config.combine != "sum" or schema.tables or schema.dense_sequence_features
     lists = [f for f in schema.sequence_features if f.kind == "ids" or (f.side != "event" and f.kind != "item")]
-    has_item = not schema.histories or bool(schema.of("candidate", "item"))
+    has_item = not schema.histories or CANDIDATE_ITEM in {feature.name for feature in schema.of("candidate", "item")}
     return not is_other and not lists and has_item and set(schema.histories) <= {HISTORY}
 
 
 def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch.device | None) -> ModelRanker:
-    if unknown := sorted(set(config.leave_out) - {feature.name for feature in schema.features}):
-        raise InputError(f"model.leave_out: schema {schema.dataset!r} has no feature {unknown[0]!r}")
     settings = config.of_towers(schema)
     towers = {
         name: TowerParts(
@@ -275,14 +286,7 @@ def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch
         for name, (history, of_tower) in settings.items()
     }
     dim = config.embedding_dim
-    sparse = build_collection(
-        schema,
-        towers,
-        dim,
-        leave_out=config.leave_out,
-        device=device,
-        eviction_interval=config.eviction_interval,
-    )
+    sparse = build_collection(schema, towers, dim, device=device, eviction_interval=config.eviction_interval)
     num_dense = sum(schema.num_dense.values())
     layers = {
         "dense_in_features": max(1, num_dense),

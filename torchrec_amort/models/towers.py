@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,6 @@ def build_collection(
     towers: Mapping[str, TowerParts],
     dim: int,
     *,
-    leave_out: Collection[str] = (),
     device: torch.device | None = None,
     eviction_interval: int = 10,
 ) -> AmortizedEmbeddingBagCollection:
@@ -56,7 +55,6 @@ def build_collection(
         schema: what the requests are made of.
         towers: what each is made of, by its name.
         dim: D, width of tables that have no other, and of all bags.
-        leave_out: features that are not read.
         device: where to put the tables.
         eviction_interval: steps after which a managed table gives rows to other ids.
 
@@ -73,9 +71,7 @@ def build_collection(
         parts = TowerParts("history", arch, partial(EventEncoder, embedding_dim=32, max_length=100))
         sparse = build_collection(schema, {"history": parts}, 32)
     """
-    read = {feature.name for feature in schema.features} - set(leave_out)
-    tables = Tables(schema, dim, device, eviction_interval)
-    listed = [feature for feature in schema.sequence_features if feature.name in read]
+    tables, listed = Tables(schema, dim, device, eviction_interval), schema.sequence_features
     of_events = {feature.table for feature in schema.of("event") if feature.is_looked_up}
     bags = [f for f in listed if f.side == "request" or (f.side == "candidate" and f.table not in of_events)]
     tables.refuse_managed(bags)
@@ -83,13 +79,12 @@ def build_collection(
     of_towers = {f.table for f in listed if f.side == "event" and f.history in histories}
     others = [f for f in listed if f.table in of_towers and (f.side == "candidate" or f.history in histories)]
     sequences = tables.sequences([f for f in listed if f in bags or f in others])
-    made = [_tower(name, schema, parts, sequences, read) for name, parts in towers.items()]
-    sides = {side: [f for f in features if f.name in read] for side, features in schema.bag_features.items()}
-    request_features = [feature.name for feature in sides["request"]]
+    made = [_tower(name, schema, parts, sequences) for name, parts in towers.items()]
+    of_request, of_candidate = (schema.bag_features[side] for side in ("request", "candidate"))
     return AmortizedEmbeddingBagCollection(
-        tables.bags([*sides["request"], *sides["candidate"]]),
+        tables.bags([*of_request, *of_candidate]),
         made,
-        request_features,
+        [feature.name for feature in of_request],
         width=dim,
         sequence_bags=[SequenceBag(feature.name, feature.side == "request") for feature in bags],
         sequences=sequences,
@@ -101,12 +96,11 @@ def _tower(
     schema: RequestSchema,
     parts: TowerParts,
     sequences: Sequence[EmbeddingCollection | SequenceTables],
-    read: Collection[str],
 ) -> HistoryTower:
-    events = [feature for feature in schema.histories[parts.history] if feature.name in read]
+    events = schema.histories[parts.history]
     like = {feature.table: feature.name for feature in reversed(events)}
     listed = [*schema.sequence_features, *schema.dense_sequence_features]
-    candidates = [f for f in listed if f.side == "candidate" and f.name in read and f.table in like]
+    candidates = [f for f in listed if f.side == "candidate" and f.table in like]
     if not candidates:
         raise InputError(
             f"schema {schema.dataset!r}: no feature of candidates shares a table with history {parts.history!r}, whose "

@@ -54,6 +54,18 @@ class TrainConfig:
         refuse_out_of_bounds(self, {AT_LEAST_ONE: ("batch_size",), NOT_NEGATIVE: ("seed", "num_workers")})
 
 
+def schema_of(config: TrainConfig) -> RequestSchema:
+    """The schema of a config's data, with its tables.
+
+    Args:
+        config: of a run that may not have started.
+
+    Raises:
+        InputError: there is no such data, or no such table.
+    """
+    return RequestSchema.load(config.data).with_tables(config.tables)
+
+
 def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, RequestSchema]:
     """What a run was trained with, and the data folder to use it on.
 
