@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 # Where `test-versions` keeps its environments.
 VENVS := .venvs
 
-.PHONY: setup demo test test-docs test-slurm test-install test-versions lint docs docs-links
+.PHONY: setup demo test test-docs test-slurm test-install test-spark test-versions lint docs docs-links
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,11 @@ docs-links: setup
 # Builds a wheel, and installs it, and the source without torch or a compiler, where no extra is; some minutes.
 test-install: setup
 	$(BIN)/python -m pytest -m slow tests/test_install.py
+
+# The same rows by Apache Spark, which needs Java 17; a download of 450 MB.
+test-spark: setup
+	$(BIN)/pip install --quiet --editable '.[spark]' --no-build-isolation
+	$(BIN)/python -m pytest -m spark tests/data/test_builder.py
 
 # The tests with each minor version of torch once and each Python once; an hour or two, and 20 GB of CUDA builds
 # unless TORCH_INDEX is given. Needs python3.10 to python3.13 on the path.

@@ -46,7 +46,9 @@ THREE = RequestSchema(
 
 def _features(draw: st.DrawFn, side: Any, prefix: str, history: str) -> list[Feature]:
     """Some features of one side; ids of films and tags, and vectors, share what those of other sides have."""
-    kinds = draw(st.sets(st.sampled_from(["tags", "word", "words", "number", "seen", "content", "own", "age", "old", "gap"])))
+    kinds = draw(
+        st.sets(st.sampled_from(["tags", "word", "words", "number", "seen", "content", "own", "age", "old", "gap"]))
+    )
     shared = draw(st.booleans())
     options: dict[str, Any] = {"history": history} if side == "event" else {}
     every = {

@@ -101,8 +101,8 @@ class Rows:
             if len(wrong := np.flatnonzero(numbers < 0)):
                 entry = int(wrong[0])
                 raise InputError(
-                    f"{self._at(self._row_of(lengths, entry))}: {feature.source} has a count of {numbers[entry]}: write "
-                    "0 or more, or give it kind 'dense'"
+                    f"{self._at(self._row_of(lengths, entry))}: {feature.source} has a count of {numbers[entry]}: "
+                    "write 0 or more, or give it kind 'dense'"
                 )
             numbers = np.log2(1 + numbers)
         return numbers[:, None], lengths

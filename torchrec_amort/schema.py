@@ -64,10 +64,11 @@ class Feature:
         name: key of the feature in a batch.
         side: whose feature it is: the request's, each candidate's, or each history event's.
         kind: what its column has for each request, candidate or event: `id` (one id), `ids` (a list of ids, whose
-            vectors are averaged), `dense` (a number), `count` (one of 0 or more, read as log2(1 + it)), `vector` (a list of `size` numbers), `age` (a time, read as the
-            seconds from then to the request), `gap` (an event's time, read as the seconds from the event before; 0 for
-            the first), `label` (a number from 0 to 1), `weight` (of the request's or the candidate's share of the loss,
-            0 or more) or `item` (the same as `id` with `table="item"`).
+            vectors are averaged), `dense` (a number), `count` (a number of 0 or more, read as log2(1 + it)), `vector`
+            (a list of `size` numbers), `age` (a time, read as the seconds from then to the request), `gap` (an event's
+            time, read as the seconds from the event before; 0 for the first), `label` (a number from 0 to 1), `weight`
+            (of the request's or the candidate's share of the loss, 0 or more) or `item` (the same as `id` with
+            `table="item"`).
         table_size: number of rows of the embedding table; ids run from 0 to `table_size - 1`. For ids, and for times
             that are looked up: s seconds are row s.bit_length(), of `AGE_BUCKETS`. Times without one are the number
             log2(1 + s).

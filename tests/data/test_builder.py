@@ -6,11 +6,12 @@ import json
 import tempfile
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,7 +86,9 @@ def write_logs(folder: Path, clicks: list[Any], buys: list[Any], shown: list[Any
             {
                 "id": [f"r{place}" for place in range(len(shown))],
                 "who": [s[0] for s in shown],
-                "at": pa.array([datetime.fromtimestamp(NOW + s[1], UTC) for s in shown], pa.timestamp("us", "UTC")),
+                "at": pa.array(
+                    [datetime.fromtimestamp(NOW + s[1], timezone.utc) for s in shown], pa.timestamp("us", "UTC")
+                ),
                 "items": pa.array([s[2] for s in shown], pa.list_(pa.int64())),
             }
         ),
@@ -145,8 +148,8 @@ def config_of(folder: Path, engine: Any = "duckdb") -> BuildConfig:
             "act": FeatureConfig(side="event", kind="id", history="acts", table="item", vocabulary="file"),
             "what": FeatureConfig(side="event", kind="id", history="acts", table_size=3),
         },
-        train_until=datetime.fromtimestamp(NOW + 10, UTC).isoformat(),
-        validation_until=datetime.fromtimestamp(NOW + 15, UTC).isoformat(),
+        train_until=datetime.fromtimestamp(NOW + 10, timezone.utc).isoformat(),
+        validation_until=datetime.fromtimestamp(NOW + 15, timezone.utc).isoformat(),
         engine=engine,
         master="local[2]",
         memory="1g",
@@ -321,3 +324,35 @@ def test_a_joined_table_has_one_row_for_each_key(tmp_path: Path) -> None:
     pq.write_table(pa.table({"item": [2, 2], "since": [0, 0], "price": [1, 2]}), tmp_path / "prices.parquet")
     with pytest.raises(InputError, match="sources.shown.join: 2 rows of prices have item 2: keep one"):
         build(config)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("seed", range(3))
+def test_spark_gives_the_same_rows_bit_for_bit(seed: int, tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    random = np.random.default_rng(seed)
+
+    def some(most: int) -> list[int]:
+        return random.integers(20, size=random.integers(1, most)).tolist()
+
+    def who() -> str:
+        return str(random.choice(["ann", "bob", "cyd"]))
+
+    def item() -> int:
+        return int(random.integers(1, 7))
+
+    clicks = [(who(), second, item(), int(random.integers(7))) for second in some(40)]
+    buys = [(who(), second, item()) for second in some(30)]
+    shown = [(who(), second, sorted({item() for _ in range(4)})) for second in some(20)]
+    prices = {(item(), second - 5): item() for second in some(15)}
+    found = []
+    for engine in ("duckdb", "spark"):
+        (tmp_path / engine).mkdir()
+        write_logs(tmp_path / engine, clicks, buys, shown, prices)
+        build(config_of(tmp_path / engine, engine))
+        found.append(found_rows(tmp_path / engine / "out"))
+    assert found[1] == found[0] == expected_rows(clicks, buys, shown, prices)
+    files = [sorted((tmp_path / engine / "out").rglob("*.parquet")) for engine in ("duckdb", "spark")]
+    assert len(files[0]) == len(files[1]) > 1
+    for one, other in zip(*files, strict=True):
+        assert one.read_bytes() == other.read_bytes()

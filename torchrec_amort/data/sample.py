@@ -168,10 +168,8 @@ MOST_IDS = 3
 
 
 def _random_entries(feature: Feature, count: int, random: np.random.Generator) -> Any:
-    if feature.kind == "dense":
+    if feature.kind in ("dense", "count"):
         return random.random(count, dtype=np.float32)
-    if feature.kind == "count":
-        return random.integers(1000, size=count).astype(np.float32)
     if feature.kind == "vector":
         size = feature.size or 1
         return lists_of([size] * count, random.standard_normal(size * count, dtype=np.float32))

@@ -18,7 +18,7 @@ ROWS_PER_BATCH = 65_536
 
 
 class DuckDB:
-    """An engine, for as long as it is entered.
+    """An `Engine`.
 
     Args:
         folder: where it may write what does not fit its memory.
@@ -48,15 +48,6 @@ class DuckDB:
         self._connection.close()
 
     def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
-        """Make a table of files, with column `part` if they have names.
-
-        Args:
-            name: of the table.
-            files: Parquet or CSV files, by the name of their part; `""` if there is only one.
-
-        Raises:
-            InputError: files cannot be read.
-        """
         parts = []
         for part, paths in files.items():
             reader = "read_csv" if all(".csv" in Path(path).suffixes for path in paths) else "read_parquet"
@@ -68,31 +59,22 @@ class DuckDB:
 
     @staticmethod
     def instant(expression: str, unit: Unit, zone: str) -> str:
-        """SQL of the microseconds since 1970 UTC of a time."""
         if unit != "timestamp":
             return f"CAST({expression} AS BIGINT) * {MICROSECONDS_PER[unit]}"
         return f"epoch_us(CAST({expression} AS TIMESTAMP) AT TIME ZONE '{zone}')"
 
     def run(self, step: Step) -> None:
-        """Make a table of the plan.
-
-        Raises:
-            InputError: the SQL of the config cannot be run.
-        """
         self._execute(f"CREATE {'TABLE' if step.kept else 'VIEW'} {quoted(step.name)} AS {step.sql}", step.name)
 
     def explode(self, step: Explode) -> None:
-        """Make a table of a row for each entry of another's lists."""
         opened = ", ".join(f"unnest({quoted(column)}) AS {quoted(column)}" for column in step.columns)
         others = ", ".join(map(quoted, step.columns))
         self.run(Step(step.name, f"SELECT * EXCLUDE ({others}), {opened} FROM {quoted(step.of)}"))
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """Some rows."""
         return self._execute(sql, "a check").fetchall()
 
     def batches(self, sql: str) -> Iterator[pa.Table]:
-        """Rows in their order, some thousand at a time; an empty table if there is none."""
         try:
             reader = self._connection.sql(sql).to_arrow_reader(ROWS_PER_BATCH)
             yield reader.schema.empty_table()

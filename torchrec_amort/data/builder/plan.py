@@ -5,7 +5,7 @@ microseconds since 1970 UTC. Names of its own start with two underscores.
 
 All that has to do with time is one shape: two logs are merged by key and instant, and a window of running sums tells,
 for each row of the one, how many rows of the other were available before. What has the same instant comes after, so it
-never counts. A history is then the last rows before a place in the events of its user, and a count is that place itself.
+never counts. A history is then the last rows before a place in the events of its user, and a count is that place.
 """
 
 from __future__ import annotations
@@ -225,14 +225,15 @@ class Plan:
         keys = [f"{quoted(key)} AS __key{i}" for i, key in enumerate(join.keys.values())]
         taken = [f"{expression(value)} AS {quoted(column)}" for column, value in join.columns.items()]
         on = [f"s.{quoted(mine)} = j.__key{i}" for i, mine in enumerate(join.keys)]
-        table = f"SELECT {', '.join([*keys, *taken])} FROM {quoted(_source(join.source))}"
+        table = quoted(_source(join.source))
         if self.config.sources[join.source].time is not None:
             partition = ", ".join(quoted(key) for key in join.keys.values())
             until = f"lead(__available) OVER (PARTITION BY {partition} ORDER BY __available)"
-            table = f"SELECT {', '.join([*keys, *taken])}, __available AS __from, {until} AS __until FROM {quoted(_source(join.source))}"
+            taken += ["__available AS __from", f"{until} AS __until"]
             on += ["j.__from < s.__time", "(j.__until >= s.__time OR j.__until IS NULL)"]
+        rows = f"SELECT {', '.join([*keys, *taken])} FROM {table}"
         columns = ", ".join(["s.*", *(f"j.{quoted(column)}" for column in join.columns)])
-        return f"SELECT {columns} FROM ({sql}) AS s LEFT JOIN ({table}) AS j ON {' AND '.join(on)}"
+        return f"SELECT {columns} FROM ({sql}) AS s LEFT JOIN ({rows}) AS j ON {' AND '.join(on)}"
 
     # ----- requests ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +252,8 @@ class Plan:
         yield Step("rows", f"SELECT {', '.join(columns)} FROM {quoted(_source(requests.source))}")
         yield Check(
             f"SELECT count(*) FROM rows WHERE {' OR '.join(f'{i} IS NULL' for i in self._ids)} HAVING count(*) > 0",
-            f"requests.id: {', '.join(requests.id)} is null in {{0}} rows of {requests.source}: leave them out with where",
+            f"requests.id: {', '.join(requests.id)} is null in {{0}} rows of {requests.source}: leave them out with "
+            "where",
         )
         ids = ", ".join(self._ids)
         shared = ["__user", "__time", *map(_on, self._on_columns), *map(quoted, self.features("request"))]
@@ -376,7 +378,8 @@ class Plan:
         where = f" WHERE {label.where}" if label.where else ""
         merged = (
             f"SELECT DISTINCT {partition}, __time AS __at, 0 AS __is_action FROM rows UNION ALL "
-            f"SELECT {', '.join(['__user', *map(expression, label.keys.values())])}, __time, 1 FROM {quoted(_source(label.source))}{where}"
+            f"SELECT {', '.join(['__user', *map(expression, label.keys.values())])}, __time, 1 "
+            f"FROM {quoted(_source(label.source))}{where}"
         )
         following = (
             f"min(CASE WHEN __is_action = 1 THEN __at END) OVER (PARTITION BY {partition} ORDER BY __at, __is_action "
@@ -470,8 +473,8 @@ def _same_lengths(name: str, first: str, other: str) -> Check:
     is_wrong = f"{lengths[0]} <> {lengths[1]} OR ({quoted(first)} IS NULL) <> ({quoted(other)} IS NULL)"
     return Check(
         f"SELECT {', '.join(lengths)} FROM {quoted(f'raw_{name}')} WHERE {is_wrong} LIMIT 1",
-        f"sources.{name}: explode opens {first} and {other} side by side, but a row has {{0}} and {{1}} entries: mend the "
-        "source, or leave one out",
+        f"sources.{name}: explode opens {first} and {other} side by side, but a row has {{0}} and {{1}} entries: mend "
+        "the source, or leave one out",
     )
 
 

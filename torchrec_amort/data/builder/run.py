@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
 from torchrec_amort.data.builder.duckdb_engine import DuckDB
+from torchrec_amort.data.builder.engine import Engine
 from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Explode, Plan, Step, tables_of
 from torchrec_amort.data.builder.requests import Events, Requests
 from torchrec_amort.data.parquet import visible_files
@@ -49,18 +50,26 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
         plan = Plan(config, _until(config), engine.instant)
         _run(plan, engine)
         schema = schema_of(config, _vocabularies(plan, engine))
-        events = {}
+        events: dict[str, Events] = {}
         for name in config.histories:
             events[name] = Events.written(Path(folder) / f"{len(events)}.arrow", engine.batches(plan.events(name)))
         lengths = {name: history.length for name, history in config.histories.items()}
+        sizes = dict(engine.rows("SELECT __split, count(*) FROM requests GROUP BY __split"))
         requests = Requests(engine.batches(plan.candidates()), schema, events, lengths)
-        splits = {split: requests.of_split(split) for split in SPLITS}
+        splits = {split: _shown(split, sizes.get(i, 0), requests.of_split(split)) for i, split in enumerate(SPLITS)}
         counts = write_requests(out, schema, splits, overwrite=config.overwrite)
         write_json(out / REPORT_FILE, _report(plan, engine, counts))
     return counts
 
 
-def _report(plan: Plan, engine: Any, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+def _shown(split: str, total: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    with progress(total=total, desc=split, unit="requests") as bar:
+        for table in tables:
+            yield table
+            bar.update(table.num_rows)
+
+
+def _report(plan: Plan, engine: Engine, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """What was built, and what could be wrong with it."""
     histories = {}
     for name, history in plan.config.histories.items():
@@ -81,7 +90,7 @@ def _report(plan: Plan, engine: Any, counts: Mapping[str, Mapping[str, int]]) ->
     return {"splits": counts, "histories": histories, "labels": labels}
 
 
-def _engine(config: BuildConfig, folder: Path) -> Any:
+def _engine(config: BuildConfig, folder: Path) -> Engine:
     if config.engine == "spark":
         from torchrec_amort.data.builder.spark_engine import Spark  # noqa: PLC0415
 
@@ -97,7 +106,7 @@ def _until(config: BuildConfig) -> list[int]:
             time = datetime.fromisoformat(getattr(config, name))
         except ValueError as error:
             raise InputError(f"{name} is {getattr(config, name)!r}, not a time such as 2023-05-24 07:00") from error
-        time = time if time.tzinfo else time.replace(tzinfo=UTC)
+        time = time if time.tzinfo else time.replace(tzinfo=timezone.utc)
         instants.append(round(time.timestamp() * MICROSECONDS))
     if instants[0] > instants[1]:
         raise InputError(
@@ -107,7 +116,7 @@ def _until(config: BuildConfig) -> list[int]:
     return instants
 
 
-def _run(plan: Plan, engine: DuckDB) -> None:
+def _run(plan: Plan, engine: Engine) -> None:
     for name, source in plan.config.sources.items():
         files = source.files if isinstance(source.files, dict) else {"": source.files}
         engine.read(f"raw_{name}", {part: _paths(name, given) for part, given in files.items()})
@@ -124,19 +133,16 @@ def _run(plan: Plan, engine: DuckDB) -> None:
 
 
 def _paths(name: str, given: str) -> list[str]:
-    """The files of a file, folder or pattern."""
+    """The Parquet or CSV files of a file, folder or pattern, in the order of their names."""
     path = Path(given)
-    found = [path] if path.is_file() else list(path.rglob("*")) if path.is_dir() else map(Path, glob.glob(given))
-    files = [
-        str(file) for file in visible_files(found, path.parent if path.is_file() else Path(path.anchor or "."), "")
-    ]
-    kept = [file for file in files if file.endswith(SUFFIXES)]
+    found = [path] if path.is_file() else visible_files(path.rglob("*"), path) if path.is_dir() else glob.glob(given)
+    kept = sorted(str(file) for file in found if str(file).endswith(SUFFIXES))
     if not kept:
         raise InputError(f"sources.{name}.files: {given}: no such file, folder or pattern of Parquet or CSV")
     return kept
 
 
-def _vocabularies(plan: Plan, engine: DuckDB) -> dict[str, Vocabulary]:
+def _vocabularies(plan: Plan, engine: Engine) -> dict[str, Vocabulary]:
     vocabularies = {}
     for table in tables_of(plan.config):
         batches = [batch["__value"] for batch in engine.batches(plan.vocabulary(table))]

@@ -24,7 +24,7 @@ ROWS_PER_BATCH = 65_536
 
 
 class Spark:
-    """An engine, for as long as it is entered.
+    """An `Engine`.
 
     Args:
         folder: where it keeps tables that several steps read; all workers have to see it.
@@ -57,15 +57,6 @@ class Spark:
         self._spark.stop()
 
     def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
-        """Make a table of files, with column `part` if they have names.
-
-        Args:
-            name: of the table.
-            files: Parquet or CSV files, by the name of their part; `""` if there is only one.
-
-        Raises:
-            InputError: files cannot be read.
-        """
         parts = []
         for part, paths in files.items():
             if all(".csv" in Path(path).suffixes for path in paths):
@@ -77,17 +68,11 @@ class Spark:
 
     @staticmethod
     def instant(expression: str, unit: Unit, zone: str) -> str:
-        """SQL of the microseconds since 1970 UTC of a time."""
         if unit != "timestamp":
             return f"CAST({expression} AS BIGINT) * {MICROSECONDS_PER[unit]}"
         return f"UNIX_MICROS(TO_UTC_TIMESTAMP(CAST({expression} AS TIMESTAMP), '{zone}'))"
 
     def run(self, step: Step) -> None:
-        """Make a table of the plan.
-
-        Raises:
-            InputError: the SQL of the config cannot be run.
-        """
         table = self._table(step.sql, step.name)
         if step.kept:
             path = str(self._folder / step.name)
@@ -96,18 +81,15 @@ class Spark:
         table.createOrReplaceTempView(f"`{step.name}`")
 
     def explode(self, step: Explode) -> None:
-        """Make a table of a row for each entry of another's lists."""
         table = self._spark.table(f"`{step.of}`")
         kept = [f"`{column}`" for column in table.columns if column not in step.columns]
         zipped = F.arrays_zip(*(F.col(f"`{column}`") for column in step.columns))
         table.select(*kept, F.inline(zipped).alias(*step.columns)).createOrReplaceTempView(f"`{step.name}`")
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """Some rows."""
         return [tuple(row) for row in self._table(sql, "a check").collect()]
 
     def batches(self, sql: str) -> Iterator[pa.Table]:
-        """Rows in their order, some thousand at a time; an empty table if there is none."""
         folder = self._folder / f"result{len(list(self._folder.glob('result*')))}"
         self._table(sql, "the result").write.parquet(str(folder))
         # A sort puts ranges of rows into files, which are numbered in their order.
