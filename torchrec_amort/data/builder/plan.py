@@ -238,10 +238,47 @@ class Plan:
     # ----- requests ---------------------------------------------------------------------------------------------------
 
     def _requests(self) -> Iterator[Step | Explode | Check]:
+        yield self._rows()
+        is_null = " OR ".join(f"{name} IS NULL" for name in self._ids)
+        yield Check(
+            f"SELECT count(*) FROM rows WHERE {is_null} HAVING count(*) > 0",
+            f"requests.id: {', '.join(self.config.requests.id)} is null in {{0}} rows of "
+            f"{self.config.requests.source}: leave them out with where",
+        )
+        ids, shared = ", ".join(self._ids), self._of_requests
+        values = [f"min({column}) AS {column}" for column in shared.values()]
+        values += [f"max({column}) AS __most{place}" for place, column in enumerate(shared.values())]
+        values += [f"count({column}) AS __known{place}" for place, column in enumerate(shared.values())]
+        day = f"CAST(floor(min(__time) / {MICROSECONDS * SECONDS_PER_DAY}) AS BIGINT) AS __day"
+        grouped = f"SELECT {ids}, {', '.join(values)}, count(*) AS __rows, {day} FROM rows GROUP BY {ids}"
+        yield Step("grouped", grouped, True)
+        for place, (told, column) in enumerate(shared.items()):
+            yield Check(
+                f"SELECT {self._ids[0]}, {column}, __most{place} FROM grouped WHERE {column} <> __most{place} OR "
+                f"(__known{place} > 0 AND __known{place} < __rows) ORDER BY {ids} LIMIT 1",
+                f"requests: rows of request {{0}} do not agree on {told}, which is {{1}} and {{2}}, or null: it is a "
+                "feature of candidates, or requests.id does not tell requests apart",
+            )
+        # Numbers of requests in order of time, without putting all of them into one partition.
+        yield Step(
+            "days",
+            "SELECT __day, CAST(sum(__n) OVER (ORDER BY __day) - __n AS BIGINT) AS __before "
+            "FROM (SELECT __day, count(*) AS __n FROM grouped GROUP BY __day) AS d",
+        )
+        columns = [f"g.{column}" for column in (*self._ids, *shared.values())]
+        split = f"CASE WHEN g.__time < {self.until[0]} THEN 0 WHEN g.__time < {self.until[1]} THEN 1 ELSE 2 END"
+        order = ", ".join(f"g.{column}" for column in ("__time", *self._ids))
+        number = f"CAST(d.__before + row_number() OVER (PARTITION BY g.__day ORDER BY {order}) - 1 AS BIGINT)"
+        columns += [f"{split} AS __split", f"{number} AS request_id"]
+        yield Step(
+            "requests", f"SELECT {', '.join(columns)} FROM grouped AS g JOIN days AS d ON g.__day = d.__day", True
+        )
+
+    def _rows(self) -> Step:
+        """The candidates, with all that other steps read of them."""
         requests = self.config.requests
         columns = [f"{value} AS {name}" for value, name in zip(self._id_expressions, self._ids, strict=True)]
-        columns += ["__user", "__time"]
-        columns += [f"{quoted(name)} AS {_on(name)}" for name in self._on_columns]
+        columns += ["__user", "__time", *(f"{quoted(name)} AS {_on(name)}" for name in self._on_columns)]
         columns += [f"{quoted(key)} AS {_by(name)}" for name, (key, _) in self._counted.items()]
         for name, label in self.config.labels.items():
             columns += [f"{quoted(mine)} AS {_acted(name, place)}" for place, mine in enumerate(label.keys)]
@@ -249,46 +286,13 @@ class Plan:
             if name not in self.config.counts:
                 columns.append(f"{expression(feature.of or name)} AS {quoted(name)}")
         columns += [f"{quoted(name)} AS __order{place}" for place, name in enumerate(requests.order)]
-        yield Step("rows", f"SELECT {', '.join(columns)} FROM {quoted(_source(requests.source))}")
-        yield Check(
-            f"SELECT count(*) FROM rows WHERE {' OR '.join(f'{i} IS NULL' for i in self._ids)} HAVING count(*) > 0",
-            f"requests.id: {', '.join(requests.id)} is null in {{0}} rows of {requests.source}: leave them out with "
-            "where",
-        )
-        ids = ", ".join(self._ids)
-        shared = ["__user", "__time", *map(_on, self._on_columns), *map(quoted, self.features("request"))]
-        for column in shared:
-            yield Check(
-                f"SELECT {self._ids[0]}, min({column}), max({column}) FROM rows GROUP BY {ids} "
-                f"HAVING min({column}) <> max({column}) OR (count({column}) > 0 AND count({column}) < count(*)) "
-                f"ORDER BY {ids} LIMIT 1",
-                f"requests: rows of request {{0}} do not agree on {column.strip(chr(34)).removeprefix('__')}, which is "
-                "{1} and {2}: it is a feature of candidates, or requests.id does not tell requests apart",
-            )
-        values = ", ".join(f"min({column}) AS {column}" for column in shared)
-        day = f"CAST(floor(__time / {MICROSECONDS * SECONDS_PER_DAY}) AS BIGINT)"
-        yield Step(
-            "unnumbered", f"SELECT *, {day} AS __day FROM (SELECT {ids}, {values} FROM rows GROUP BY {ids}) AS r", True
-        )
-        # Numbers of requests in order of time, without putting all of them into one partition.
-        yield Step(
-            "days",
-            "SELECT __day, CAST(sum(__n) OVER (ORDER BY __day) - __n AS BIGINT) AS __before "
-            "FROM (SELECT __day, count(*) AS __n FROM unnumbered GROUP BY __day) AS d",
-        )
-        split = (
-            f"CASE WHEN u.__time < {self.until[0]} THEN 0 WHEN u.__time < {self.until[1]} THEN 1 ELSE 2 END AS __split"
-        )
-        columns = [f"u.{column}" for column in (*self._ids, *shared)]
-        number = (
-            f"CAST(d.__before + row_number() OVER (PARTITION BY u.__day ORDER BY u.__time, "
-            f"{', '.join(f'u.{i}' for i in self._ids)}) - 1 AS BIGINT) AS request_id"
-        )
-        yield Step(
-            "requests",
-            f"SELECT {', '.join(columns)}, {split}, {number} FROM unnumbered AS u JOIN days AS d ON u.__day = d.__day",
-            True,
-        )
+        return Step("rows", f"SELECT {', '.join(columns)} FROM {quoted(_source(requests.source))}", True)
+
+    @property
+    def _of_requests(self) -> dict[str, str]:
+        """What rows of one request have alike, by what it is called in the config."""
+        named = {"user": "__user", "time": "__time", **{name: _on(name) for name in self._on_columns}}
+        return named | {name: quoted(name) for name in self.features("request")}
 
     @property
     def _on_columns(self) -> list[str]:
