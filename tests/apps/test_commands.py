@@ -113,9 +113,11 @@ def test_evaluation_says_what_was_measured_and_on_what(
     for name in ("requests", "candidates", "users", "unknown_ids"):
         assert record[name] == counts[name]
     assert set(record["tasks"]) == {"liked", "bought"}
-    assert set(record["tasks"]["liked"]) == {"auc", "gauc", "ne", "log_loss", "calibration", "positive_rate"}
+    of_rows = {"auc", "gauc", "ne", "log_loss", "calibration", "positive_rate"}
+    assert set(record["tasks"]["liked"]) == {*of_rows, "request_auc", "ndcg"}
     shown = capsys.readouterr().out
     assert f"(60 requests, {counts['candidates']} candidates), bought: AUC" in shown
+    assert f"AUC of requests {record['tasks']['bought']['request_auc']:.4f}, NE" in shown
     assert f"unknown ids: {unknown_in_words(counts['unknown_ids'])}" in shown
 
 

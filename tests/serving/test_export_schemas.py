@@ -40,7 +40,7 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(params=["native", "eager"])
+@pytest.fixture(params=["native", pytest.param("eager", marks=pytest.mark.slow)])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages with native operators where there is a build, and without any."""
     if request.param == "eager":
