@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("duckdb")
 
+from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.builder.config import (
     ActionConfig,
     BuildConfig,
@@ -32,8 +34,11 @@ from torchrec_amort.data.builder.config import (
     SourceConfig,
 )
 from torchrec_amort.data.builder.run import build
+from torchrec_amort.data.counts import unknown_ids
+from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import hash_text
+from torchrec_amort.schema import RequestSchema
 
 NOW = 1_700_000_000
 ZONE = "Asia/Kolkata"
@@ -356,3 +361,48 @@ def test_spark_gives_the_same_rows_bit_for_bit(seed: int, tmp_path: Path) -> Non
     assert len(files[0]) == len(files[1]) > 1
     for one, other in zip(*files, strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+@settings(max_examples=10, deadline=None)
+@given(clicks, buys, shown, prices)
+def test_pointers_are_read_as_lists_are(clicks: Any, buys: Any, shown: Any, prices: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_logs(folder, clicks, buys, shown, prices)
+        config = config_of(folder)
+        build(config)
+        build(replace(config, out=str(folder / "pointers"), pointers=True))
+        counts = [json.loads((folder / out / "counts.json").read_text()) for out in ("out", "pointers")]
+        assert counts[0] == counts[1]
+        for split, count in counts[0].items():
+            if not count["requests"]:
+                continue
+            for length in (LENGTH, 1):
+                batches = [
+                    next(iter(RequestDataset(folder / out, split, batch_size=99, seed=0, history_length=length)))
+                    for out in ("out", "pointers")
+                ]
+                assert_same_batch(*batches)
+            schema = RequestSchema.load(folder / "pointers").without(["what"])
+            assert unknown_ids(folder / "pointers", split, schema) == unknown_ids(folder / "out", split, schema)
+
+
+def assert_same_batch(one: RequestBatch, other: RequestBatch) -> None:
+    assert torch.equal(one.sequences.values(), other.sequences.values())
+    assert torch.equal(one.sequences.lengths(), other.sequences.lengths())
+    assert torch.equal(one.candidate_dense, other.candidate_dense)
+    assert one.labels is not None
+    assert other.labels is not None
+    assert torch.equal(one.labels, other.labels)
+
+
+def test_events_that_are_stored_once_are_refused_if_they_are_damaged(tmp_path: Path) -> None:
+    config = small_config(tmp_path, pointers=True)
+    build(config)
+    (file,) = (tmp_path / "out" / "events").iterdir()
+    columns = pq.read_schema(tmp_path / "out" / "train" / "part-00000.parquet").names
+    assert {"acts start", "acts stop"} <= set(columns)
+    assert not {"act", "what"} & set(columns)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(InputError, match="not a complete file of events"):
+        RequestDataset(tmp_path / "out", "train", batch_size=2)

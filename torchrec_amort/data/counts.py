@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from torchrec_amort.columns import typed_table
+from torchrec_amort.data.events import StoredHistories
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.hashing import ids_of_text
@@ -261,11 +262,12 @@ def unknown_ids(folder: str | Path, split: str, schema: RequestSchema) -> dict[s
 def _counted(folder: str | Path, split: str, schema: RequestSchema) -> IdCounts:
     counts = IdCounts(schema)
     columns = list(dict.fromkeys(feature.source for feature in counts.features))
-    files = Path(folder) / split
+    files, histories = Path(folder) / split, StoredHistories.load(folder)
     for path in visible_files(files.glob("*.parquet"), files):
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=columns):
-                counts.add(typed_table(pa.Table.from_batches([batch]), schema, str(path)))
+            for batch in file.iter_batches(columns=histories.written(columns)):
+                table = histories.with_lists(pa.Table.from_batches([batch]), columns)
+                counts.add(typed_table(table, schema, str(path)))
     return counts
 
 

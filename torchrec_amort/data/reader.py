@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE
+from torchrec_amort.data.events import StoredHistories
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.schema import RequestSchema, refuse_missing
@@ -36,6 +37,7 @@ class Piece:
     first_row: int
     start: int
     stop: int
+    histories: StoredHistories
 
     @property
     def num_rows(self) -> int:
@@ -217,15 +219,16 @@ def read_piece(piece: Piece, schema: RequestSchema) -> pa.Table:
         InputError: the file is damaged, or a value is null or not of its column's type: names the file, the request
             and the column.
     """
+    names = schema.arrow_schema().names
     try:
         with pq.ParquetFile(piece.path) as file:
-            table = file.read_row_group(piece.row_group, columns=schema.arrow_schema().names)
+            table = file.read_row_group(piece.row_group, columns=piece.histories.written(names))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{piece.path}: request {piece.first_row} and the next cannot be read ({one_line(error)}): "
             "copy the file again, or prepare the data again"
         ) from error
-    table = table.slice(piece.start, piece.num_rows)
+    table = piece.histories.with_lists(table.slice(piece.start, piece.num_rows), names)
     return typed_table(table, schema, str(piece.path), piece.first_row + piece.start)
 
 
@@ -240,6 +243,8 @@ def row_groups(folder: Path, schema: RequestSchema) -> list[Piece]:
         if folder.is_dir() and folder.with_name(COUNTS_FILE).is_file():
             raise InputError(_empty(folder.parent, folder.name))
         raise InputError(f"{folder}: no Parquet files: prepare the data first (torchrec-amort prepare --help)")
+    histories = StoredHistories.load(folder.parent)
+    needed = histories.written(schema.arrow_schema().names)
     pieces = []
     for path in paths:
         try:
@@ -249,11 +254,11 @@ def row_groups(folder: Path, schema: RequestSchema) -> list[Piece]:
             raise InputError(
                 f"{path}: not a complete Parquet file ({one_line(error)}): copy it again, or prepare the data again"
             ) from error
-        refuse_missing(schema.arrow_schema().names, names, str(path))
+        refuse_missing(needed, names, str(path))
         row = 0
         for group in range(metadata.num_row_groups):
             num_rows = metadata.row_group(group).num_rows
-            pieces.append(Piece(path, group, row, 0, num_rows))
+            pieces.append(Piece(path, group, row, 0, num_rows, histories))
             row += num_rows
     return pieces
 
@@ -272,5 +277,5 @@ def _cut(pieces: Sequence[Piece], first: int, stop: int) -> Iterator[Piece]:
     for piece in pieces:
         low, high = max(first - row, 0), min(stop - row, piece.num_rows)
         if low < high:
-            yield Piece(piece.path, piece.row_group, piece.first_row, piece.start + low, piece.start + high)
+            yield replace(piece, start=piece.start + low, stop=piece.start + high)
         row += piece.num_rows

@@ -199,6 +199,7 @@ class BuildConfig:
         counts: columns of candidates that count what was known before.
         vocabularies: how often an id has to be in train to have a row of its own, by table with vocabulary `file`.
         tables: more of some tables; see `TableConfig`.
+        pointers: store events once, and ranges of them with requests; in place of lists that repeat them.
         dataset: name of the data set.
         engine: `duckdb` in this process, or `spark`.
         master: URL of Spark's cluster; all cores of this machine unless given.
@@ -218,6 +219,7 @@ class BuildConfig:
     counts: dict[str, CountConfig] = field(default_factory=dict)
     vocabularies: dict[str, int] = field(default_factory=dict)
     tables: dict[str, TableConfig] = field(default_factory=dict)
+    pointers: bool = False
     dataset: str = "requests"
     engine: Literal["duckdb", "spark"] = "duckdb"
     master: str = "local[*]"

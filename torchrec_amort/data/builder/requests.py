@@ -4,42 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS
-from torchrec_amort.data.splits import lists
+from torchrec_amort.data.events import Events, pointers
 from torchrec_amort.hashing import ids_of_text
 from torchrec_amort.schema import RequestSchema
-
-
-class Events:
-    """The events of a history in a file that is mapped into memory, so that any range of them is there at once.
-
-    Args:
-        path: of an Arrow file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self._columns = {name: table[name].combine_chunks() for name in table.column_names}
-
-    @classmethod
-    def written(cls, path: Path, tables: Iterable[pa.Table]) -> Events:
-        """Write events in their order."""
-        first = next(iter(tables := iter(tables)), None)
-        if first is None:
-            raise ValueError("no tables: an engine gives an empty one at least")
-        with pa.ipc.new_file(str(path), first.schema) as file:
-            for table in itertools.chain([first], tables):
-                file.write_table(table)
-        return cls(path)
-
-    def ranges(self, starts: np.ndarray, stops: np.ndarray) -> dict[str, pa.ListArray]:
-        """For each feature, the events from each start up to its stop, as lists."""
-        return {name: lists(values, starts, stops) for name, values in self._columns.items()}
 
 
 class Requests:
@@ -89,7 +61,9 @@ class Requests:
             columns[feature.source] = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), values)
         for name, events in self._events.items():
             stops = firsts[f"{name}_stop"].to_numpy()
-            columns |= events.ranges(stops - np.minimum(firsts[f"{name}_seen"].to_numpy(), self._lengths[name]), stops)
+            starts = stops - np.minimum(firsts[f"{name}_seen"].to_numpy(), self._lengths[name])
+            columns |= dict(zip(pointers(name), map(pa.array, (starts, stops)), strict=True))
+            columns |= events.lists(events.columns, starts, stops)
         return pa.table(columns)
 
 

@@ -16,7 +16,8 @@ from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
 from torchrec_amort.data.builder.duckdb_engine import DuckDB
 from torchrec_amort.data.builder.engine import Engine
 from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Explode, Plan, Step, tables_of
-from torchrec_amort.data.builder.requests import Events, Requests
+from torchrec_amort.data.builder.requests import Requests
+from torchrec_amort.data.events import Events, StoredHistories, write_events
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
@@ -51,13 +52,16 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
         _run(plan, engine)
         schema = schema_of(config, _vocabularies(plan, engine))
         events: dict[str, Events] = {}
+        files: dict[str, str] = {}
         for name in config.histories:
-            events[name] = Events.written(Path(folder) / f"{len(events)}.arrow", engine.batches(plan.events(name)))
+            path = Path(folder) / f"{len(events)}.arrow"
+            events[name], files[name] = write_events(path, engine.batches(plan.events(name))), str(path)
         lengths = {name: history.length for name, history in config.histories.items()}
         sizes = dict(engine.rows("SELECT __split, count(*) FROM requests GROUP BY __split"))
         requests = Requests(engine.batches(plan.candidates()), schema, events, lengths)
         splits = {split: _shown(split, sizes.get(i, 0), requests.of_split(split)) for i, split in enumerate(SPLITS)}
-        counts = write_requests(out, schema, splits, overwrite=config.overwrite)
+        histories = StoredHistories(files if config.pointers else {})
+        counts = write_requests(out, schema, splits, histories=histories, overwrite=config.overwrite)
         write_json(out / REPORT_FILE, _report(plan, engine, counts))
     return counts
 

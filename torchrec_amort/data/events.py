@@ -1,0 +1,158 @@
+"""Histories by pointer: events are stored once, user by user, and a request has a range of them.
+
+`events.json` of a prepared folder names the file of each history's events, an Arrow file that is mapped into memory. A
+request's row has columns `HISTORY start` and `HISTORY stop` in place of lists.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.files import write_json
+
+EVENTS_FILE = "events.json"
+EVENTS_FOLDER = "events"
+
+
+def pointers(history: str) -> tuple[str, str]:
+    """The columns of the range of a request's events, from the first to the one after the last."""
+    return f"{history} start", f"{history} stop"
+
+
+class Events:
+    """The events of a history, any range of which is there at once.
+
+    Args:
+        path: of an Arrow file.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+
+    Example::
+
+        Events(Path("data/films/events/clicks-0001.arrow")).lists(["film"], np.array([0, 2]), np.array([2, 5]))
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path}: not a complete file of events ({one_line(error)}): copy it again") from error
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of its columns."""
+        return list(self._table.column_names)
+
+    def lists(self, names: Iterable[str], starts: np.ndarray, stops: np.ndarray) -> dict[str, pa.Array]:
+        """Columns of some ranges.
+
+        Args:
+            names: of the columns.
+            starts: int64 [requests].
+            stops: int64 [requests].
+
+        Returns:
+            dict: by column, a list for each range.
+        """
+        ends = pa.array(np.concatenate([[0], np.cumsum(stops - starts)]), pa.int32())
+        ranges = list(zip(starts.tolist(), (stops - starts).tolist(), strict=True))
+        found = {}
+        for name in names:
+            column = self._table[name]
+            # Slices are views: what is copied is the ranges alone, however large the file.
+            chunks = [chunk for start, length in ranges if length for chunk in column.slice(start, length).chunks]
+            found[name] = pa.ListArray.from_arrays(ends, pa.concat_arrays(chunks or [pa.array([], column.type)]))
+        return found
+
+
+def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
+    """Write events in their order.
+
+    Args:
+        path: of the file to make.
+        tables: one or more, all of one schema.
+    """
+    writer: pa.ipc.RecordBatchFileWriter | None = None
+    for table in tables:
+        writer = writer or pa.ipc.new_file(str(path), table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
+    return Events(path)
+
+
+class StoredHistories:
+    """The histories of a prepared folder that its requests point to.
+
+    Args:
+        files: of each such history, the file of its events.
+    """
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self.files = dict(files)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> StoredHistories:
+        """Those of a folder; none if all its histories are lists.
+
+        Raises:
+            InputError: `events.json` cannot be read.
+        """
+        path = Path(folder) / EVENTS_FILE
+        if not path.is_file():
+            return cls({})
+        try:
+            files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
+        return cls({history: str(path.parent / file) for history, file in files.items()})
+
+    def save(self, folder: Path) -> None:
+        """Move the files into a folder, and name them there."""
+        (folder / EVENTS_FOLDER).mkdir()
+        names = {}
+        for place, (history, file) in enumerate(self.files.items()):
+            names[history] = f"{EVENTS_FOLDER}/{place}-0001.arrow"
+            Path(file).rename(folder / names[history])
+        write_json(folder / EVENTS_FILE, names)
+
+    def written(self, names: Sequence[str]) -> list[str]:
+        """The columns that files of requests have, for those of a table of requests."""
+        of_events = {name for file in self.files.values() for name in _opened(file).columns}
+        kept = [name for name in names if name not in of_events]
+        return [*kept, *(column for history in self.files for column in pointers(history))]
+
+    def with_lists(self, table: pa.Table, names: Sequence[str]) -> pa.Table:
+        """Requests with the lists that they point to.
+
+        Args:
+            table: of the columns `written(names)`.
+            names: of the columns to give.
+        """
+        columns = {name: table[name] for name in names if name in table.column_names}
+        for history, file in self.files.items():
+            starts, stops = (table[column].to_numpy() for column in pointers(history))
+            events = _opened(file)
+            columns |= events.lists([name for name in events.columns if name in names], starts, stops)
+        return pa.table({name: columns[name] for name in names})
+
+
+def _opened(file: str) -> Events:
+    """A file's events, opened once in each process unless another one has taken its name."""
+    try:
+        return _opened_as_of(file, Path(file).stat().st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({one_line(error)}): copy it again") from error
+
+
+@lru_cache(maxsize=64)
+def _opened_as_of(file: str, changed: int) -> Events:
+    return Events(file)
