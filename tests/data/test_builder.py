@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,6 +56,14 @@ shown = st.lists(
     max_size=12,
 )
 prices = st.dictionaries(st.tuples(items, st.integers(-5, 19)), st.integers(0, 9), max_size=12)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Events are mapped from a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def local(second: int) -> datetime:
@@ -404,5 +413,5 @@ def test_events_that_are_stored_once_are_refused_if_they_are_damaged(tmp_path: P
     assert {"acts start", "acts stop"} <= set(columns)
     assert not {"act", "what"} & set(columns)
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(InputError, match="not a complete file of events"):
+    with pytest.raises(InputError, match="events cannot be read"):
         RequestDataset(tmp_path / "out", "train", batch_size=2)

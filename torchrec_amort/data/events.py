@@ -1,21 +1,27 @@
 """Histories by pointer: events are stored once, user by user, and a request has a range of them.
 
-`events.json` of a prepared folder names the file of each history's events, an Arrow file that is mapped into memory. A
-request's row has columns `HISTORY start` and `HISTORY stop` in place of lists.
+`events.json` of a prepared folder names the Parquet file of each history's events. A request's row has columns
+`HISTORY start` and `HISTORY stop` in place of lists. What reads requests maps the events into memory, from an Arrow
+file that is made once on each machine, in the user's cache folder: any range of them is there at once, and processes
+share it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from torchrec_amort.errors import InputError, one_line
-from torchrec_amort.files import write_json
+from torchrec_amort.files import new_file, write_json
 
 EVENTS_FILE = "events.json"
 EVENTS_FOLDER = "events"
@@ -30,21 +36,21 @@ class Events:
     """The events of a history, any range of which is there at once.
 
     Args:
-        path: of an Arrow file.
+        path: of a Parquet file.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is none, it is damaged, or the cache folder cannot be written.
 
     Example::
 
-        Events(Path("data/films/events/clicks-0001.arrow")).lists(["film"], np.array([0, 2]), np.array([2, 5]))
+        Events("data/films/events/0-0001.parquet").lists(["film"], np.array([0, 2]), np.array([2, 5]))
     """
 
     def __init__(self, path: str | Path) -> None:
         try:
-            self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            self._table = pa.ipc.open_file(pa.memory_map(str(_mapped(Path(path))))).read_all()
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: not a complete file of events ({one_line(error)}): copy it again") from error
+            raise InputError(f"{path}: events cannot be read ({one_line(error)}): copy the file again") from error
 
     @property
     def columns(self) -> list[str]:
@@ -80,13 +86,29 @@ def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
         path: of the file to make.
         tables: one or more, all of one schema.
     """
-    writer: pa.ipc.RecordBatchFileWriter | None = None
-    for table in tables:
-        writer = writer or pa.ipc.new_file(str(path), table.schema)
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    with ExitStack() as files:
+        writer: pq.ParquetWriter | None = None
+        for table in tables:
+            writer = writer or files.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
+            writer.write_table(table)
     return Events(path)
+
+
+def _mapped(path: Path) -> Path:
+    """The Arrow file of a Parquet file, made if this machine has none."""
+    found = path.stat()
+    named = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrec-amort"
+    mapped = cache / f"{hashlib.sha256(named.encode()).hexdigest()}.arrow"
+    if not mapped.is_file():
+        with (
+            pq.ParquetFile(path) as file,
+            new_file(mapped) as temporary,
+            pa.ipc.new_file(str(temporary), file.schema_arrow) as writer,
+        ):
+            for batch in file.iter_batches():
+                writer.write_batch(batch)
+    return mapped
 
 
 class StoredHistories:
@@ -120,7 +142,7 @@ class StoredHistories:
         (folder / EVENTS_FOLDER).mkdir()
         names = {}
         for place, (history, file) in enumerate(self.files.items()):
-            names[history] = f"{EVENTS_FOLDER}/{place}-0001.arrow"
+            names[history] = f"{EVENTS_FOLDER}/{place}-0001.parquet"
             Path(file).rename(folder / names[history])
         write_json(folder / EVENTS_FILE, names)
 

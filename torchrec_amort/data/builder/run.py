@@ -54,7 +54,7 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
         events: dict[str, Events] = {}
         files: dict[str, str] = {}
         for name in config.histories:
-            path = Path(folder) / f"{len(events)}.arrow"
+            path = Path(folder) / f"{len(events)}.parquet"
             events[name], files[name] = write_events(path, engine.batches(plan.events(name))), str(path)
         lengths = {name: history.length for name, history in config.histories.items()}
         sizes = dict(engine.rows("SELECT __split, count(*) FROM requests GROUP BY __split"))
