@@ -93,7 +93,7 @@ def make_requests(schema: RequestSchema, shapes: Shapes, seed: int) -> list[dict
     random = np.random.default_rng(seed)
 
     def entry(feature: Feature) -> Any:
-        if feature.kind in ("dense", "weight"):
+        if feature.kind in ("dense", "count", "weight"):
             return float(np.float32(random.random()))
         if feature.kind == "label":
             return float(random.integers(2))

@@ -104,7 +104,7 @@ class Rows:
                     f"{self._at(self._row_of(lengths, entry))}: {feature.source} has a count of {numbers[entry]}: "
                     "write 0 or more, or give it kind 'dense'"
                 )
-            numbers = np.log2(1 + numbers)
+            numbers = np.log2(1.0 + numbers.astype(np.float64)).astype(np.float32)
         return numbers[:, None], lengths
 
     def dense(self, side: Side) -> Tensor:
