@@ -96,6 +96,7 @@ def _not_run() -> dict[str, str]:
     names = {
         "bench.arms.load_arm": TRAINING,
         "bench.load.measure_load": COMMAND,
+        "data.events.Events": LOG,
         "data.impressions.to_requests": LOG,
         "data.log.ImpressionLog": LOG,
         "serving.export.export_package": COMPILES,
@@ -277,8 +278,9 @@ def _of_tables() -> dict[str, Any]:
 def _of_impressions() -> dict[str, Any]:
     """Impressions of the requests 0 to 7, one after the other."""
     request_ids = torch.arange(24) % 8
-    ids = {"user": request_ids, "country": request_ids % 3, "item": torch.arange(24), "history_item": request_ids + 1}
-    lengths = torch.ones(4 * 24, dtype=torch.int64)
+    ids = {"user": request_ids, "country": request_ids % 3, "item": torch.arange(24)}
+    ids |= {name: request_ids + 1 for name in ("clicked_item", "clicked_time", "bought_item")}
+    lengths = torch.ones(len(ids) * 24, dtype=torch.int64)
     features = KeyedJaggedTensor(list(ids), torch.cat(list(ids.values())), lengths=lengths)
     return {
         "impressions": Batch(torch.rand(24, 2), features, torch.arange(24) % 2),
