@@ -94,6 +94,7 @@ def test_evaluate_cuts_each_history_to_what_its_tower_keeps(
     assert "was trained with up to 3 events: ask for 0 to 3" in message
 
 
+@pytest.mark.slow
 def test_the_benchmark_scores_them_in_all_ways(data: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = json.dumps(["impressions", "model", "amortized", "microbatched", "cached", "concatenation", "encoder"])
     for run, events in {"whole": 5, "narrow": 3}.items():

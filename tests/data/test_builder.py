@@ -229,7 +229,7 @@ def found_rows(out: Path) -> dict[str, list[Any]]:
 
 
 @settings(
-    max_examples=25, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(clicks, buys, shown, prices)
 def test_requests_are_those_of_plain_loops(clicks: Any, buys: Any, shown: Any, prices: Any) -> None:
@@ -372,7 +372,7 @@ def test_spark_gives_the_same_rows_bit_for_bit(seed: int, tmp_path: Path) -> Non
         assert one.read_bytes() == other.read_bytes()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None, phases=[Phase.generate])
 @given(clicks, buys, shown, prices)
 def test_pointers_are_read_as_lists_are(clicks: Any, buys: Any, shown: Any, prices: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
