@@ -405,9 +405,20 @@ def assert_same_batch(one: RequestBatch, other: RequestBatch) -> None:
     assert torch.equal(one.labels, other.labels)
 
 
+def test_building_leaves_nothing_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for pointers in (False, True):
+        build(replace(small_config(tmp_path), pointers=pointers, overwrite=True))
+        assert not (tmp_path / "cache").exists()
+    RequestDataset(tmp_path / "out", "train", batch_size=1)
+    next(iter(RequestDataset(tmp_path / "out", "train", batch_size=1)))
+    assert len(list((tmp_path / "cache" / "torchrec-amort").iterdir())) == 1
+
+
 def test_events_that_are_stored_once_are_refused_if_they_are_damaged(tmp_path: Path) -> None:
     config = small_config(tmp_path, pointers=True)
     build(config)
+    assert {file.name for file in tmp_path.iterdir() if file.name.startswith(".")} == set()
     (file,) = (tmp_path / "out" / "events").iterdir()
     columns = pq.read_schema(tmp_path / "out" / "train" / "part-00000.parquet").names
     assert {"acts start", "acts stop"} <= set(columns)

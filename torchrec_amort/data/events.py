@@ -37,6 +37,7 @@ class Events:
 
     Args:
         path: of a Parquet file.
+        cache: folder of the Arrow file that is mapped; the user's cache folder unless given.
 
     Raises:
         InputError: there is none, it is damaged, or the cache folder cannot be written.
@@ -46,9 +47,9 @@ class Events:
         Events("data/films/events/0-0001.parquet").lists(["film"], np.array([0, 2]), np.array([2, 5]))
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, cache: Path | None = None) -> None:
         try:
-            self._table = pa.ipc.open_file(pa.memory_map(str(_mapped(Path(path))))).read_all()
+            self._table = pa.ipc.open_file(pa.memory_map(str(_mapped(Path(path), cache)))).read_all()
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{path}: events cannot be read ({one_line(error)}): copy the file again") from error
 
@@ -80,7 +81,7 @@ class Events:
 
 
 def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
-    """Write events in their order.
+    """Write events in their order, and map them beside their file, which may be a temporary one.
 
     Args:
         path: of the file to make.
@@ -91,14 +92,14 @@ def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
         for table in tables:
             writer = writer or files.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
             writer.write_table(table)
-    return Events(path)
+    return Events(path, path.parent)
 
 
-def _mapped(path: Path) -> Path:
+def _mapped(path: Path, cache: Path | None) -> Path:
     """The Arrow file of a Parquet file, made if this machine has none."""
     found = path.stat()
     named = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrec-amort"
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrec-amort"
     mapped = cache / f"{hashlib.sha256(named.encode()).hexdigest()}.arrow"
     if not mapped.is_file():
         with (
@@ -148,7 +149,7 @@ class StoredHistories:
 
     def written(self, names: Sequence[str]) -> list[str]:
         """The columns that files of requests have, for those of a table of requests."""
-        of_events = {name for file in self.files.values() for name in _opened(file).columns}
+        of_events = {name for file in self.files.values() for name in _columns(file)}
         kept = [name for name in names if name not in of_events]
         return [*kept, *(column for history in self.files for column in pointers(history))]
 
@@ -169,12 +170,29 @@ class StoredHistories:
 
 def _opened(file: str) -> Events:
     """A file's events, opened once in each process unless another one has taken its name."""
-    try:
-        return _opened_as_of(file, Path(file).stat().st_mtime_ns)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({one_line(error)}): copy it again") from error
+    return _opened_as_of(file, _changed(file))
 
 
 @lru_cache(maxsize=64)
 def _opened_as_of(file: str, changed: int) -> Events:
     return Events(file)
+
+
+def _columns(file: str) -> list[str]:
+    """Names of a file's columns, which are read without its events."""
+    return _columns_as_of(file, _changed(file))
+
+
+@lru_cache(maxsize=64)
+def _columns_as_of(file: str, changed: int) -> list[str]:
+    try:
+        return list(pq.read_schema(file).names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{file}: events cannot be read ({one_line(error)}): copy the file again") from error
+
+
+def _changed(file: str) -> int:
+    try:
+        return Path(file).stat().st_mtime_ns
+    except OSError as error:
+        raise InputError(f"{file}: events cannot be read ({one_line(error)}): copy the file again") from error
