@@ -51,7 +51,7 @@ class Events:
         try:
             self._table = pa.ipc.open_file(pa.memory_map(str(_mapped(Path(path), cache)))).read_all()
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: events cannot be read ({one_line(error)}): copy the file again") from error
+            raise _unreadable(path, error) from error
 
     @property
     def columns(self) -> list[str]:
@@ -188,11 +188,15 @@ def _columns_as_of(file: str, changed: int) -> list[str]:
     try:
         return list(pq.read_schema(file).names)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: events cannot be read ({one_line(error)}): copy the file again") from error
+        raise _unreadable(file, error) from error
 
 
 def _changed(file: str) -> int:
     try:
         return Path(file).stat().st_mtime_ns
     except OSError as error:
-        raise InputError(f"{file}: events cannot be read ({one_line(error)}): copy the file again") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"{path}: events cannot be read ({one_line(error)}): copy the file again")

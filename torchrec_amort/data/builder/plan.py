@@ -198,9 +198,9 @@ class Plan:
             own += [f"{time} AS __time", f"{known} + {source.delay * MICROSECONDS} AS __available"]
         if own:
             sql = f"SELECT *, {', '.join(own)} FROM ({sql}) AS s"
-        for place, join in enumerate(source.join):
+        for join in source.join:
             yield self._one_row_for_each_key(name, join)
-            sql = self._joined(sql, join, place)
+            sql = self._joined(sql, join)
         if source.where is not None:
             sql = f"SELECT * FROM ({sql}) AS s WHERE {source.where}"
         yield Step(_source(name), sql)
@@ -221,7 +221,7 @@ class Plan:
             "for each, or give the time from which on each is valid",
         )
 
-    def _joined(self, sql: str, join: JoinConfig, place: int) -> str:
+    def _joined(self, sql: str, join: JoinConfig) -> str:
         keys = [f"{quoted(key)} AS __key{i}" for i, key in enumerate(join.keys.values())]
         taken = [f"{expression(value)} AS {quoted(column)}" for column, value in join.columns.items()]
         on = [f"s.{quoted(mine)} = j.__key{i}" for i, mine in enumerate(join.keys)]
