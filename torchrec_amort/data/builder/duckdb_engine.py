@@ -87,4 +87,6 @@ class DuckDB:
         try:
             return self._connection.execute(sql)
         except duckdb.Error as error:
-            raise InputError(f"{what}: {one_line(error)}") from error
+            # What follows is the plan's own SQL, with a mark below it.
+            told = " ".join(str(error).partition("\nLINE ")[0].split())
+            raise InputError(f"{what}: {told}") from error
