@@ -377,7 +377,7 @@ def test_impressions_on_a_gpu() -> None:
     cuda = torch.device("cuda")
     batch = group(ROWS, dense_features=dense(ROWS).to(cuda), sparse_features=keyed(ROWS).to(cuda))
     assert_same_requests(batch.to(torch.device("cpu")), group(ROWS))
-    with pytest.raises(InputError, match="'history' has id 5 in row 0 but id 6 in row 2"):
+    with pytest.raises(InputError, match="'history' has id 5 as entry 1 in row 0 but id 6 in row 2"):
         rows = [*ROWS[:2], row(7, history=[4, 6])]
         group(rows, dense_features=dense(rows).to(cuda), sparse_features=keyed(rows).to(cuda))
 

@@ -35,7 +35,12 @@ def have_one_each(kjt: KeyedJaggedTensor) -> bool:
 
 def span_of(kjt: KeyedJaggedTensor, key: str, start: int, stop: int) -> slice:
     """Where the values of the rows of a key from `start` to `stop` are."""
-    first, offsets = kjt.keys().index(key) * kjt.stride(), kjt.offsets()
+    place, stride = kjt.keys().index(key), kjt.stride()
+    if (start, stop) == (0, stride):
+        # Kept on the host: a GPU is asked once for all keys, or not at all if it was known before they were moved.
+        of_keys = kjt.offset_per_key()
+        return slice(of_keys[place], of_keys[place + 1])
+    first, offsets = place * stride, kjt.offsets()
     return slice(int(offsets[first + start]), int(offsets[first + stop]))
 
 

@@ -101,8 +101,7 @@ class JaggedAttention:
             values_NHK,
             offsets(self.row_lengths_B).int(),
             offsets(self.key_lengths_B).int(),
-            max(1, int(self.row_lengths_B.max())),
-            max(1, int(self.key_lengths_B.max())),
+            *self._longest,
             window_size=(-1, 0) if self.is_causal else (-1, -1),
             return_aux=AuxRequest(lse=own is not None),
         )
@@ -117,6 +116,12 @@ class JaggedAttention:
         logits_RH = (queries_RHK.float() * own_key_RHK.float()).sum(-1) * queries_RHK.shape[-1] ** -0.5
         weight_RH1 = torch.sigmoid(logits_RH - log_sum_RH).unsqueeze(-1)
         return torch.lerp(read_RHK.float(), own_value_RHK.float(), weight_RH1).to(read_RHK.dtype)
+
+    @cached_property
+    def _longest(self) -> tuple[int, int]:
+        """Rows and keys of the longest requests; asked of the device once, whatever the number of layers."""
+        rows, keys = torch.stack([self.row_lengths_B.max(), self.key_lengths_B.max()]).tolist()
+        return max(1, rows), max(1, keys)
 
     @cached_property
     def _groups(self) -> list[_Group]:

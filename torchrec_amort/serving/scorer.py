@@ -182,6 +182,9 @@ class AmortizedScorer:
         for field, is_weighted in self._is_weighted.items():
             refuse_weights(field, getattr(batch, field), is_weighted)
         if batch.num_candidates.device != self._served.device:
+            # Where keys begin is asked of the host while the ids are there.
+            for ids in (batch.request_sparse, batch.candidate_sparse, batch.sequences):
+                ids.offset_per_key()
             batch = batch.to(self._served.device)
         return self._limit(batch)
 
@@ -240,25 +243,31 @@ class AmortizedScorer:
         if batch.users is None:
             raise InputError("batch: users is None: a cache needs to know whose histories they are")
         lists = batch.request_lists
-        return [self._state(lists, terms, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())]
+        # What histories consist of is read on the host: a GPU is waited for once, not once for each of them.
+        on_host = lists if batch.users.device.type == "cpu" else batch.to(torch.device("cpu")).request_lists
+        return [
+            self._state(lists, on_host, terms, row, user, tower, cache) for row, user in enumerate(batch.users.tolist())
+        ]
 
     def _entries(self, lists: Lists, tower: str, start: int = 0, stop: int | None = None) -> dict[str, Entries]:
         """What the events of some requests have, feature by feature."""
         return {name: lists.entries(name, start, stop) for name in self._events[tower]}
 
     def _state(
-        self, lists: Lists, terms: RequestTerms, row: int, user: int, tower: str, cache: HistoryCache
+        self, lists: Lists, on_host: Lists, terms: RequestTerms, row: int, user: int, tower: str, cache: HistoryCache
     ) -> HistoryState:
         """One request's state: from the cache, or extended or encoded and then put there."""
-        history = _History(self._entries(lists, tower, row, row + 1), self._hash_key)
+        history = _History(self._entries(on_host, tower, row, row + 1), self._hash_key)
         epoch, is_extendable = cache.epoch, self._served.phases.is_extendable(tower)
         cached = cache.find(user, history.num_events, history.version, extendable=is_extendable, tower=tower)
         if cached is not None and cached.num_events == history.num_events:
             return cached.state
+        events = self._entries(lists, tower, row, row + 1)
         if cached is not None:
-            state = self._served.extend(terms, tower, cached.state, history.events(cached.num_events))
+            new = {name: of_feature.after(cached.num_events) for name, of_feature in events.items()}
+            state = self._served.extend(terms, tower, cached.state, new)
         else:
-            state = self._served.encode(terms, tower, history.events(0))
+            state = self._served.encode(terms, tower, events)
         version = history.version(history.num_events)
         cache.put(user, CachedHistory(version, history.num_events, state), epoch=epoch, tower=tower)
         return state
@@ -290,7 +299,7 @@ class _History:
     """The history of one request: what each feature of its events has."""
 
     def __init__(self, entries: Mapping[str, Entries], hash_key: bytes) -> None:
-        self._entries, self._hash_key = entries, hash_key
+        self._hash_key = hash_key
         self.num_events = int(next(iter(entries.values())).lengths.sum())
         fixed = [of_feature.values for of_feature in entries.values() if of_feature.num_ids is None]
         # What all features have of an event, together.
@@ -309,15 +318,11 @@ class _History:
             digest.update(numbers[:num_events].tobytes())
             assert of_feature.num_ids is not None
             num_ids = int(of_feature.num_ids[:num_events].sum())
-            digest.update(of_feature.values[:num_ids].long().cpu().numpy().tobytes())
+            digest.update(of_feature.values[:num_ids].long().numpy().tobytes())
         return digest.digest()
-
-    def events(self, first: int) -> dict[str, Entries]:
-        """What the events from the given one on have."""
-        return {name: of_feature.after(first) for name, of_feature in self._entries.items()}
 
 
 def _bytes_of(values: Tensor, num_rows: int) -> np.ndarray:
     """uint8 [rows, bytes of each]."""
-    array = (values if values.is_floating_point() else values.long()).cpu().contiguous().numpy()
+    array = (values if values.is_floating_point() else values.long()).contiguous().numpy()
     return array.reshape(num_rows, -1).view(np.uint8) if num_rows else np.empty((0, 0), np.uint8)
