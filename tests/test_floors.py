@@ -13,6 +13,7 @@ FLOORS = {
     "progress": 0,
     "versions": 0,
     "files": 1,
+    "lock": 2,
     "lists": 1,
     "schema": 2,
     "bounds": 3,

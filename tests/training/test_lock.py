@@ -19,8 +19,8 @@ from tests.training.test_failures import wait_for
 from tests.training.test_training import arguments, checkpoints, refused
 from torchrec_amort.apps import train
 from torchrec_amort.errors import InputError
+from torchrec_amort.lock import LOCK_FILE, SECONDS_TO_DEATH, FolderLock, Owner
 from torchrec_amort.training.checkpoint import CheckpointWriter
-from torchrec_amort.training.lock import LOCK_FILE, SECONDS_TO_DEATH, FolderLock, Owner
 
 ELSEWHERE = Owner(host="node7", pid=12, space="another host's", job="job-5", since="2026-01-01T00:00:00Z")
 

@@ -33,10 +33,10 @@ from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.data.sample import drawn_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now
+from torchrec_amort.lock import FolderLock
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.environment import git_commit
-from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.run import load_run
 from torchrec_amort.versions import installed_versions
 

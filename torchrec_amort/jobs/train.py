@@ -17,11 +17,12 @@ from torchrec_amort.data.counts import TRAIN, read_counts
 from torchrec_amort.data.reader import RequestDataset, read_piece, row_groups
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now, write_json, write_text
+from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.build import build_model
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
-from torchrec_amort.training.lock import FolderLock, run_lock
+from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import GlobalBatchTrain, TrainResult, train
 from torchrec_amort.training.numbers import measure_numbers
 from torchrec_amort.training.processes import ignore_stop_signals, is_first

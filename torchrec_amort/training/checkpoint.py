@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
+from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.managed import refuse_other_ranks
-from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.processes import is_first
 from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel

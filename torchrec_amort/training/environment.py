@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from torchrec_amort.files import utc_now, write_json
-from torchrec_amort.training.processes import job_name, restarts, restarts_of_all
+from torchrec_amort.lock import job_name
+from torchrec_amort.training.processes import restarts, restarts_of_all
 from torchrec_amort.versions import installed_versions
 
 ENVIRONMENT_FILE = "environment.json"

@@ -21,11 +21,11 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import new_file
+from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.dlrm import AmortizedDLRMTrain, Loss
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.progress import progress
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
-from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.metrics import (
     auc,
     auc_of_requests,

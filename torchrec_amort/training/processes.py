@@ -101,11 +101,6 @@ def gather_on_first(record: Any) -> list[Any]:
     return records or []
 
 
-def job_name() -> str | None:
-    """Torchrun's name of the job, the same for all starts of its ranks; None without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
 def restarts() -> int:
     """How often torchrun has started this node's ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
