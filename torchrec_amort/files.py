@@ -36,8 +36,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
             (temporary / "part.txt").write_text("all or nothing")
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise _is_there(folder)
+    refuse_existing(folder, overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -61,6 +60,12 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
                 replaced.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is there, unless it may be replaced."""
+    if folder.exists() and not overwrite:
+        raise _is_there(folder)
 
 
 def _is_there(folder: Path) -> InputError:

@@ -280,7 +280,7 @@ def test_the_report_tells_what_may_be_wrong(tmp_path: Path) -> None:
         {},
     )
     build(with_source(config_of(tmp_path), "buys", columns={"whole": "ms - 7"}, time="whole"))
-    report = json.loads((tmp_path / "out" / "build.json").read_text())
+    report = json.loads((tmp_path / "out" / "builds" / "0001" / "build.json").read_text())
     acts = report["histories"]["acts"]
     # Clicks are available 2 s after they arrived: ann's of 3 s, and what she bought, at her request's very instant.
     assert acts["requests_with_events_of_their_instant"] == 1

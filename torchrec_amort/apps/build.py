@@ -24,11 +24,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _build(config: BuildConfig) -> None:
-    from torchrec_amort.data.builder.run import REPORT_FILE, build  # noqa: PLC0415 - of the extra `build`
+    from torchrec_amort.data.builder.run import build  # noqa: PLC0415 - of the extra `build`
 
-    build(config)
+    written = build(config)
     print(split_table(read_counts(config.out)))
-    print(f"written to {config.out}, with {REPORT_FILE}")
+    what = f"{sum(written.values()):,} requests"
+    print(f"{what} {'appended' if config.since else 'written'} to {config.out}, whose builds/ tells of them")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ COUNTS_FILE = "counts.json"
 TRAIN = "train"
 SIZES = ("requests", "candidates", "users")
 MOST_WAITING = 2**20
+_NUMBERS = ("requests", "candidates", "same_second")
+_COUNTED = pa.schema({"column": pa.string(), "id": pa.int64(), "count": pa.int64()})
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +56,25 @@ class IdCounts:
             column.nulls += ids.null_count
             ids = ids.drop_null()
             column.add(ids_of_text(ids) if pa.types.is_string(ids.type) else ids.to_numpy())
+
+    def counted(self) -> pa.Table:
+        """How often each id came, by column; a row without an id tells of nulls."""
+        parts = []
+        for name, column in self._columns.items():
+            ids, counts = column.counted()
+            counted = pa.array([*counts.astype(np.int64), column.nulls], pa.int64())
+            names = pa.array([name]).take(pa.array(np.zeros(len(counted), np.int64)))
+            parts.append(pa.table({"column": names, "id": pa.array([*ids, None], pa.int64()), "count": counted}))
+        return pa.concat_tables(parts or [_COUNTED.empty_table()])
+
+    def add_counted(self, table: pa.Table) -> None:
+        """Count what another has counted, as `counted` gave it."""
+        for name, column in self._columns.items():
+            rows = table.filter(pc.equal(table["column"], name))
+            is_null = rows["id"].is_null()
+            column.nulls += pc.sum(rows.filter(is_null)["count"]).as_py() or 0
+            rows = rows.filter(pc.invert(is_null))
+            column.add_counted(rows["id"].to_numpy(), rows["count"].to_numpy())
 
     def unknown_shares(self, train: IdCounts | None) -> dict[str, float]:
         """The share of each feature's ids that a model does not know.
@@ -93,6 +114,10 @@ class _Column:
         self.nulls = 0
         self._num_waiting = 0
 
+    def add_counted(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Add different ids that were counted elsewhere."""
+        self._merge(ids, counts, *self.counted())
+
     def add(self, ids: np.ndarray) -> None:
         self._waiting.append(ids)
         self._num_waiting += len(ids)
@@ -102,12 +127,14 @@ class _Column:
 
     def counted(self) -> tuple[np.ndarray, np.ndarray]:
         if self._waiting:
-            more, more_counts = np.unique(np.concatenate(self._waiting), return_counts=True)
-            self._ids, place = np.unique(np.concatenate([self._ids, more]), return_inverse=True)
-            counts = np.concatenate([self._counts, more_counts])
-            self._counts = np.bincount(place, counts, minlength=len(self._ids))
+            waiting = np.unique(np.concatenate(self._waiting), return_counts=True)
             self._waiting, self._num_waiting = [], 0
+            self._merge(*waiting, self._ids, self._counts)
         return self._ids, self._counts
+
+    def _merge(self, ids: np.ndarray, counts: np.ndarray, others: np.ndarray, other_counts: np.ndarray) -> None:
+        self._ids, place = np.unique(np.concatenate([ids, others]), return_inverse=True)
+        self._counts = np.bincount(place, np.concatenate([counts, other_counts]), minlength=len(self._ids))
 
 
 class SplitCounts:
@@ -128,12 +155,17 @@ class SplitCounts:
     def __init__(self, split: str, schema: RequestSchema, refuse_same_second: bool = False) -> None:
         self.split = split
         self.ids = IdCounts(schema)
-        self.requests = self._candidates = 0
+        self._requests = self._candidates = 0
         self._users: set[int] = set()
         self._event_times = [feature.source for feature in schema.of("event", "age")]
         self._candidate_column = schema.candidate_column
         self._refuse_same_second = refuse_same_second
         self._same_second, self._example = 0, ""
+
+    @property
+    def requests(self) -> int:
+        """How many there are."""
+        return self._requests
 
     def add(self, table: pa.Table) -> None:
         """Count requests, in columns of the schema's types.
@@ -142,10 +174,37 @@ class SplitCounts:
             InputError: a request has an event of its own second, if that is to be refused.
         """
         self._count_same_second(table)
-        self.requests += table.num_rows
+        self._requests += table.num_rows
         self._candidates += pc.sum(pc.list_value_length(table[self._candidate_column])).as_py() or 0
         self._users.update(table["user"].to_pylist())
         self.ids.add(table)
+
+    def save(self, path: Path) -> None:
+        """Write all that is counted, for a build that goes on."""
+        users = pa.array(sorted(self._users), pa.int64())
+        none = pa.nulls(len(users), pa.int64())
+        table = pa.concat_tables(
+            [self.ids.counted(), pa.table({"column": pa.nulls(len(users), pa.string()), "id": users, "count": none})]
+        )
+        numbers = {name: str(getattr(self, f"_{name}")) for name in _NUMBERS}
+        pq.write_table(table.replace_schema_metadata(numbers), path, compression="zstd")
+
+    def add_saved(self, path: Path) -> None:
+        """Count what an earlier build has counted.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({one_line(error)}): copy the folder again") from error
+        numbers = {key.decode(): int(value) for key, value in (table.schema.metadata or {}).items()}
+        for name in _NUMBERS:
+            setattr(self, f"_{name}", getattr(self, f"_{name}") + numbers[name])
+        is_user = table["column"].is_null()
+        self._users.update(table.filter(is_user)["id"].to_pylist())
+        self.ids.add_counted(table.filter(pc.invert(is_user)))
 
     def _count_same_second(self, table: pa.Table) -> None:
         times = table["time"].to_numpy()
@@ -159,10 +218,10 @@ class SplitCounts:
             row = int(rows[0])
             if self._refuse_same_second:
                 raise InputError(
-                    f"{self.split}: request {self.requests + row}: {column} has an event at {times[row]}, the "
+                    f"{self.split}: request {self._requests + row}: {column} has an event at {times[row]}, the "
                     "request's own second: keep events strictly before their request"
                 )
-            self._example = self._example or f"request {self.requests + row} has one in {column}"
+            self._example = self._example or f"request {self._requests + row} has one in {column}"
             is_same[rows] = True
         self._same_second += int(is_same.sum())
 
@@ -184,11 +243,11 @@ class SplitCounts:
                 "what was shown; keep events strictly before their request, or refuse these requests",
                 self.split,
                 f"{self._same_second:,}",
-                f"{self.requests:,}",
+                f"{self._requests:,}",
                 self._example,
             )
         return {
-            "requests": self.requests,
+            "requests": self._requests,
             "candidates": self._candidates,
             "users": len(self._users),
             "unknown_ids": unknown,
@@ -262,8 +321,8 @@ def unknown_ids(folder: str | Path, split: str, schema: RequestSchema) -> dict[s
 def _counted(folder: str | Path, split: str, schema: RequestSchema) -> IdCounts:
     counts = IdCounts(schema)
     columns = list(dict.fromkeys(feature.source for feature in counts.features))
-    files, histories = Path(folder) / split, StoredHistories.load(folder)
-    for path in visible_files(files.glob("*.parquet"), files):
+    histories = StoredHistories.load(folder)
+    for path in files_of(folder, split):
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=histories.written(columns)):
                 table = histories.with_lists(pa.Table.from_batches([batch]), columns)
@@ -288,6 +347,13 @@ def read_counts(folder: str | Path) -> dict[str, dict[str, Any]]:
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)}): prepare the data again") from error
     return counts
+
+
+def files_of(folder: str | Path, split: str) -> list[Path]:
+    """The Parquet files of a split: those that `counts.json` names, or all that are there if it names none."""
+    counts, files = Path(folder) / COUNTS_FILE, Path(folder) / split
+    named = read_counts(folder).get(split, {}).get("files") if counts.is_file() else None
+    return visible_files(files.glob("*.parquet"), files) if named is None else [files / name for name in named]
 
 
 def _entries(column: pa.ChunkedArray) -> pa.Array:

@@ -1,7 +1,8 @@
 """Histories by pointer: events are stored once, user by user, and a request has a range of them.
 
-`events.json` of a prepared folder names the Parquet file of each history's events. A request's row has columns
-`HISTORY start` and `HISTORY stop` in place of lists. What reads requests maps the events into memory, from an Arrow
+`events.json` of a prepared folder names the Parquet files of each history's events, one for each build that added some:
+they are never written again. A request's row has columns `HISTORY start` and `HISTORY stop` in place of lists, places in
+all files of its history, one after the other. What reads requests maps the events into memory, from an Arrow
 file that is made once on each machine, in the user's cache folder: any range of them is there at once, and processes
 share it.
 """
@@ -36,7 +37,7 @@ class Events:
     """The events of a history, any range of which is there at once.
 
     Args:
-        path: of a Parquet file.
+        paths: of Parquet files, whose events stand one after the other.
         cache: folder of the Arrow file that is mapped; the user's cache folder unless given.
 
     Raises:
@@ -44,14 +45,11 @@ class Events:
 
     Example::
 
-        Events("data/films/events/0-0001.parquet").lists(["film"], np.array([0, 2]), np.array([2, 5]))
+        Events(["data/films/events/0-0001.parquet"]).lists(["film"], np.array([0, 2]), np.array([2, 5]))
     """
 
-    def __init__(self, path: str | Path, cache: Path | None = None) -> None:
-        try:
-            self._table = pa.ipc.open_file(pa.memory_map(str(_mapped(Path(path), cache)))).read_all()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _unreadable(path, error) from error
+    def __init__(self, paths: Sequence[str | Path], cache: Path | None = None) -> None:
+        self._table = pa.concat_tables(_table(Path(path), cache) for path in paths)
 
     @property
     def columns(self) -> list[str]:
@@ -92,7 +90,14 @@ def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
         for table in tables:
             writer = writer or files.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
             writer.write_table(table)
-    return Events(path, path.parent)
+    return Events([path], path.parent)
+
+
+def _table(path: Path, cache: Path | None) -> pa.Table:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(_mapped(path, cache)))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _mapped(path: Path, cache: Path | None) -> Path:
@@ -116,11 +121,11 @@ class StoredHistories:
     """The histories of a prepared folder that its requests point to.
 
     Args:
-        files: of each such history, the file of its events.
+        files: of each such history, the files of its events.
     """
 
-    def __init__(self, files: Mapping[str, str]) -> None:
-        self.files = dict(files)
+    def __init__(self, files: Mapping[str, Sequence[str]]) -> None:
+        self.files = {history: tuple(of_history) for history, of_history in files.items()}
 
     @classmethod
     def load(cls, folder: str | Path) -> StoredHistories:
@@ -133,23 +138,35 @@ class StoredHistories:
         if not path.is_file():
             return cls({})
         try:
-            files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+            files: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
-        return cls({history: str(path.parent / file) for history, file in files.items()})
+        return cls({history: [str(path.parent / file) for file in named] for history, named in files.items()})
 
-    def save(self, folder: Path) -> None:
-        """Move the files into a folder, and name them there."""
-        (folder / EVENTS_FOLDER).mkdir()
+    def num_events(self) -> dict[str, int]:
+        """Of each history."""
+        return {history: sum(map(_num_rows, files)) for history, files in self.files.items()}
+
+    def save(self, folder: Path, number: int = 1) -> dict[str, str]:
+        """Move the files of a build into a folder.
+
+        Args:
+            folder: a prepared one.
+            number: of the build.
+
+        Returns:
+            dict: of each history, the new file's name there.
+        """
+        (folder / EVENTS_FOLDER).mkdir(exist_ok=True)
         names = {}
-        for place, (history, file) in enumerate(self.files.items()):
-            names[history] = f"{EVENTS_FOLDER}/{place}-0001.parquet"
+        for place, (history, (file,)) in enumerate(self.files.items()):
+            names[history] = f"{EVENTS_FOLDER}/{place}-{number:04d}.parquet"
             Path(file).rename(folder / names[history])
-        write_json(folder / EVENTS_FILE, names)
+        return names
 
     def written(self, names: Sequence[str]) -> list[str]:
         """The columns that files of requests have, for those of a table of requests."""
-        of_events = {name for file in self.files.values() for name in _columns(file)}
+        of_events = {name for files in self.files.values() for name in _columns(files[0])}
         kept = [name for name in names if name not in of_events]
         return [*kept, *(column for history in self.files for column in pointers(history))]
 
@@ -161,21 +178,26 @@ class StoredHistories:
             names: of the columns to give.
         """
         columns = {name: table[name] for name in names if name in table.column_names}
-        for history, file in self.files.items():
+        for history, files in self.files.items():
             starts, stops = (table[column].to_numpy() for column in pointers(history))
-            events = _opened(file)
+            events = _opened(files)
             columns |= events.lists([name for name in events.columns if name in names], starts, stops)
         return pa.table({name: columns[name] for name in names})
 
 
-def _opened(file: str) -> Events:
-    """A file's events, opened once in each process unless another one has taken its name."""
-    return _opened_as_of(file, _changed(file))
+def save_histories(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
+    """Write `events.json`: of each history that is stored once, the names of its files in the folder."""
+    write_json(folder / EVENTS_FILE, {history: list(names) for history, names in files.items()})
+
+
+def _opened(files: tuple[str, ...]) -> Events:
+    """The events of files, opened once in each process unless others have taken their names."""
+    return _opened_as_of(files, tuple(map(_changed, files)))
 
 
 @lru_cache(maxsize=64)
-def _opened_as_of(file: str, changed: int) -> Events:
-    return Events(file)
+def _opened_as_of(files: tuple[str, ...], changed: tuple[int, ...]) -> Events:
+    return Events(files)
 
 
 def _columns(file: str) -> list[str]:
@@ -187,6 +209,13 @@ def _columns(file: str) -> list[str]:
 def _columns_as_of(file: str, changed: int) -> list[str]:
     try:
         return list(pq.read_schema(file).names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _num_rows(file: str) -> int:
+    try:
+        return int(pq.read_metadata(file).num_rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise _unreadable(file, error) from error
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
-from torchrec_amort.data.counts import COUNTS_FILE, read_counts, sizes
+from torchrec_amort.data.counts import COUNTS_FILE, files_of, read_counts, sizes
 from torchrec_amort.data.log import (
     BYTES_PER_BATCH,
     ROWS_PER_BATCH,
@@ -34,7 +34,6 @@ from torchrec_amort.data.log import (
     open_file,
     refuse_columns,
 )
-from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.splits import lists_of, ranges, split_bounds
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
@@ -476,7 +475,7 @@ class _Exploded:
         """Write the files of a split, each as one of impressions."""
         out.mkdir()
         first_table = len(self._sizes)
-        for path in visible_files(folder.glob("*.parquet"), folder):
+        for path in files_of(folder.parent, folder.name):
             with pq.ParquetWriter(out / path.name, impression_schema(self.schema)) as writer:
                 for table in self._read(path):
                     for piece in self._pieces(table):
@@ -539,7 +538,7 @@ class _Exploded:
 
 
 def _parts(folder: Path, splits: Iterable[str]) -> list[Path]:
-    return [path for split in splits for path in visible_files((folder / split).glob("*.parquet"), folder)]
+    return [path for split in splits for path in files_of(folder, split)]
 
 
 # ----- the report ---------------------------------------------------------------------------------------------------

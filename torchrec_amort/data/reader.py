@@ -21,9 +21,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
-from torchrec_amort.data.counts import COUNTS_FILE
+from torchrec_amort.data.counts import COUNTS_FILE, files_of
 from torchrec_amort.data.events import StoredHistories
-from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.schema import RequestSchema, refuse_missing
 
@@ -238,7 +237,7 @@ def row_groups(folder: Path, schema: RequestSchema) -> list[Piece]:
     Raises:
         InputError: the folder has no Parquet files, or one is damaged or lacks a column.
     """
-    paths = visible_files(folder.glob("*.parquet"), folder)
+    paths = files_of(folder.parent, folder.name)
     if not paths:
         if folder.is_dir() and folder.with_name(COUNTS_FILE).is_file():
             raise InputError(_empty(folder.parent, folder.name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
-from torchrec_amort.data.counts import COUNTS_FILE, TRAIN, SplitCounts, sizes
-from torchrec_amort.data.events import StoredHistories
+from torchrec_amort.data.counts import COUNTS_FILE, TRAIN, SplitCounts, read_counts, sizes
+from torchrec_amort.data.events import StoredHistories, save_histories
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.schema import RequestSchema, refuse_missing
 
@@ -53,35 +54,95 @@ def write_requests(
 
         write_requests("data/films", schema, {"train": [train_table], "test": [test_table]})
     """
-    histories = histories or StoredHistories({})
     with new_folder(folder, overwrite) as temporary:
-        counted = {split: SplitCounts(split, schema, refuse_same_second) for split in splits}
-        for split, tables in splits.items():
-            _write_split(temporary / split, schema, tables, counted[split], histories)
-        train = counted[TRAIN].ids if TRAIN in counted else None
-        counts = {split: one.record(train) for split, one in counted.items()}
+        counted = write_splits(temporary, schema, splits, histories=histories, refuse_same_second=refuse_same_second)
         schema.save(temporary)
-        if histories.files:
-            histories.save(temporary)
-        write_json(temporary / COUNTS_FILE, counts)
-    return sizes(counts)
+        if histories is not None and histories.files:
+            save_histories(temporary, {name: [file] for name, file in histories.save(temporary).items()})
+        write_counts(temporary, counted)
+    return sizes(read_counts(folder))
+
+
+def write_splits(
+    folder: Path,
+    schema: RequestSchema,
+    splits: Mapping[str, Iterable[pa.Table]],
+    *,
+    histories: StoredHistories | None = None,
+    first_files: Mapping[str, int] | None = None,
+    refuse_same_second: bool = False,
+) -> dict[str, WrittenSplit]:
+    """Write the Parquet files of requests.
+
+    Args:
+        folder: where a folder is made for each split.
+        schema: what the requests are made of.
+        splits: for each, tables; see `write_requests`.
+        histories: those whose events are stored once.
+        first_files: for each split, the number of its first file; 0 unless given.
+        refuse_same_second: refuse a request with an event of its own second.
+
+    Returns:
+        dict: for each split, what was written.
+
+    Raises:
+        InputError: a request does not fit the schema, or is to be refused.
+    """
+    written = {}
+    for split, tables in splits.items():
+        counts = SplitCounts(split, schema, refuse_same_second)
+        first_file = (first_files or {}).get(split, 0)
+        files = _write_split(folder / split, schema, tables, counts, histories or StoredHistories({}), first_file)
+        written[split] = WrittenSplit(counts, files)
+    return written
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenSplit:
+    """A split, as it was written.
+
+    Args:
+        counts: of its requests.
+        files: names of its files.
+    """
+
+    counts: SplitCounts
+    files: list[str]
+
+
+def write_counts(folder: Path, written: Mapping[str, WrittenSplit]) -> None:
+    """Write `counts.json`, which makes the files that it names requests of the folder.
+
+    Args:
+        folder: a prepared one.
+        written: all of its splits.
+    """
+    train = written[TRAIN].counts.ids if TRAIN in written else None
+    counts = {split: {**one.counts.record(train), "files": one.files} for split, one in written.items()}
+    write_json(folder / COUNTS_FILE, counts)
 
 
 def _write_split(
-    folder: Path, schema: RequestSchema, tables: Iterable[pa.Table], counts: SplitCounts, histories: StoredHistories
-) -> None:
+    folder: Path,
+    schema: RequestSchema,
+    tables: Iterable[pa.Table],
+    counts: SplitCounts,
+    histories: StoredHistories,
+    first_file: int,
+) -> list[str]:
     folder.mkdir()
-    columns = histories.written(schema.arrow_schema().names)
+    columns, names = histories.written(schema.arrow_schema().names), []
     with ExitStack() as files:
         writer: pq.ParquetWriter | None = None
         for table in _of_sizes(_typed(tables, schema, folder.name, columns), itertools.cycle(_group_sizes())):
             RequestBatch.from_arrow(table, schema, source=folder.name, first_row=counts.requests)
             if writer is None or counts.requests % ROWS_PER_FILE == 0:
                 files.close()
-                path = folder / f"part-{counts.requests // ROWS_PER_FILE:05d}.parquet"
-                writer = files.enter_context(pq.ParquetWriter(path, table.select(columns).schema))
+                names.append(f"part-{first_file + len(names):05d}.parquet")
+                writer = files.enter_context(pq.ParquetWriter(folder / names[-1], table.select(columns).schema))
             writer.write_table(table.select(columns))
             counts.add(table)
+    return names
 
 
 def _typed(tables: Iterable[pa.Table], schema: RequestSchema, split: str, columns: Sequence[str]) -> Iterator[pa.Table]:

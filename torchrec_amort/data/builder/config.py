@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
+from torchrec_amort.errors import InputError
 from torchrec_amort.schema import HISTORY, Kind, Side, TableConfig
 
 Unit = Literal["timestamp", "s", "ms", "us"]
@@ -36,6 +37,9 @@ class SourceConfig:
     Args:
         files: Parquet or CSV: a file, a folder or a pattern, or several of these by name; column `part` then tells
             which one a row is of.
+        types: of columns of CSV, in SQL, that are not as their first rows look: an id such as 00123 is VARCHAR.
+        separator: of CSV; guessed unless given.
+        names: of the columns of CSV that has no line of names.
         explode: columns of lists that are opened side by side: a row for each entry.
         columns: more columns: SQL expressions of those that are there.
         where: SQL condition of the rows that are kept.
@@ -49,6 +53,9 @@ class SourceConfig:
     """
 
     files: str | dict[str, str]
+    types: dict[str, str] = field(default_factory=dict)
+    separator: str | None = None
+    names: list[str] = field(default_factory=list)
     explode: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     where: str | None = None
@@ -71,12 +78,20 @@ class RequestsConfig:
     Args:
         source: its rows are candidates.
         id: columns whose values together tell a request; user and time unless given.
+        gap: seconds: rows of a user that follow each other that fast are of one session, which is a request of the time
+            at which it began. Without `id`.
         order: columns by which the candidates of a request are put in order; then by their features.
     """
 
     source: str
     id: list[str] = field(default_factory=list)
+    gap: int | None = None
     order: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("gap",)}, "requests.")
+        if self.gap is not None and self.id:
+            raise InputError(f"requests: gap is {self.gap} and id {self.id}: give one of them")
 
 
 @dataclass(kw_only=True)
@@ -125,12 +140,18 @@ class CountConfig:
         by: a column of candidates, and the SQL expression of the log that it equals.
         where: SQL condition of the rows that count.
         hours: only rows that became available so many hours before the request, or later.
+        half_life: hours after which a row counts half, in steps of a 64th of it; after 16 to 32 half-lives it counts no
+            more.
     """
 
     source: str
     by: dict[str, str]
     where: str | None = None
     hours: float | None = None
+    half_life: float | None = None
+
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {POSITIVE: ("hours", "half_life")}, "counts.")
 
 
 @dataclass(kw_only=True)
@@ -142,12 +163,14 @@ class ActionConfig:
         keys: columns of candidates, and the SQL expressions of the log that they equal, beside the user.
         where: SQL condition of the rows that are such actions.
         within: seconds from the request, at most.
+        attribution: an action is counted for `every` impression before it, or for the `latest` alone.
     """
 
     source: str
     keys: dict[str, str]
     within: int
     where: str | None = None
+    attribution: Literal["every", "latest"] = "every"
 
     def __post_init__(self) -> None:
         refuse_out_of_bounds(self, {AT_LEAST_ONE: ("within",)})
@@ -200,6 +223,9 @@ class BuildConfig:
         vocabularies: how often an id has to be in train to have a row of its own, by table with vocabulary `file`.
         tables: more of some tables; see `TableConfig`.
         pointers: store events once, and ranges of them with requests; in place of lists that repeat them.
+        since: append the requests from this time on to the folder, which has those before it; nothing that is there is
+            written again.
+        until: time of the first request that is left out.
         dataset: name of the data set.
         engine: `duckdb` in this process, or `spark`.
         master: URL of Spark's cluster; all cores of this machine unless given.
@@ -220,6 +246,8 @@ class BuildConfig:
     vocabularies: dict[str, int] = field(default_factory=dict)
     tables: dict[str, TableConfig] = field(default_factory=dict)
     pointers: bool = False
+    since: str | None = None
+    until: str | None = None
     dataset: str = "requests"
     engine: Literal["duckdb", "spark"] = "duckdb"
     master: str = "local[*]"

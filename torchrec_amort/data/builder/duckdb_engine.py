@@ -10,8 +10,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from torchrec_amort.data.builder.config import Unit
-from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Explode, Step, quoted
+from torchrec_amort.data.builder.config import SourceConfig, Unit
+from torchrec_amort.data.builder.steps import MICROSECONDS_PER, Explode, Step, quoted
+from torchrec_amort.data.builder.tables import csv_reader, is_csv
 from torchrec_amort.errors import InputError, one_line
 
 ROWS_PER_BATCH = 65_536
@@ -47,15 +48,16 @@ class DuckDB:
     ) -> None:
         self._connection.close()
 
-    def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
+    def read(self, name: str, files: Mapping[str, Sequence[str]], source: SourceConfig) -> None:
         parts = []
         for part, paths in files.items():
-            reader = "read_csv" if all(".csv" in Path(path).suffixes for path in paths) else "read_parquet"
-            listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
             label = f", '{part}' AS part" if part else ""
-            parts.append(f"SELECT *{label} FROM {reader}([{listed}], union_by_name = true)")
-        sql = " UNION ALL BY NAME ".join(parts)
-        self.run(Step(name, sql))
+            reader = csv_reader(source, paths)
+            if not any(map(is_csv, paths)):
+                listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+                reader = f"read_parquet([{listed}], union_by_name = true)"
+            parts.append(f"SELECT *{label} FROM {reader}")
+        self.run(Step(name, " UNION ALL BY NAME ".join(parts)))
 
     @staticmethod
     def instant(expression: str, unit: Unit, zone: str) -> str:

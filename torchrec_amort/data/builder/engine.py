@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from torchrec_amort.data.builder.config import Unit
-from torchrec_amort.data.builder.plan import Explode, Step
+from torchrec_amort.data.builder.config import SourceConfig, Unit
+from torchrec_amort.data.builder.steps import Explode, Step
 
 
 class Engine(AbstractContextManager["Engine"], Protocol):
@@ -18,12 +18,13 @@ class Engine(AbstractContextManager["Engine"], Protocol):
     def instant(self, expression: str, unit: Unit, zone: str) -> str:
         """SQL of the microseconds since 1970 UTC of a time."""
 
-    def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
+    def read(self, name: str, files: Mapping[str, Sequence[str]], source: SourceConfig) -> None:
         """Make a table of files, with column `part` if they have names.
 
         Args:
             name: of the table.
             files: Parquet or CSV files, by the name of their part; `""` if there is only one.
+            source: how CSV is to be read.
 
         Raises:
             InputError: files cannot be read.

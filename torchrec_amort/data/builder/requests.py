@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 
-from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS
+from torchrec_amort.data.builder.plan import SPLITS
+from torchrec_amort.data.builder.steps import MICROSECONDS
 from torchrec_amort.data.events import Events, pointers
 from torchrec_amort.hashing import ids_of_text
 from torchrec_amort.schema import RequestSchema
@@ -22,12 +23,18 @@ class Requests:
         schema: what the requests are made of.
         events: of each history.
         lengths: events that are kept of each history.
+        firsts: the place of the first of the events, for each history; 0 unless given.
     """
 
     def __init__(
-        self, rows: Iterable[pa.Table], schema: RequestSchema, events: Mapping[str, Events], lengths: Mapping[str, int]
+        self,
+        rows: Iterable[pa.Table],
+        schema: RequestSchema,
+        events: Mapping[str, Events],
+        lengths: Mapping[str, int],
+        firsts: Mapping[str, int],
     ) -> None:
-        self._schema, self._events, self._lengths = schema, events, lengths
+        self._schema, self._events, self._lengths, self._firsts = schema, events, lengths, firsts
         self._tables = itertools.chain.from_iterable(map(self._of_splits, _whole_requests(rows)))
         self._next = next(self._tables, None)
 
@@ -63,7 +70,9 @@ class Requests:
             stops = firsts[f"{name}_stop"].to_numpy()
             starts = stops - np.minimum(firsts[f"{name}_seen"].to_numpy(), self._lengths[name])
             columns |= dict(zip(pointers(name), map(pa.array, (starts, stops)), strict=True))
-            columns |= events.lists(events.columns, starts, stops)
+            # Of a request without events both are 0, wherever the first event is.
+            first = np.minimum(self._firsts.get(name, 0), starts)
+            columns |= events.lists(events.columns, starts - first, stops - first)
         return pa.table(columns)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
-import tempfile
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,86 +14,135 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from torchrec_amort.data.builder import histories as history_sql
 from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
+from torchrec_amort.data.builder.counted import unfinished
 from torchrec_amort.data.builder.duckdb_engine import DuckDB
 from torchrec_amort.data.builder.engine import Engine
-from torchrec_amort.data.builder.plan import MICROSECONDS, SPLITS, Explode, Plan, Step, tables_of
+from torchrec_amort.data.builder.folder import BuiltFolder, make_folder
+from torchrec_amort.data.builder.plan import SPLITS, Plan, Span, tables_of
 from torchrec_amort.data.builder.requests import Requests
-from torchrec_amort.data.events import Events, StoredHistories, write_events
+from torchrec_amort.data.builder.steps import MICROSECONDS, Explode, Step
+from torchrec_amort.data.builder.tables import refuse_other_types
+from torchrec_amort.data.events import StoredHistories, write_events
 from torchrec_amort.data.parquet import visible_files
-from torchrec_amort.data.writer import write_requests
+from torchrec_amort.data.writer import WrittenSplit, write_splits
 from torchrec_amort.errors import InputError
-from torchrec_amort.files import write_json
+from torchrec_amort.files import refuse_existing
 from torchrec_amort.hashing import Vocabulary
+from torchrec_amort.lock import LOCK_FILE, FolderLock
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import Feature, RequestSchema
 
-REPORT_FILE = "build.json"
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
+# What may be another one when a build goes on.
+_OF_A_RUN = ("out", "sources", "since", "until", "engine", "master", "memory", "threads", "overwrite")
 
 
-def build(config: BuildConfig) -> dict[str, dict[str, int]]:
-    """Write the requests of raw logs as a prepared data folder, whole or not at all.
+def build(config: BuildConfig) -> dict[str, int]:
+    """Write the requests of raw logs as a prepared data folder, or append them to one, whole or not at all.
 
     Args:
         config: the logs, and what becomes of them.
 
     Returns:
-        dict: requests, candidates and users of each split.
+        dict: requests that were written of each split.
 
     Raises:
-        InputError: the config does not fit itself or the logs, or the folder is there already.
+        InputError: the config does not fit itself, the logs or the folder, or another process builds it.
     """
     out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.plan.", dir=out.parent) as folder,
-        _engine(config, Path(folder)) as engine,
-    ):
-        plan = Plan(config, _until(config), engine.instant)
+    # One place for all that is not finished: who comes next removes what a killed build left.
+    work = out.with_name(f".{out.name}.build")
+    try:
+        with FolderLock(work):
+            _clear(work)
+            try:
+                return _build(config, out, work)
+            finally:
+                _clear(work)
+    finally:
+        with suppress(OSError):
+            work.rmdir()
+
+
+def _clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
+
+
+def _build(config: BuildConfig, out: Path, work: Path) -> dict[str, int]:
+    ends = _time("train_until", config.train_until), _time("validation_until", config.validation_until)
+    if ends[0] > ends[1]:
+        raise InputError(
+            f"validation_until is {config.validation_until!r}, before train_until {config.train_until!r}: give a later "
+            "time"
+        )
+    since, until = (
+        None if value is None else _time(name, value)
+        for name, value in (("since", config.since), ("until", config.until))
+    )
+    folder = None
+    if since is None:
+        refuse_existing(out, config.overwrite)
+        span = Span(ends, until=until)
+    else:
+        folder = BuiltFolder.load(out)
+        _refuse_other_config(config, folder, since)
+        stored = StoredHistories.load(out).num_events()
+        num_requests = sum(sum(build["sizes"].values()) for build in folder.builds)
+        span = Span(ends, since, until, folder.builds[-1]["end"], num_requests, stored)
+    with _engine(config, work / "plan") as engine:
+        plan = Plan(config, span, engine.instant)
         _run(plan, engine)
-        schema = schema_of(config, _vocabularies(plan, engine))
-        events: dict[str, Events] = {}
-        files: dict[str, str] = {}
-        for name in config.histories:
-            path = Path(folder) / f"{len(events)}.parquet"
-            events[name], files[name] = write_events(path, engine.batches(plan.events(name))), str(path)
-        lengths = {name: history.length for name, history in config.histories.items()}
-        sizes = dict(engine.rows("SELECT __split, count(*) FROM requests GROUP BY __split"))
-        requests = Requests(engine.batches(plan.candidates()), schema, events, lengths)
-        splits = {split: _shown(split, sizes.get(i, 0), requests.of_split(split)) for i, split in enumerate(SPLITS)}
-        histories = StoredHistories(files if config.pointers else {})
-        counts = write_requests(out, schema, splits, histories=histories, overwrite=config.overwrite)
-        write_json(out / REPORT_FILE, _report(plan, engine, counts))
-    return counts
+        schema = schema_of(config, _vocabularies(plan, engine)) if folder is None else folder.schema
+        written, histories = _write(plan, engine, schema, work, {} if folder is None else folder.first_files())
+        record = _record(plan, engine, written)
+    if folder is None:
+        make_folder(out, work / "requests", schema, written, histories, record, overwrite=config.overwrite)
+    else:
+        if not sum(record["sizes"].values()):
+            raise InputError(f"since is {config.since!r}, but there are no requests from then on: give other logs")
+        folder.append(work / "requests", written, histories, record)
+    return dict(record["sizes"])
 
 
-def _shown(split: str, total: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    with progress(total=total, desc=split, unit="requests") as bar:
-        for table in tables:
-            yield table
-            bar.update(table.num_rows)
+def _time(name: str, value: str) -> int:
+    """The instant of a time of the config."""
+    try:
+        time = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise InputError(f"{name} is {value!r}, not a time such as 2023-05-24 07:00") from error
+    return round((time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp() * MICROSECONDS)
 
 
-def _report(plan: Plan, engine: Engine, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """What was built, and what could be wrong with it."""
-    histories = {}
-    for name, history in plan.config.histories.items():
-        known = np.concatenate([table["__seen"].to_numpy() for table in engine.batches(plan.lengths(name))])
-        kept = np.minimum(known, history.length)
-        histories[name] = {
-            "kept": {"mean": float(kept.mean()), "median": float(np.median(kept)), "max": int(kept.max())},
-            "known": {"mean": float(known.mean()), "median": float(np.median(known)), "max": int(known.max())},
-            # Requests that know no event, one, two or three, four to seven, ...
-            "requests_by_bits_of_known": np.bincount(np.frexp(known.astype(np.float64))[1]).tolist(),
-            "requests_with_events_of_their_instant": engine.rows(plan.same_instant(name))[0][0],
-            "events_available_later": engine.rows(plan.late(name))[0][0],
-        }
-    labels = {
-        name: {"requests_without_all_their_time": engine.rows(plan.unfinished(name))[0][0]}
-        for name in plan.config.labels
-    }
-    return {"splits": counts, "histories": histories, "labels": labels}
+def _refuse_other_config(config: BuildConfig, folder: BuiltFolder, since: int) -> None:
+    """Refuse to append requests that would not be those of one build of all logs."""
+    mine = _comparable(config)
+    for name, value in folder.builds[0]["config"].items():
+        if mine[name] != value:
+            raise InputError(f"since: {name} is {mine[name]}, but the folder was built with {value}: build it anew")
+    end = folder.builds[-1]["end"]
+    if since < end:
+        last = datetime.fromtimestamp(end / MICROSECONDS, timezone.utc).isoformat()
+        raise InputError(f"since is {config.since!r}, but there are requests until {last} already: give a later time")
+    for build in folder.builds:
+        for name, label in build["labels"].items():
+            if late := label["requests_without_all_their_time"]:
+                raise InputError(
+                    f"since: {late} requests that are there were built before their time for label {name} was up, so "
+                    "it may be wrong: build them anew, with an earlier until"
+                )
+
+
+def _comparable(config: BuildConfig) -> dict[str, Any]:
+    """What all builds of a folder have alike; sources but for their files."""
+    given = dataclasses.asdict(config)
+    sources = {name: {**source, "files": None} for name, source in given["sources"].items()}
+    return {"sources": sources} | {name: value for name, value in given.items() if name not in _OF_A_RUN}
 
 
 def _engine(config: BuildConfig, folder: Path) -> Engine:
@@ -102,28 +153,12 @@ def _engine(config: BuildConfig, folder: Path) -> Engine:
     return DuckDB(folder, config.memory, config.threads)
 
 
-def _until(config: BuildConfig) -> list[int]:
-    """The instants that end the splits."""
-    instants = []
-    for name in ("train_until", "validation_until"):
-        try:
-            time = datetime.fromisoformat(getattr(config, name))
-        except ValueError as error:
-            raise InputError(f"{name} is {getattr(config, name)!r}, not a time such as 2023-05-24 07:00") from error
-        time = time if time.tzinfo else time.replace(tzinfo=timezone.utc)
-        instants.append(round(time.timestamp() * MICROSECONDS))
-    if instants[0] > instants[1]:
-        raise InputError(
-            f"validation_until is {config.validation_until!r}, before train_until {config.train_until!r}: give a later "
-            "time"
-        )
-    return instants
-
-
 def _run(plan: Plan, engine: Engine) -> None:
     for name, source in plan.config.sources.items():
         files = source.files if isinstance(source.files, dict) else {"": source.files}
-        engine.read(f"raw_{name}", {part: _paths(name, given) for part, given in files.items()})
+        parts = {part: _paths(name, given) for part, given in files.items()}
+        refuse_other_types(name, [path for paths in parts.values() for path in paths])
+        engine.read(f"raw_{name}", parts, source)
     steps = list(plan.steps())
     with progress(total=len(steps), desc="plan", unit="steps") as bar:
         for step in steps:
@@ -140,10 +175,71 @@ def _paths(name: str, given: str) -> list[str]:
     """The Parquet or CSV files of a file, folder or pattern, in the order of their names."""
     path = Path(given)
     found = [path] if path.is_file() else visible_files(path.rglob("*"), path) if path.is_dir() else glob.glob(given)
-    kept = sorted(str(file) for file in found if str(file).endswith(SUFFIXES))
+    kept = sorted(str(file) for file in found if path.is_file() or str(file).endswith(SUFFIXES))
     if not kept:
         raise InputError(f"sources.{name}.files: {given}: no such file, folder or pattern of Parquet or CSV")
     return kept
+
+
+def _write(
+    plan: Plan, engine: Engine, schema: RequestSchema, work: Path, first_files: Mapping[str, int]
+) -> tuple[dict[str, WrittenSplit], StoredHistories]:
+    """Write the files of events and of requests."""
+    config, events, files = plan.config, {}, {}
+    for place, name in enumerate(config.histories):
+        path = work / f"events-{place}.parquet"
+        events[name], files[name] = write_events(path, engine.batches(history_sql.events(config, name))), str(path)
+    sizes = dict(engine.rows("SELECT __split, count(*) FROM requests GROUP BY __split"))
+    lengths = {name: history.length for name, history in config.histories.items()}
+    requests = Requests(engine.batches(plan.candidates()), schema, events, lengths, plan.span.num_events)
+    splits = {split: _shown(split, sizes.get(i, 0), requests.of_split(split)) for i, split in enumerate(SPLITS)}
+    if plan.span.since is not None:
+        splits = {split: tables for i, (split, tables) in enumerate(splits.items()) if i in sizes}
+    histories = StoredHistories({name: [file] for name, file in files.items()} if config.pointers else {})
+    (work / "requests").mkdir()
+    written = write_splits(work / "requests", schema, splits, histories=histories, first_files=first_files)
+    return written, histories
+
+
+def _shown(split: str, total: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    with progress(total=total, desc=split, unit="requests") as bar:
+        for table in tables:
+            yield table
+            bar.update(table.num_rows)
+
+
+def _record(plan: Plan, engine: Engine, written: Mapping[str, WrittenSplit]) -> dict[str, Any]:
+    """What was built, and what could be wrong with it."""
+    config = plan.config
+    histories = {}
+    for name, history in config.histories.items():
+        known = np.concatenate([table["__seen"].to_numpy() for table in engine.batches(history_sql.lengths(name))])
+        kept = np.minimum(known, history.length)
+        histories[name] = {
+            "kept": _shape(kept),
+            "known": _shape(known),
+            # Requests that know no event, one, two or three, four to seven, ...
+            "requests_by_bits_of_known": np.bincount(np.frexp(known.astype(np.float64))[1]).tolist(),
+            "requests_with_events_of_their_instant": engine.rows(history_sql.same_instant(config, name))[0][0],
+            "events_available_later": engine.rows(history_sql.late(name))[0][0],
+        }
+    labels = {
+        name: {"requests_without_all_their_time": engine.rows(unfinished(config, name))[0][0]} for name in config.labels
+    }
+    ((latest,),) = engine.rows("SELECT max(__time) FROM requests")
+    return {
+        "sizes": {split: one.counts.requests for split, one in written.items()},
+        "end": (0 if latest is None else latest + 1) if plan.span.until is None else plan.span.until,
+        "histories": histories,
+        "labels": labels,
+        "config": _comparable(config),
+    }
+
+
+def _shape(lengths: np.ndarray) -> dict[str, float]:
+    if not len(lengths):
+        return {"mean": 0.0, "median": 0.0, "max": 0}
+    return {"mean": float(lengths.mean()), "median": float(np.median(lengths)), "max": int(lengths.max())}
 
 
 def _vocabularies(plan: Plan, engine: Engine) -> dict[str, Vocabulary]:

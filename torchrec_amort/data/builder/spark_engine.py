@@ -15,8 +15,9 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from torchrec_amort.data.builder.config import Unit
-from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Explode, Step
+from torchrec_amort.data.builder.config import SourceConfig, Unit
+from torchrec_amort.data.builder.steps import MICROSECONDS_PER, Explode, Step
+from torchrec_amort.data.builder.tables import csv_types, is_csv
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.errors import InputError, one_line
 
@@ -56,11 +57,14 @@ class Spark:
     ) -> None:
         self._spark.stop()
 
-    def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
+    def read(self, name: str, files: Mapping[str, Sequence[str]], source: SourceConfig) -> None:
         parts = []
         for part, paths in files.items():
-            if all(".csv" in Path(path).suffixes for path in paths):
-                table = self._spark.read.csv(list(paths), header=True, inferSchema=True)
+            if any(map(is_csv, paths)):
+                types = csv_types(source, paths)
+                schema = ", ".join(f"`{column}` {_spark_type(kind)}" for column, kind in types.items())
+                separator = source.separator or ","
+                table = self._spark.read.csv(list(paths), schema, sep=separator, header=not source.names)
             else:
                 table = self._spark.read.option("mergeSchema", "true").parquet(*paths)
             parts.append(table.withColumn("part", F.lit(part)) if part else table)
@@ -104,3 +108,7 @@ class Spark:
             return self._spark.sql(sqlglot.transpile(sql, read="duckdb", write="spark")[0])
         except (PySparkException, sqlglot.errors.SqlglotError) as error:
             raise InputError(f"{what}: {one_line(error)}") from error
+
+
+def _spark_type(kind: str) -> str:
+    return sqlglot.exp.DataType.build(kind, dialect="duckdb").sql("spark")

@@ -1,0 +1,177 @@
+"""The folder that builds write: what each of them added, and what is there of one that did not come to its end.
+
+`builds/0001`, `builds/0002`, ... have the report of a build, `build.json`, and what it counted, for those that go on.
+A build is part of the folder once `counts.json` names its files, which is written last; what is not named there is what
+a build left that was killed, and goes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchrec_amort.data.counts import SplitCounts, files_of, read_counts
+from torchrec_amort.data.events import EVENTS_FOLDER, StoredHistories, save_histories
+from torchrec_amort.data.writer import WrittenSplit, write_counts
+from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.files import new_folder, write_json
+from torchrec_amort.schema import RequestSchema
+
+BUILDS_FOLDER = "builds"
+REPORT_FILE = "build.json"
+
+
+@dataclass(frozen=True)
+class BuiltFolder:
+    """A folder of builds.
+
+    Args:
+        path: of it.
+        builds: the records of its builds, in their order.
+        schema: of its requests.
+    """
+
+    path: Path
+    builds: Sequence[Mapping[str, Any]]
+    schema: RequestSchema
+
+    @classmethod
+    def load(cls, path: Path) -> BuiltFolder:
+        """What is there, after what a killed build left has been removed.
+
+        Raises:
+            InputError: there is none, or it cannot be read.
+        """
+        schema, counts = RequestSchema.load(path), read_counts(path)
+        builds = [_record(folder / REPORT_FILE) for folder in sorted((path / BUILDS_FOLDER).glob("[0-9]*"))]
+        named = {(split, file) for split, count in counts.items() for file in count.get("files", [])}
+        done = [build for build in builds if {tuple(file) for file in build["files"]} <= named]
+        if not done:
+            raise InputError(f"{path}: was not built by builds that can go on: build it anew, without since")
+        folder = cls(path, done, schema)
+        folder._remove_others(named)
+        return folder
+
+    def _remove_others(self, named: set[tuple[str, str]]) -> None:
+        for split in {split for split, _ in named}:
+            for file in (self.path / split).glob("*.parquet"):
+                if (split, file.name) not in named:
+                    file.unlink()
+        for folder in sorted((self.path / BUILDS_FOLDER).iterdir())[len(self.builds) :]:
+            shutil.rmtree(folder)
+        events = self._events()
+        known = {file for files in events.values() for file in files}
+        for path in (self.path / EVENTS_FOLDER).glob("*.parquet") if events else ():
+            if f"{EVENTS_FOLDER}/{path.name}" not in known:
+                path.unlink()
+        if events:
+            save_histories(self.path, events)
+
+    def _events(self) -> dict[str, list[str]]:
+        files: dict[str, list[str]] = {}
+        for build in self.builds:
+            for history, file in build["events"].items():
+                files.setdefault(history, []).append(file)
+        return files
+
+    def append(
+        self, parts: Path, written: Mapping[str, WrittenSplit], histories: StoredHistories, record: Mapping[str, Any]
+    ) -> None:
+        """Make requests that were written elsewhere requests of the folder.
+
+        Args:
+            parts: folder of their files.
+            written: splits.
+            histories: those whose events were stored once.
+            record: of the build.
+        """
+        for split in written:
+            (self.path / split).mkdir(exist_ok=True)
+            for file in (parts / split).iterdir():
+                file.rename(self.path / split / file.name)
+        number = len(self.builds) + 1
+        record = {**record, "files": _names(written), "events": histories.save(self.path, number)}
+        _save(self.path, number, written, record)
+        folder = BuiltFolder(self.path, [*self.builds, record], self.schema)
+        if histories.files:
+            save_histories(self.path, folder._events())
+        write_counts(self.path, folder._counted())
+
+    def _counted(self) -> dict[str, WrittenSplit]:
+        """All splits, as all builds have counted them."""
+        splits = list(dict.fromkeys(split for build in self.builds for split in build["sizes"]))
+        return {split: WrittenSplit(self._counts(split), self._files(split)) for split in splits}
+
+    def _counts(self, split: str) -> SplitCounts:
+        counts = SplitCounts(split, self.schema)
+        for place, build in enumerate(self.builds):
+            if split in build["sizes"]:
+                counts.add_saved(_counts_file(self.path, place + 1, split))
+        return counts
+
+    def _files(self, split: str) -> list[str]:
+        return [file for build in self.builds for of_split, file in build["files"] if of_split == split]
+
+    def first_files(self) -> dict[str, int]:
+        """Of each split, the number of the next file."""
+        return {split: len(files_of(self.path, split)) for split in read_counts(self.path)}
+
+
+def make_folder(
+    path: Path,
+    parts: Path,
+    schema: RequestSchema,
+    written: Mapping[str, WrittenSplit],
+    histories: StoredHistories,
+    record: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Make a folder of its first build, whole or not at all.
+
+    Args:
+        path: of the folder.
+        parts: folder of the files of requests.
+        schema: of the requests.
+        written: splits.
+        histories: those whose events were stored once.
+        record: of the build.
+        overwrite: replace a folder that is there.
+    """
+    with new_folder(path, overwrite) as temporary:
+        for folder in parts.iterdir():
+            folder.rename(temporary / folder.name)
+        schema.save(temporary)
+        record = {**record, "files": _names(written), "events": histories.save(temporary)}
+        _save(temporary, 1, written, record)
+        if histories.files:
+            save_histories(temporary, {history: [file] for history, file in record["events"].items()})
+        write_counts(temporary, written)
+
+
+def _save(path: Path, number: int, written: Mapping[str, WrittenSplit], record: Mapping[str, Any]) -> None:
+    folder = _counts_file(path, number, "").parent
+    folder.mkdir(parents=True)
+    for split, one in written.items():
+        one.counts.save(_counts_file(path, number, split))
+    write_json(folder / REPORT_FILE, dict(record))
+
+
+def _counts_file(path: Path, number: int, split: str) -> Path:
+    return path / BUILDS_FOLDER / f"{number:04d}" / f"{split}.parquet"
+
+
+def _names(written: Mapping[str, WrittenSplit]) -> list[list[str]]:
+    return [[split, file] for split, one in written.items() for file in one.files]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}): copy the folder again") from error
+    return record
