@@ -43,7 +43,7 @@ from torchrec_amort.schema import RequestSchema
 
 NOW = 1_700_000_000
 ZONE = "Asia/Kolkata"
-LENGTH, DELAY, WITHIN, HOURS, MIN_COUNT = 3, 2, 4, 5 / 3600, 2
+LENGTH, DELAY, WITHIN, HOURS, HALF_LIFE, MIN_COUNT = 3, 2, 4, 5 / 3600, 0.25 / 3600, 2
 
 seconds = st.integers(0, 19)
 users = st.sampled_from(["ann", "bob", "cyd"])
@@ -150,8 +150,12 @@ def config_of(folder: Path, engine: Any = "duckdb") -> BuildConfig:
         counts={
             "clicks_so_far": CountConfig(source="clicks", by={"items": "item"}),
             "buys_lately": CountConfig(source="buys", by={"items": "item"}, hours=HOURS),
+            "trend": CountConfig(source="clicks", by={"items": "item"}, half_life=HALF_LIFE),
         },
-        labels={"bought": ActionConfig(source="buys", keys={"items": "item"}, within=WITHIN)},
+        labels={
+            "bought": ActionConfig(source="buys", keys={"items": "item"}, within=WITHIN),
+            "caused": ActionConfig(source="buys", keys={"items": "item"}, within=WITHIN, attribution="latest"),
+        },
         vocabularies={"item": MIN_COUNT},
         features={
             "who": FeatureConfig(side="request", kind="id", table_size=9, vocabulary="hash", text=True),
@@ -159,6 +163,7 @@ def config_of(folder: Path, engine: Any = "duckdb") -> BuildConfig:
             "price": FeatureConfig(side="candidate", kind="dense", of="coalesce(price, -1)"),
             "clicks_so_far": FeatureConfig(side="candidate", kind="dense"),
             "buys_lately": FeatureConfig(side="candidate", kind="dense"),
+            "trend": FeatureConfig(side="candidate", kind="dense"),
             "act": FeatureConfig(side="event", kind="id", history="acts", table="item", vocabulary="file"),
             "what": FeatureConfig(side="event", kind="id", history="acts", table_size=3),
         },
@@ -169,6 +174,19 @@ def config_of(folder: Path, engine: Any = "duckdb") -> BuildConfig:
         memory="1g",
         threads=1,
     )
+
+
+def decayed(instants: list[int], now: int) -> float:
+    """The decayed count of rows of some instants, all in milliseconds, as the page defines it."""
+    tick = round(HALF_LIFE * 3600 * 1000_000 / 64) / 1000
+    block = int((NOW * 1000 + now) / tick) // 1024
+    weights = [0, 0]
+    for instant in instants:
+        ticks = int((NOW * 1000 + instant) / tick)
+        if ticks // 1024 in (block, block - 1):
+            weights[block - ticks // 1024] += round(4096 * 2 ** (ticks % 1024 / 64))
+    own = round(4096 * 2 ** (int((NOW * 1000 + now) / tick) % 1024 / 64))
+    return float(np.float32(weights[0] / own + weights[1] / (own * 65536)))
 
 
 def expected_rows(clicks: list[Any], buys: list[Any], shown: list[Any], prices: dict[Any, int]) -> dict[str, list[Any]]:
@@ -182,6 +200,7 @@ def expected_rows(clicks: list[Any], buys: list[Any], shown: list[Any], prices: 
     events.sort()
     splits: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
     words: Counter[int] = Counter(item for available, _, _, item, _ in events if available < 10_000)
+    arrived = [(item, (second + late + DELAY) * 1000) for _, second, item, late in clicks]
     order = sorted(range(len(shown)), key=lambda place: (shown[place][1], f"r{place}"))
     for number, place in enumerate(order):
         who, second, candidates = shown[place]
@@ -196,7 +215,21 @@ def expected_rows(clicks: list[Any], buys: list[Any], shown: list[Any], prices: 
                     prices[item, max(since)] if since else -1,
                     sum(i == item and (s + late + DELAY) * 1000 < at for _, s, i, late in clicks),
                     sum(i == item and at - 5000 <= s * 1000 + 7 < at for _, s, i in buys),
+                    decayed([t for i, t in arrived if i == item and t < at], at),
                     float(any(w == who and i == item and at <= s * 1000 + 7 <= at + WITHIN * 1000 for w, s, i in buys)),
+                    # No other impression of it comes before the action.
+                    float(
+                        any(
+                            w == who
+                            and i == item
+                            and at <= s * 1000 + 7 <= at + WITHIN * 1000
+                            and not any(
+                                v == who and item in shown_items and second < other <= s
+                                for v, other, shown_items in shown
+                            )
+                            for w, s, i in buys
+                        )
+                    ),
                 )
             )
         split = "train" if second < 10 else "validation" if second < 15 else "test"
@@ -212,7 +245,7 @@ def found_rows(out: Path) -> dict[str, list[Any]]:
     for split in ("train", "validation", "test"):
         files = sorted((out / split).glob("*.parquet"))
         rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-        columns = ("item", "price", "clicks_so_far", "buys_lately", "bought")
+        columns = ("item", "price", "clicks_so_far", "buys_lately", "trend", "bought", "caused")
         assert all(row["user"] == hash_text([row["who"]])[0] for row in rows)
         found[split] = [
             (

@@ -1,8 +1,8 @@
 """Histories by pointer: events are stored once, user by user, and a request has a range of them.
 
-`events.json` of a prepared folder names the Parquet files of each history's events, one for each build that added some:
-they are never written again. A request's row has columns `HISTORY start` and `HISTORY stop` in place of lists, places in
-all files of its history, one after the other. What reads requests maps the events into memory, from an Arrow
+`events.json` of a prepared folder names the Parquet files of each history's events, one for each build that added
+some: they are never written again. A request's row has columns `HISTORY start` and `HISTORY stop` in place of lists:
+places in all files of its history, one after the other. What reads requests maps the events into memory, from an Arrow
 file that is made once on each machine, in the user's cache folder: any range of them is there at once, and processes
 share it.
 """

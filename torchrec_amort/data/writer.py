@@ -131,7 +131,8 @@ def _write_split(
     first_file: int,
 ) -> list[str]:
     folder.mkdir()
-    columns, names = histories.written(schema.arrow_schema().names), []
+    columns = histories.written(schema.arrow_schema().names)
+    names: list[str] = []
     with ExitStack() as files:
         writer: pq.ParquetWriter | None = None
         for table in _of_sizes(_typed(tables, schema, folder.name, columns), itertools.cycle(_group_sizes())):

@@ -94,7 +94,7 @@ def _decayed(name: str, asked: str, log: str, half_life: float) -> Iterator[Step
     placed = f"SELECT {key}, __at, __is_event, {block} AS __block, {place} AS __place FROM ({both}) AS b"
     yield Step(
         f"weighed_{name}",
-        f"SELECT p.{key}, p.__at, p.__is_event, p.__block, w.__weight FROM ({placed}) AS p "
+        f"SELECT p.{key}, p.__at, p.__is_event, p.__block, CAST(w.__weight AS BIGINT) AS __weight FROM ({placed}) AS p "
         f"JOIN {quoted(f'weights_{name}')} AS w ON p.__place = w.__place",
         True,
     )

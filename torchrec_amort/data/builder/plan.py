@@ -125,10 +125,10 @@ class Plan:
                 "feature of candidates, or requests.id does not tell requests apart",
             )
         # Numbers of requests in order of time, without putting all of them into one partition.
+        before = f"CAST(sum(__n) OVER (ORDER BY __day) - __n AS BIGINT) + {self.span.num_requests}"
         yield Step(
             "days",
-            f"SELECT __day, CAST({self.span.num_requests} + sum(__n) OVER (ORDER BY __day) - __n AS BIGINT) AS __before "
-            "FROM (SELECT __day, count(*) AS __n FROM grouped GROUP BY __day) AS d",
+            f"SELECT __day, {before} AS __before FROM (SELECT __day, count(*) AS __n FROM grouped GROUP BY __day) AS d",
         )
         columns = [f"g.{column}" for column in (*self._ids, *shared.values())]
         train, validation = self.span.ends

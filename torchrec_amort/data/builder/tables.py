@@ -83,7 +83,7 @@ def csv_reader(source: SourceConfig, paths: Iterable[str]) -> str:
 def csv_types(source: SourceConfig, paths: Iterable[str]) -> dict[str, str]:
     """The SQL types of CSV's columns, so that all engines read it alike."""
     try:
-        found = duckdb.sql(f"DESCRIBE SELECT * FROM {csv_reader(source, paths)}").fetchall()
+        found = duckdb.execute(f"DESCRIBE SELECT * FROM {csv_reader(source, paths)}").fetchall()
     except duckdb.Error as error:
         raise InputError(f"CSV: {one_line(error)}") from error
     return {column: kind for column, kind, *_ in found}
