@@ -47,10 +47,11 @@ docs-links: setup
 test-install: setup
 	$(BIN)/python -m pytest -m slow tests/test_install.py
 
-# The same rows by Apache Spark, which needs Java 17; a download of 450 MB.
+# The same rows by Apache Spark, on a cluster of one master and two workers on this host. Needs Java 17; a download of
+# 450 MB, and some minutes.
 test-spark: setup
 	$(BIN)/pip install --quiet --editable '.[spark]' --no-build-isolation
-	$(BIN)/python -m pytest -m spark tests/data/test_builder.py
+	tests/spark/cluster.sh $(BIN)/python $(BIN)/python -m pytest -m spark tests/data/test_builder_spark.py
 
 # The tests with each minor version of torch once and each Python once; an hour or two, and 20 GB of CUDA builds
 # unless TORCH_INDEX is given. Needs python3.10 to python3.13 on the path.

@@ -373,38 +373,6 @@ def test_a_joined_table_has_one_row_for_each_key(tmp_path: Path) -> None:
         build(config)
 
 
-@pytest.mark.spark
-@pytest.mark.parametrize("seed", range(3))
-def test_spark_gives_the_same_rows_bit_for_bit(seed: int, tmp_path: Path) -> None:
-    pytest.importorskip("pyspark")
-    random = np.random.default_rng(seed)
-
-    def some(most: int) -> list[int]:
-        return random.integers(20, size=random.integers(1, most)).tolist()
-
-    def who() -> str:
-        return str(random.choice(["ann", "bob", "cyd"]))
-
-    def item() -> int:
-        return int(random.integers(1, 7))
-
-    clicks = [(who(), second, item(), int(random.integers(7))) for second in some(40)]
-    buys = [(who(), second, item()) for second in some(30)]
-    shown = [(who(), second, sorted({item() for _ in range(4)})) for second in some(20)]
-    prices = {(item(), second - 5): item() for second in some(15)}
-    found = []
-    for engine in ("duckdb", "spark"):
-        (tmp_path / engine).mkdir()
-        write_logs(tmp_path / engine, clicks, buys, shown, prices)
-        build(config_of(tmp_path / engine, engine))
-        found.append(found_rows(tmp_path / engine / "out"))
-    assert found[1] == found[0] == expected_rows(clicks, buys, shown, prices)
-    files = [sorted((tmp_path / engine / "out").rglob("*.parquet")) for engine in ("duckdb", "spark")]
-    assert len(files[0]) == len(files[1]) > 1
-    for one, other in zip(*files, strict=True):
-        assert one.read_bytes() == other.read_bytes()
-
-
 @settings(max_examples=6, deadline=None, phases=[Phase.generate])
 @given(clicks, buys, shown, prices)
 def test_pointers_are_read_as_lists_are(clicks: Any, buys: Any, shown: Any, prices: Any) -> None:
