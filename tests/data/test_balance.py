@@ -125,7 +125,7 @@ def test_every_request_is_in_one_batch_of_an_epoch_whoever_reads_it_and_wherever
             assert of_all_ranks(found) == of_all_ranks(alone)
             assert min(len(of_rank) for step in found for of_rank in step) >= lanes // ranks
         first = int(left * len(alone))
-        assert steps(folder, first=first, workers=workers, **options) == alone[first:]
+        assert steps(folder, first=first, **options) == alone[first:]
 
 
 def test_epochs_and_seeds_have_other_batches() -> None:
