@@ -3,7 +3,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -102,16 +101,20 @@ def test_a_rank_reads_its_share_of_the_row_groups_only(small_groups: Path, monke
     assert len(read) <= everything / 4 + 1
 
 
-def test_no_more_is_held_than_windows_and_row_groups(small_groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("balance_work", [False, True])
+def test_no_more_is_held_than_windows_and_row_groups(
+    small_groups: Path, monkeypatch: pytest.MonkeyPatch, balance_work: bool
+) -> None:
     held = []
     original = RequestDataset._shuffled
 
-    def shuffled(self: RequestDataset, table: pa.Table, *draws: np.random.Generator) -> pa.Table:
+    def shuffled(self: RequestDataset, table: pa.Table, *arguments: Any) -> pa.Table:
         held.append(table.num_rows)
-        return original(self, table, *draws)
+        return original(self, table, *arguments)
 
     monkeypatch.setattr(RequestDataset, "_shuffled", shuffled)
-    list(RequestDataset(small_groups, "train", batch_size=16, num_lanes=2, seed=0, shuffle_rows=80))
+    options: dict[str, Any] = {"num_lanes": 2, "seed": 0, "shuffle_rows": 80, "balance_work": balance_work}
+    list(RequestDataset(small_groups, "train", batch_size=16, **options))
     assert max(held) <= 80 // 2 + 32
     assert sum(held) == 600
 

@@ -10,9 +10,12 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase
 from torchx.tracker.api import AppRun
 
 from tests.launch import torchrun
-from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestSchema, build_model
+from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestBatch, RequestSchema, build_model
 from torchrec_amort.apps import evaluate, train
+from torchrec_amort.jobs.train import read_train_split
 from torchrec_amort.training.checkpoint import load_weights
+from torchrec_amort.training.processes import process_group
+from torchrec_amort.training.run import TrainConfig
 
 # Other numbers of ranks or threads add up in another order. A sum then differs by some 2**-24 of it, and each step
 # carries on the differences of those before: a few steps stay below this, on any processor. Many steps part by any
@@ -125,6 +128,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert all(torch.equal(value, finished[name]) for name, value in weights(data_folder, whole).items())
 
 
+def test_a_run_reads_batches_of_equal_work_if_its_config_says_so(data_folder: Path, tmp_path: Path) -> None:
+    def batches(**options: Any) -> list[RequestBatch]:
+        config = TrainConfig(data=str(data_folder), run_folder=str(tmp_path), batch_size=100, **options)
+        with process_group():
+            return list(read_train_split(config, RequestSchema.load(data_folder)))
+
+    def spread(found: list[RequestBatch]) -> int:
+        work = [int(batch.num_candidates.sum()) + len(batch.sequences["history_item"].values()) for batch in found]
+        return max(work) - min(work)
+
+    assert spread(batches(balance_work=True)) < spread(batches()) / 4
+
+
 def test_bfloat16_autocast_learns_what_float32_does(data_folder: Path, tmp_path: Path) -> None:
     # Six steps: bfloat16 rounds by 2**-8.
     for precision in ("float32", "bfloat16"):
@@ -180,6 +196,21 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(
     other = arguments(data_folder, trained, "--resume=true", "--model.history_layers=3")
     line = refused(capsys, train.main, other)
     assert "model.history_layers=2, the config says 3" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--batch_size=25", "batch_size=24, the config says 25"),
+        ("--balance_work=true", "balance_work=False, the config says True"),
+        ("--seed=7", "seed=0, the config says 7"),
+    ],
+)
+def test_a_run_does_not_go_on_among_other_batches(
+    data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str], option: str, told: str
+) -> None:
+    line = refused(capsys, train.main, [*arguments(data_folder, trained, "--resume=true"), option])
+    assert f"its checkpoint is of a run with {told}, which are other batches" in line
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(

@@ -10,10 +10,10 @@ share it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,11 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from torchrec_amort.data.tables import of_sizes
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import new_file, write_json
 
 EVENTS_FILE = "events.json"
 EVENTS_FOLDER = "events"
+EVENTS_PER_GROUP = 131_072
 
 
 def pointers(history: str) -> tuple[str, str]:
@@ -85,11 +87,12 @@ def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
         path: of the file to make.
         tables: one or more, all of one schema.
     """
-    with ExitStack() as files:
-        writer: pq.ParquetWriter | None = None
-        for table in tables:
-            writer = writer or files.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
-            writer.write_table(table)
+    given = iter(tables)
+    first = next(given)
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        # Cut anew, whatever the engine gave at a time: the same events are the same file.
+        for table in of_sizes(itertools.chain([first], given), itertools.repeat(EVENTS_PER_GROUP)):
+            writer.write_table(table.combine_chunks())
     return Events([path], path.parent)
 
 

@@ -7,9 +7,10 @@ depend on how many ranks or workers there are.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE, files_of
 from torchrec_amort.data.events import StoredHistories
+from torchrec_amort.data.tables import of_sizes
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.schema import RequestSchema, refuse_missing
 
@@ -48,7 +50,11 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     Every rank and every epoch has `len(dataset)` steps; every request is in exactly one batch of an epoch.
     The global batches of an epoch have as equal a number of requests, about `batch_size`, as can be. Which
-    requests depends on the seed, the epoch, `batch_size` and `num_lanes`, not on ranks or workers.
+    requests depends on the seed, the epoch, `batch_size`, `num_lanes` and `balance_work`, not on ranks or workers.
+
+    With `balance_work`, it is their work that is as equal as can be: the numbers of their candidates and events, and
+    so, at each step, that of the ranks. A request of more work than a lane's share of a step, the mean work of
+    `batch_size / num_lanes` requests, is alone in its lane at its step.
 
     Memory is bounded by `shuffle_rows` requests and one row group for each of the rank's lanes.
 
@@ -64,11 +70,12 @@ class RequestDataset(IterableDataset[RequestBatch]):
             unknown id, so that the model learns to score those it will not know. Needs a seed.
         schema: what to read the requests by, such as a run's with tables of its own; the folder's if None.
         num_lanes: lanes that the requests are dealt to.
-        shuffle_rows: requests that are shuffled at once, all lanes together.
+        shuffle_rows: requests that are shuffled at once, and dealt by their work, all lanes together.
+        balance_work: whether batches have equal work, and not equal numbers of requests. Needs a seed.
 
     Raises:
         InputError: the folder, split or a file is missing or damaged, a column is missing, the schema reads other
-            data, or there are fewer requests, lanes or places in a batch than ranks.
+            data, there are fewer requests, lanes or places in a batch than ranks, or no seed where one is needed.
 
     Example::
 
@@ -92,6 +99,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         schema: RequestSchema | None = None,
         num_lanes: int = 12,
         shuffle_rows: int = 65_536,
+        balance_work: bool = False,
     ) -> None:
         prepared = RequestSchema.load(folder)
         self.schema = schema or prepared
@@ -100,6 +108,9 @@ class RequestDataset(IterableDataset[RequestBatch]):
         self.history_length = history_length
         self.seed = seed
         self.unknown_rate = self._unknown_rate_of_column(prepared, unknown_rate or {})
+        self.balance_work = balance_work
+        if balance_work and seed is None:
+            raise InputError("balance_work: the order of batches of equal work is drawn at random: give a seed")
         self._row_groups = row_groups(Path(folder) / split, self.schema)
         num_requests = sum(piece.num_rows for piece in self._row_groups)
         if num_requests == 0:
@@ -166,15 +177,45 @@ class RequestDataset(IterableDataset[RequestBatch]):
     def _lane_steps(self, pieces: Sequence[Piece], lane: int) -> Iterator[pa.Table]:
         """For each step, the lane's requests of that step."""
         first, stop = (self.num_requests * bound // self._num_lanes for bound in (lane, lane + 1))
-        windows = self._windows(_cut(pieces, first, stop), lane)
-        num_rows = stop - first
-        pending = next(windows)
-        for step in range(self._num_steps):
-            size = self._bound(num_rows, lane, step + 1) - self._bound(num_rows, lane, step)
-            while pending.num_rows < size:
-                pending = pa.concat_tables([pending, next(windows)])
-            yield pending.slice(0, size)
-            pending = pending.slice(size)
+        rows = _cut(pieces, first, stop)
+        if self.balance_work:
+            return self._balanced_steps(rows, lane, stop - first)
+        sizes = self._rows_between(range(self._num_steps + 1), lane, stop - first)
+        return of_sizes(self._windows(rows, lane), sizes)
+
+    def _balanced_steps(self, pieces: Iterator[Piece], lane: int, num_rows: int) -> Iterator[pa.Table]:
+        """The lane's steps, to which the requests of a window of several steps are dealt by their work."""
+        order, unknown = self._draws(lane)
+        # In steps, not rows: all lanes have the same windows.
+        most = max(1, self._window_rows * self._num_steps // -(-self.num_requests // self._num_lanes))
+        num_windows = -(-self._num_steps // most)
+        cuts = [self._num_steps * window // num_windows for window in range(num_windows + 1)]
+        tables = of_sizes(map(self._read, pieces), self._rows_between(cuts, lane, num_rows))
+        for window, (table, (start, stop)) in enumerate(zip(tables, itertools.pairwise(cuts), strict=True)):
+            # Large requests are dealt to the first steps. All lanes mix their steps alike, but each starts at another
+            # one, so that large requests of several lanes do not meet in one global batch.
+            mixed = np.random.default_rng([self.seed or 0, self._epoch, window, 2]).permutation(stop - start)
+            steps = np.roll(mixed, lane * (stop - start) // self._num_lanes)
+            rows = order.permutation(table.num_rows)
+            steps_of_rows = steps[_dealt(self._work(table)[rows], stop - start)]
+            shuffled = self._shuffled(table, rows[np.argsort(steps_of_rows, kind="stable")], unknown)
+            yield from of_sizes(iter([shuffled]), np.bincount(steps_of_rows).tolist())
+
+    def _work(self, table: pa.Table) -> np.ndarray:
+        """Of each request, the candidates and the events that are read."""
+        work = _lengths(table, self.schema.candidate_column)
+        for history, column in self.schema.event_columns.items():
+            limit = self.history_length
+            if isinstance(limit, Mapping):
+                limit = limit.get(history)
+            events = _lengths(table, column)
+            work = work + (events if limit is None else np.minimum(events, limit))
+        return work
+
+    def _rows_between(self, steps: Iterable[int], lane: int, num_rows: int) -> Iterator[int]:
+        """Rows of a lane from each step to the next of these."""
+        bounds = (self._bound(num_rows, lane, step) for step in steps)
+        return (stop - start for start, stop in itertools.pairwise(bounds))
 
     def _bound(self, num_rows: int, lane: int, step: int) -> int:
         """Rows of a lane before a step: an equal share, rounded so that all lanes together come out even.
@@ -185,18 +226,23 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     def _windows(self, pieces: Iterator[Piece], lane: int) -> Iterator[pa.Table]:
         """The lane's requests, shuffled within windows of several pieces."""
-        order, unknown = (np.random.default_rng([self.seed or 0, self._epoch, lane, draw]) for draw in (0, 1))
+        order, unknown = self._draws(lane)
         window: list[Piece] = []
         for piece in itertools.chain(pieces, [None]):
             if window and (piece is None or sum(p.num_rows for p in window) >= self._window_rows):
                 table = pa.concat_tables(self._read(p) for p in window)
-                yield table if self.seed is None else self._shuffled(table, order, unknown)
+                yield table if self.seed is None else self._shuffled(table, order.permutation(table.num_rows), unknown)
                 window = []
             if piece is not None:
                 window.append(piece)
 
-    def _shuffled(self, table: pa.Table, order: np.random.Generator, unknown: np.random.Generator) -> pa.Table:
-        table = table.take(order.permutation(table.num_rows))
+    def _draws(self, lane: int) -> tuple[np.random.Generator, np.random.Generator]:
+        """What draws a lane's order, and what draws its unknown ids."""
+        order, unknown = (np.random.default_rng([self.seed or 0, self._epoch, lane, draw]) for draw in (0, 1))
+        return order, unknown
+
+    def _shuffled(self, table: pa.Table, rows: np.ndarray, unknown: np.random.Generator) -> pa.Table:
+        table = table.take(rows)
         for column, rate in self.unknown_rate.items():
             field = self.schema.arrow_schema().field(column)
             unknown_id = pa.scalar(None if field.nullable else 0, field.type)
@@ -278,3 +324,21 @@ def _cut(pieces: Sequence[Piece], first: int, stop: int) -> Iterator[Piece]:
         if low < high:
             yield replace(piece, start=piece.start + low, stop=piece.start + high)
         row += piece.num_rows
+
+
+def _lengths(table: pa.Table, column: str) -> np.ndarray:
+    return pc.list_value_length(table[column]).to_numpy()
+
+
+def _dealt(work: np.ndarray, num_steps: int) -> np.ndarray:
+    """The step of each request: the largest first, each to the step that has the least work so far.
+
+    Every request has work, so no step is without one if there are as many requests as steps.
+    """
+    steps = np.empty(len(work), dtype=np.int64)
+    least = [(0, step) for step in range(num_steps)]
+    for request in np.argsort(-work, kind="stable").tolist():
+        sum_of_step, step = least[0]
+        steps[request] = step
+        heapq.heapreplace(least, (sum_of_step + int(work[request]), step))
+    return steps

@@ -15,6 +15,7 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE, TRAIN, SplitCounts, read_counts, sizes
 from torchrec_amort.data.events import StoredHistories, save_histories
+from torchrec_amort.data.tables import of_sizes
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.schema import RequestSchema, refuse_missing
 
@@ -135,13 +136,15 @@ def _write_split(
     names: list[str] = []
     with ExitStack() as files:
         writer: pq.ParquetWriter | None = None
-        for table in _of_sizes(_typed(tables, schema, folder.name, columns), itertools.cycle(_group_sizes())):
+        for table in of_sizes(_typed(tables, schema, folder.name, columns), itertools.cycle(_group_sizes())):
             RequestBatch.from_arrow(table, schema, source=folder.name, first_row=counts.requests)
+            # In one piece, however it was given: the same requests are the same file.
+            written = table.select(columns).combine_chunks()
             if writer is None or counts.requests % ROWS_PER_FILE == 0:
                 files.close()
                 names.append(f"part-{first_file + len(names):05d}.parquet")
-                writer = files.enter_context(pq.ParquetWriter(folder / names[-1], table.select(columns).schema))
-            writer.write_table(table.select(columns))
+                writer = files.enter_context(pq.ParquetWriter(folder / names[-1], written.schema))
+            writer.write_table(written)
             counts.add(table)
     return names
 
@@ -162,16 +165,3 @@ def _typed(tables: Iterable[pa.Table], schema: RequestSchema, split: str, column
 def _group_sizes() -> list[int]:
     """Rows of the row groups of a file."""
     return [min(ROWS_PER_GROUP, ROWS_PER_FILE - start) for start in range(0, ROWS_PER_FILE, ROWS_PER_GROUP)]
-
-
-def _of_sizes(tables: Iterator[pa.Table], sizes: Iterable[int]) -> Iterator[pa.Table]:
-    """The same rows in tables of those sizes; the last may have fewer."""
-    pending: list[pa.Table] = []
-    for size in sizes:
-        while sum(table.num_rows for table in pending) < size and (table := next(tables, None)) is not None:
-            pending.append(table)
-        if not any(table.num_rows for table in pending):
-            return
-        joined = pa.concat_tables(pending)
-        yield joined.slice(0, size)
-        pending = [joined.slice(size)]

@@ -93,13 +93,23 @@ def _write_result(run: Path, result: TrainResult, device: torch.device) -> None:
     )
 
 
+# What says which requests a step has: with another, a run would go on among other batches than it left.
+_OF_BATCHES = ("batch_size", "balance_work", "seed")
+
+
 def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> bool:
-    """Whether the run goes on; refuses to mix it with another run or another model."""
+    """Whether the run goes on; refuses to mix it with another run, another model or other batches."""
     if not ((run / CONFIG_FILE).exists() and has_checkpoint(run)):
         return False
     if not config.resume and not is_restart_of(run, device):
         raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
     saved = load_config(run, TrainConfig, "train")
+    for name in _OF_BATCHES:
+        if (value := getattr(saved, name)) != (other := getattr(config, name)):
+            raise InputError(
+                f"{run}: its checkpoint is of a run with {name}={value}, the config says {other}, which are other "
+                "batches: use the same, or choose another run folder"
+            )
     for name, value in asdict(saved.model).items():
         if value != getattr(config.model, name):
             raise InputError(
@@ -130,6 +140,7 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
         history_length=config.model.history_lengths(read),
         unknown_rate=config.unknown_rate,
         schema=read,
+        balance_work=config.balance_work,
     )
 
 

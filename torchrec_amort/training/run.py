@@ -27,6 +27,8 @@ class TrainConfig:
         loop: how long and how.
         sharding: how tables are spread over ranks.
         batch_size: requests in a global batch, all ranks together.
+        balance_work: whether global batches have equal work, which is candidates and events, and not equal numbers
+            of requests, which are `batch_size` on average then.
         seed: of the initial weights and the order of the data.
         tables: other sizes and vocabularies of tables of ids than the data's, by the name of the table: the feature's,
             or `item` for the one that history and candidates share. `docs/data.md` tells of vocabularies.
@@ -44,6 +46,7 @@ class TrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     batch_size: int = 32
+    balance_work: bool = False
     seed: int = 0
     tables: dict[str, TableConfig] = field(default_factory=dict)
     unknown_rate: dict[str, float] = field(default_factory=dict)
