@@ -29,7 +29,7 @@ FORKS.set_forkserver_preload(["pytest", "torchrec_amort.apps.command", "torchrec
 
 def launch(*command: str, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command with this environment's programs first on the path."""
-    if command[0] in ("torchrec-amort", "torchx"):
+    if command[0] in ("torchrec-amort", "torchx", "torchrun"):
         return _fork(_run_program, *command, cwd=cwd, check=check)
     done = subprocess.run(
         command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False

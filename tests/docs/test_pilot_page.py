@@ -7,15 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT, launch
-from tests.pages import blocks, commands, small_clone
+from tests.pages import SMALL, blocks, commands, small_clone
 from torchrec_amort.bench.pilot_report import page, summary
 
 pytestmark = pytest.mark.docs
-
-SMALL = {
-    "train": ["--model.embedding_dim=8", "--loop.epochs=1"],
-    "pilot": ["--candidates=[2,3,4]", "--turns=3", "--requests=20", "--bootstrap_samples=20"],
-}
 
 
 def test_the_commands_run(data_folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.docs
 PAGES = ["README.md", "CHANGELOG.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 PAGES = [page for page in PAGES if not page.startswith(("docs/_build/", "docs/tutorials/"))]
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+# What looks at the site runs in one process, which builds it once.
+ON_THE_SITE = pytest.mark.xdist_group("site")
 LOG_CALL = r"(?:logger|logging|warnings)\.(debug|info|warn\w*|error|exception|critical|log)\("
 # Pages whose code is run by the tests of `make test`.
 RUN_ELSEWHERE = {
@@ -76,6 +78,7 @@ def targets(path: Path, page: Page) -> Iterator[tuple[str, Path, str]]:
             yield link, (path.parent / unquote(parts.path)).resolve() if parts.path else path, unquote(parts.fragment)
 
 
+@ON_THE_SITE
 def test_every_local_link_leads_somewhere(pages: dict[Path, Page]) -> None:
     followed = 0
     for path, page in pages.items():
@@ -86,6 +89,7 @@ def test_every_local_link_leads_somewhere(pages: dict[Path, Page]) -> None:
     assert followed > 1000
 
 
+@ON_THE_SITE
 def test_every_page_is_reached_from_the_index(site: Path, pages: dict[Path, Page]) -> None:
     reached, new = set(), {site / "index.html"}
     while new:
@@ -103,6 +107,7 @@ def test_every_page_of_the_index_is_in_the_menu_once() -> None:
     assert sorted(set(at_the_top) - {"index"}) == sorted(page for page in listed if "/" not in page)
 
 
+@ON_THE_SITE
 def test_every_public_name_is_in_the_reference(pages: dict[Path, Page]) -> None:
     ids = set().union(*(page.ids for page in pages.values()))
     assert {f"torchrec_amort.{name}" for name in torchrec_amort.__all__} <= ids
