@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import BIN, launch
+from tests.launch import BIN, launch, torchrun, torchrun_command
 from tests.pages import SMALL, commands, local_commands, small_clone
 
 
@@ -23,8 +23,14 @@ def launched(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     clone, shown = small_clone(tmp_path_factory.mktemp("clone"), data_folder), []
     # Settings first.
     for command in sorted(local_commands(), key=lambda line: not line.startswith(("cp ", "mkdir "))):
-        names = named(command)
-        done = launch(*shlex.split(command), *(option for name in names for option in SMALL[name]), cwd=clone)
+        words, names = shlex.split(command), named(command)
+        small = [option for name in names for option in SMALL[name]]
+        if words[0] == "torchrun":
+            arguments = words[len(torchrun_command(2, *names)) :]
+            assert tuple(words) == torchrun_command(2, *names, *arguments)
+            done = torchrun(2, *names, *arguments, *small, cwd=clone)
+        else:
+            done = launch(*words, *small, cwd=clone)
         shown += [(name, done.stdout + done.stderr) for name in names]
     return clone, shown
 
