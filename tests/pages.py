@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
 
-from tests.launch import ROOT
+from tests.launch import APPS, ROOT
 
 LAUNCHING = "docs/launching.md"
 # Schedulers that need a cluster, and the packages without which TorchX makes no dry run for them.
@@ -19,7 +21,7 @@ SMALL = {
     "export": [],
     "migrate": [],
     "benchmark": ["--history_lengths=[5]", "--candidates=[4]", "--turns=2", "--methods=[impressions,amortized]"],
-    "pilot": ["--candidates=[2,3,4]", "--turns=3", "--requests=20", "--bootstrap_samples=20"],
+    "pilot": ["--candidates=[2,3,4]", "--turns=3", "--warmup=2", "--requests=20", "--bootstrap_samples=20"],
     "compare": [
         *("--model.embedding_dim=8", "--loop.epochs=1", "--batch_size=100", "--model.leave_out=[]", "--seeds=[0]"),
         *("--grid=[{}]", "--speed.history_length=5", "--speed.requests=2", "--speed.train_steps=2"),
@@ -59,3 +61,9 @@ def scheduler_of(command: str) -> str:
 def local_commands() -> list[str]:
     """What docs/launching.md runs on this machine."""
     return [command for command in commands(LAUNCHING) if scheduler_of(command) not in CLUSTERS]
+
+
+def run_here(command: str) -> None:
+    """Run a command of ours on small data, in this process."""
+    _, name, *arguments = shlex.split(command)
+    importlib.import_module(f"{APPS}.{name}").main([*arguments, *SMALL[name]])
