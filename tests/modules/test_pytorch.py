@@ -18,7 +18,7 @@ from torchrec_amort.modules.encoder import AmortizableEncoder
 def test_compiles_into_one_graph_forward_and_backward(name: str) -> None:
     torch._dynamo.reset()
     encoder = make_encoder(name)
-    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     for sizes in ([(5, 2), (0, 3), (9, 1)], [(1, 1), (30, 4)]):
         history, candidates = make_both(sizes, 0)
         results = []

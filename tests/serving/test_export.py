@@ -225,7 +225,7 @@ def test_a_package_serves_from_cpp(package: Path, tmp_path: Path) -> None:
     build, prefix = tmp_path / "build", torch.utils.cmake_prefix_path
     source = ROOT / "examples" / "cpp"
     commands: list[list[str | Path]] = [
-        ["cmake", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Debug"],
+        ["cmake", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release"],
         ["cmake", "--build", build],
     ]
     for command in commands:
