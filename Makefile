@@ -30,10 +30,10 @@ demo: setup
 	$(BIN)/python examples/demo.py $(if $(SOURCE),--source $(SOURCE))
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-docs: setup
-	$(BIN)/python -m pytest -m docs tests/docs
+	$(BIN)/python -m pytest --numprocesses 2 --maxschedchunk 1 -m docs tests/docs
 
 docs: setup
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going docs docs/_build/html

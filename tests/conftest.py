@@ -20,10 +20,13 @@ from hypothesis import settings
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.pages import run_local_commands, small_clone
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.schema import AGE_BUCKETS, KINDS_OF_IDS, Feature, RequestSchema, TableConfig
+
+TESTS = Path(__file__).parent
+# What takes long starts first: a long file that starts last is what the end waits for.
+FIRST = ("test_page_commands.py", "training", "serving", "bench", "modules", "apps", "data")
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
@@ -115,6 +118,16 @@ def make_table(num_requests: int, seed: int = 0, first_id: int = 0) -> pa.Table:
     return pa.Table.from_pylist(requests, SCHEMA.arrow_schema())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of what takes long first; `--no-loadscope-reorder` has pytest-xdist keep to it."""
+
+    def place(item: pytest.Item) -> int:
+        file_or_folder = item.path.relative_to(TESTS).parts[0]
+        return FIRST.index(file_or_folder) if file_or_folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """A host's GPU is for tests marked `gpu`; the others, their fixtures and the commands they launch do without."""
@@ -139,13 +152,6 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {split: [make_table(n, seed, 1000 * seed)] for seed, (split, n) in enumerate(sizes.items())}
     write_requests(folder, SCHEMA, splits)
     return folder
-
-
-@pytest.fixture(scope="session")
-def launched(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[str, str]]]:
-    """A clone in which the local commands of docs/launching.md ran, and what each showed."""
-    clone = small_clone(tmp_path_factory.mktemp("clone"), data_folder)
-    return clone, run_local_commands(clone)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ FORKS.set_forkserver_preload(["pytest", "torchrec_amort.apps.command", "torchrec
 
 def launch(*command: str, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a command with this environment's programs first on the path."""
-    if command[0] in ("torchrec-amort", "torchx"):
+    if command[0] in ("torchrec-amort", "torchx", "torchrun"):
         return _fork(_run_program, *command, cwd=cwd, check=check)
     done = subprocess.run(
         command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False
@@ -38,14 +38,14 @@ def launch(*command: str, cwd: Path = ROOT, check: bool = True) -> subprocess.Co
 
 
 def torchrun(
-    ranks: int, module: str, *args: str, max_restarts: int = 0, check: bool = True
+    ranks: int, module: str, *args: str, max_restarts: int = 0, cwd: Path = ROOT, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of the package, or a module that has a dot in its name, on some local ranks.
 
     As `launch` with `torchrun_command`, whose launcher starts them here too, but forks them.
     """
     module = module if "." in module else f"{APPS}.{module}"
-    return _fork(_run_ranks, str(ranks), str(max_restarts), module, *args, check=check)
+    return _fork(_run_ranks, str(ranks), str(max_restarts), module, *args, cwd=cwd, check=check)
 
 
 def torchrun_command(ranks: int, module: str, *args: str) -> tuple[str, ...]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
 import textwrap
 from pathlib import Path
 
-from tests.launch import ROOT, launch
+from tests.launch import APPS, ROOT
 
 LAUNCHING = "docs/launching.md"
 # Schedulers that need a cluster, and the packages without which TorchX makes no dry run for them.
 CLUSTERS = {"slurm": None, "kubernetes": "kubernetes", "aws_batch": None, "ray": "ray"}
-SMALL_LAUNCHES = {
-    "train": ["--model.embedding_dim=8", "--loop.epochs=1"],
+# What makes our commands quick on the tests' data, whatever their page says.
+SMALL = {
+    "train": ["--model.embedding_dim=8", "--loop.epochs=1", "--batch_size=100"],
     "evaluate": [],
-    "benchmark": ["--history_lengths=[5]", "--candidates=[4]", "--methods=[impressions,amortized]"],
+    "export": [],
+    "migrate": [],
+    "benchmark": ["--history_lengths=[5]", "--candidates=[4]", "--turns=2", "--methods=[impressions,amortized]"],
+    "pilot": ["--candidates=[2,3,4]", "--turns=3", "--warmup=2", "--requests=20", "--bootstrap_samples=20"],
+    "compare": [
+        *("--model.embedding_dim=8", "--loop.epochs=1", "--batch_size=100", "--model.leave_out=[]", "--seeds=[0]"),
+        *("--grid=[{}]", "--speed.history_length=5", "--speed.requests=2", "--speed.train_steps=2"),
+        "--bootstrap_samples=5",
+    ],
 }
 
 
@@ -53,12 +63,7 @@ def local_commands() -> list[str]:
     return [command for command in commands(LAUNCHING) if scheduler_of(command) not in CLUSTERS]
 
 
-def run_local_commands(clone: Path) -> list[tuple[str, str]]:
-    """Run them in a clone, on small data; gives the name of each of ours, and what it showed."""
-    shown = []
-    # Settings first.
-    for command in sorted(local_commands(), key=lambda line: not line.startswith(("cp ", "mkdir "))):
-        names = re.findall(r"(?:torchrec-amort |apps\.|amort\.py:)(\w+)", command)
-        done = launch(*shlex.split(command), *(option for name in names for option in SMALL_LAUNCHES[name]), cwd=clone)
-        shown += [(name, done.stdout + done.stderr) for name in names]
-    return shown
+def run_here(command: str) -> None:
+    """Run a command of ours on small data, in this process."""
+    _, name, *arguments = shlex.split(command)
+    importlib.import_module(f"{APPS}.{name}").main([*arguments, *SMALL[name]])

@@ -3,7 +3,6 @@
 import configparser
 import importlib.util
 import inspect
-import json
 import re
 import runpy
 import shlex
@@ -30,25 +29,6 @@ def dry_run(scheduler: str, clone: Path) -> str:
 @pytest.fixture
 def clone(data_folder: Path, tmp_path: Path) -> Path:
     return small_clone(tmp_path, data_folder)
-
-
-def test_the_local_commands_run(launched: tuple[Path, list[tuple[str, str]]]) -> None:
-    clone, shown = launched
-    assert len(shown) == 5
-    for name, output in shown:
-        assert f"{name}: 100%" in output
-    results = {path.parent.name: json.loads(path.read_text()) for path in clone.glob("runs/*/train.json")}
-    assert {run: result["world_size"] for run, result in results.items()} == {
-        "one-rank": 1,
-        "two-ranks": 2,
-        "torchrun": 2,
-    }
-    two_ranks = clone / "runs" / "two-ranks"
-    assert json.loads((two_ranks / "evaluate-test.json").read_text())["world_size"] == 2
-    assert (two_ranks / "benchmark.json").exists()
-    (job,) = re.findall(r"local_cwd://\S+/train-\S+", launch("torchx", "tracker", "list", "jobs", cwd=clone).stdout)
-    tracked = launch("torchx", "tracker", "list", "metadata", job, cwd=clone).stdout
-    assert re.search(r"world_size +2\n", tracked)
 
 
 @pytest.mark.parametrize("scheduler", [name for name in CLUSTERS if name != "slurm"])

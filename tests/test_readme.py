@@ -2,21 +2,17 @@
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import make_request
-from tests.launch import BIN, ROOT, launch
-from tests.pages import blocks, commands, local_commands
+from tests.launch import ROOT, launch
+from tests.pages import SMALL, blocks, commands
 from torchrec_amort import RequestSchema
 
 README = (ROOT / "README.md").read_text()
-SMALL = ["--model.embedding_dim=8", "--loop.epochs=1"]
-SMALL_PILOT = ["--candidates=[2,3,4]", "--turns=3", "--requests=20", "--bootstrap_samples=20"]
-SMALL_BENCHMARK = ["--history_lengths=[5]", "--candidates=[4]", "--turns=2", "--methods=[impressions,amortized]"]
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
@@ -27,35 +23,9 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_other_command_runs(launched: tuple[Path, list[tuple[str, str]]]) -> None:
-    # Those on the page about launching, too, have run in this clone.
-    clone, _ = launched
-    ran = set(local_commands())
-    for command in commands("README.md"):
-        if command.startswith(("make ", "git ", "cd ", "pip ", "torchrec-amort prepare")):
-            continue
-        line = command
-        if re.search(r"(?:torchrec-amort |apps\.|amort\.py:)train\b", line):
-            line += " " + " ".join(SMALL)
-        if " compare " in line:
-            line += " --model.leave_out=[] --seeds=[0] --grid=[{}] --speed.history_length=5 --speed.requests=2"
-            line += " --model.embedding_dim=8 --loop.epochs=1 --bootstrap_samples=5 --speed.train_steps=2"
-        elif " pilot " in line:
-            line += " " + " ".join(SMALL_PILOT)
-        elif "benchmark" in line:
-            line += " " + " ".join(SMALL_BENCHMARK)
-        if "tensorboard" in line:
-            assert (BIN / "tensorboard").exists()
-            continue
-        if command not in ran:
-            launch(*shlex.split(line), cwd=clone)
-            ran.add(command)
-    assert {"torchx", "torchrun", "torchrec-amort"} <= {command.split()[0] for command in ran}
-
-
 def test_the_python_code_runs(data_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "movielens-1m"
-    train = ["--data", str(data_folder), "--run_folder", str(run), *SMALL]
+    train = ["--data", str(data_folder), "--run_folder", str(run), *SMALL["train"]]
     launch("torchrec-amort", "train", "--config", "examples/movielens.yaml", *train)
     schema = RequestSchema.load(data_folder)
     request = make_request(np.random.default_rng(0), 5, 3)

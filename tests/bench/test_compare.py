@@ -80,23 +80,19 @@ def test_speed_is_measured_for_every_way_there_is(compared: Path) -> None:
     assert all(value > 0 for speeds in speed["training"].values() for value in speeds.values())
 
 
-def test_a_comparison_goes_on_where_it_stopped(data_folder: Path, compared: Path) -> None:
+def test_a_comparison_goes_on_where_it_stopped_and_takes_no_results_of_another_evaluation(
+    data_folder: Path, compared: Path
+) -> None:
     before = record_of(compared)
     trained = {path: path.stat().st_mtime_ns for path in compared.rglob("train.json")}
     (compared / "short" / "setting-0" / "seed-0" / "train.json").unlink()
-    compare.main(arguments(data_folder, compared))
-    again = {path for path in compared.rglob("train.json") if path.stat().st_mtime_ns != trained[path]}
-    assert again == {compared / "short" / "setting-0" / "seed-0" / "train.json"}
-    assert record_of(compared)["arms"] == before["arms"]
-
-
-def test_results_of_another_evaluation_of_a_run_are_not_taken(data_folder: Path, compared: Path) -> None:
-    before = record_of(compared)
     for arm in ("append_cross", "none"):
         run = sorted(compared.glob(f"{arm}/*/seed-1"))[0]
         evaluate.main(["--run_folder", str(run), "--split=test", "--history_length=2"])
     (run / "predictions-test.npz").unlink()
     compare.main(arguments(data_folder, compared))
+    again = {path for path in compared.rglob("train.json") if path.stat().st_mtime_ns != trained[path]}
+    assert again == {compared / "short" / "setting-0" / "seed-0" / "train.json"}
     assert record_of(compared)["arms"] == before["arms"]
 
 

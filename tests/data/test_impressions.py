@@ -641,7 +641,7 @@ PUBLIC = {
     "movielens-1m": (movielens.prepare, "ml-1m/ml-1m.zip"),
     "kuairand": (kuairand.prepare, "kuairand-pure"),
 }
-PARTS = [("mind", None), ("movielens-1m", 1000), ("kuairand", 1000)]
+PARTS = [("mind", None), ("kuairand", 1000)]
 
 
 @pytest.mark.parametrize(

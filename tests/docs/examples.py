@@ -51,7 +51,7 @@ from torchrec_amort.data.writer import write_requests
 from torchrec_amort.training.bootstrap import UserWeightedMetrics
 
 PUBLISHED = "needs the data set's published files; its tests read them"
-COMMAND = "a command, which takes minutes; tests/test_readme.py, tests/apps and tests/bench run it on small data"
+COMMAND = "a command, which takes minutes; tests/test_page_commands.py, tests/apps and tests/bench run it on small data"
 TRAINING = "needs a training run; the tests of its module make one"
 LOG = "needs a log of impressions; the tests of its module write one"
 RANKS = "needs a process group; the tests of its module make one"

@@ -6,28 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, launch
-from tests.pages import blocks, commands, small_clone
+from tests.launch import ROOT
+from tests.pages import blocks, commands, run_here, small_clone
 from torchrec_amort.bench.pilot_report import page, summary
 
 pytestmark = pytest.mark.docs
 
-SMALL = {
-    "train": ["--model.embedding_dim=8", "--loop.epochs=1"],
-    "pilot": ["--candidates=[2,3,4]", "--turns=3", "--requests=20", "--bootstrap_samples=20"],
-}
 
-
-def test_the_commands_run(data_folder: Path, tmp_path: Path) -> None:
+def test_the_commands_run(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clone = small_clone(tmp_path, data_folder)
-    lines = [shlex.split(command) for command in commands("docs/pilot.md")]
+    monkeypatch.chdir(clone)
+    lines = commands("docs/pilot.md")
     for line in lines:
-        output = launch(*line, *SMALL[line[1]], cwd=clone).stdout
-        folder = clone / line[-1]
-        assert (folder / f"{line[1]}.json").is_file()
-        if line[1] == "pilot":
-            assert (folder / "pilot.txt").read_text() in output
-    assert [line[1] for line in lines].count("pilot") >= 4
+        run_here(line)
+        (_, name, *_, out) = shlex.split(line)
+        assert (clone / out / f"{name}.json").is_file()
+        if name == "pilot":
+            assert (clone / out / "pilot.txt").read_text() in capsys.readouterr().out
+    assert [line.split()[1] for line in lines].count("pilot") >= 4
 
 
 def test_summary_and_page_are_those_of_the_record() -> None:

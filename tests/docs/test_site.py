@@ -50,16 +50,7 @@ class Page(HTMLParser):
                 self.links.append(value)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    built = launch("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "docs", str(folder), check=False)
-    assert built.returncode == 0, built.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pages(site: Path) -> dict[Path, Page]:
+def read_pages(site: Path) -> dict[Path, Page]:
     read = {}
     for path in site.rglob("*.html"):
         if "_static" not in path.parts:
@@ -76,7 +67,7 @@ def targets(path: Path, page: Page) -> Iterator[tuple[str, Path, str]]:
             yield link, (path.parent / unquote(parts.path)).resolve() if parts.path else path, unquote(parts.fragment)
 
 
-def test_every_local_link_leads_somewhere(pages: dict[Path, Page]) -> None:
+def assert_every_local_link_leads_somewhere(pages: dict[Path, Page]) -> None:
     followed = 0
     for path, page in pages.items():
         for link, file, place in targets(path, page):
@@ -86,7 +77,7 @@ def test_every_local_link_leads_somewhere(pages: dict[Path, Page]) -> None:
     assert followed > 1000
 
 
-def test_every_page_is_reached_from_the_index(site: Path, pages: dict[Path, Page]) -> None:
+def assert_every_page_is_reached_from_the_index(site: Path, pages: dict[Path, Page]) -> None:
     reached, new = set(), {site / "index.html"}
     while new:
         reached |= new
@@ -97,15 +88,25 @@ def test_every_page_is_reached_from_the_index(site: Path, pages: dict[Path, Page
     assert {path.stem for path in (ROOT / "examples").glob("*.ipynb")} <= {path.stem for path in reached}
 
 
+def assert_every_public_name_is_in_the_reference(pages: dict[Path, Page]) -> None:
+    ids = set().union(*(page.ids for page in pages.values()))
+    assert {f"torchrec_amort.{name}" for name in torchrec_amort.__all__} <= ids
+
+
+def test_the_site_is_whole(tmp_path: Path) -> None:
+    """One test: of several, each process of pytest-xdist would build a site of its own."""
+    built = launch("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "docs", str(tmp_path), check=False)
+    assert built.returncode == 0, built.stderr
+    pages = read_pages(tmp_path)
+    assert_every_local_link_leads_somewhere(pages)
+    assert_every_page_is_reached_from_the_index(tmp_path, pages)
+    assert_every_public_name_is_in_the_reference(pages)
+
+
 def test_every_page_of_the_index_is_in_the_menu_once() -> None:
     listed = re.findall(r"^([\w/-]+)$", "\n".join(blocks("docs/index.md", "{toctree}")), re.MULTILINE)
     at_the_top = [page.removeprefix("docs/").removesuffix(".md") for page in PAGES[2:] if page.count("/") == 1]
     assert sorted(set(at_the_top) - {"index"}) == sorted(page for page in listed if "/" not in page)
-
-
-def test_every_public_name_is_in_the_reference(pages: dict[Path, Page]) -> None:
-    ids = set().union(*(page.ids for page in pages.values()))
-    assert {f"torchrec_amort.{name}" for name in torchrec_amort.__all__} <= ids
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -41,13 +41,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def small_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packages") / "small"
-    export_package(make_model(), folder, SCHEMA, dtype=torch.bfloat16, tables="int8")
-    return folder
-
-
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("microbatch", [None, 3])
 def test_a_package_scores_as_the_model(package: Path, sizes: list[tuple[int, int]], microbatch: int | None) -> None:
@@ -59,23 +52,27 @@ def test_a_package_scores_as_the_model(package: Path, sizes: list[tuple[int, int
     assert_same(scorer.score(make_requests(sizes)), by_impressions(make_model(), make_batch(sizes)))
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "compiled"])
 def test_with_tables_of_8_bits_it_scores_as_the_model_with_such_tables(
-    small_package: Path, sizes: list[tuple[int, int]]
+    is_compiled: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    served = load_package(small_package)
-    model, batch = make_model(), make_batch(sizes)
-    scores = torch.sigmoid(AmortizedScorer(served).score(batch))
-    assert_same(scores, torch.sigmoid(by_impressions(model, batch)), 2e-2)
+    if not is_compiled:
+        request.getfixturevalue("uncompiled")
+    model, folder = make_model(), tmp_path / "small"
+    export_package(model, folder, SCHEMA, dtype=torch.bfloat16, tables="int8")
+    served = load_package(folder)
     lookups = Lookups.of(model.collection, {module: name for name, module in model.named_modules()})
-    exact, rounded = (of.of_candidates(batch)[0]["movie_id"].tensor() for of in (lookups, served.lookups))
-    # A row's 255 steps go from its least to its greatest entry.
-    assert 0 < float((exact - rounded).abs().max()) <= float((exact.max() - exact.min()) / 255)
+    for sizes in SIZES:
+        batch = make_batch(sizes)
+        scores = torch.sigmoid(AmortizedScorer(served).score(batch))
+        assert_same(scores, torch.sigmoid(by_impressions(model, batch)), 2e-2)
+        exact, rounded = (of.of_candidates(batch)[0]["movie_id"].tensor() for of in (lookups, served.lookups))
+        # A row's 255 steps go from its least to its greatest entry.
+        assert 0 < float((exact - rounded).abs().max()) <= float((exact.max() - exact.min()) / 255)
     ids = {name: Entries(torch.tensor([3, 4]), torch.tensor([2])) for name in lookups.events["history"]}
     exact, rounded = (of.of_events("history", ids)["history_item"].tensor() for of in (lookups, served.lookups))
     assert_same(rounded, exact, 0.01)
-    size = (small_package / TABLES_FILE).stat().st_size
-    assert size < 4 * 1000 * 8
+    assert (folder / TABLES_FILE).stat().st_size < 4 * 1000 * 8
 
 
 @pytest.mark.slow

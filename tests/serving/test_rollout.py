@@ -355,7 +355,7 @@ def test_a_right_treatment_is_not_switched_back(
     reference = partial(score_impressions, model)
     batches = 0
     with make_rollout(scorer.score, reference, reference, share=share) as rollout:
-        for batch in random_batches(200, schema):
+        for batch in random_batches(140, schema):
             assert_same(rollout.score(batch), by_impressions(model, batch))
             batches += len(batch)
             rollout.drain()
@@ -363,7 +363,8 @@ def test_a_right_treatment_is_not_switched_back(
     assert rollout.switched_back is None
     assert counters["control"] + counters["treatment"] == batches
     assert counters["compared"] == counters["sampled"] == (counters["treatment"] if share else batches)
-    assert counters["compared"] >= 150
+    # Wrong ones are found within as many.
+    assert counters["compared"] >= 100
     assert counters["largest_difference"] <= 1e-5
     assert min(cache.counters()[name] for name in ("hits", "extensions", "misses")) > 0
 

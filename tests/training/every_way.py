@@ -35,7 +35,7 @@ def train_every_way(data: str, out: str) -> None:
                     default=TableSharding(ways=[bags], min_columns=4),
                     tables=dict.fromkeys(SEQUENCE_TABLES, sequence),
                 ),
-                batch_size=100,
+                batch_size=200,
             )
             Path(config.run_folder).mkdir(parents=True, exist_ok=True)
             train_run(config, device)

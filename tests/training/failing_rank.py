@@ -1,12 +1,16 @@
-"""Trains as `torchrec-amort train` does, but the second rank of the first start ends in its fifteenth step.
+"""Trains as `torchrec-amort train` does, but something fails.
 
-The first argument says how: `raises`, or `is_killed`, once there is a checkpoint.
+The first argument says what: the second rank of the first start `raises` in its fifteenth step or `is_killed` there,
+once there is a checkpoint, or each rank `has_a_full_disk`.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,21 @@ def fail() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """A limit on the size of files stands for the disk's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 if __name__ == "__main__":
-    TrainPipelineBase.progress = progress
-    train.main(sys.argv[2:])
+    if sys.argv[1] == "has_a_full_disk":
+        with full_disk():
+            train.main(sys.argv[2:])
+    else:
+        TrainPipelineBase.progress = progress
+        train.main(sys.argv[2:])

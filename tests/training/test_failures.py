@@ -1,35 +1,25 @@
 """What goes wrong on a cluster: ranks that die, jobs that are told to stop, checkpoints and disks that fail."""
 
-import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SCHEMA, make_table
-from tests.launch import launch, start, torchrun, torchrun_command
-from tests.training.conftest import SAVED_OFTEN
+from tests.launch import launch, torchrun, torchrun_command
+from tests.training.failing_rank import full_disk
 from tests.training.test_training import (
-    FEW_STEPS,
-    ROUNDING,
     arguments,
     checkpoints,
-    cut_back,
     losses,
     quality,
     refused,
-    up_to,
     weights,
 )
 from torchrec_amort.apps import evaluate, train
-from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.processes import process_group
@@ -42,23 +32,6 @@ def wait_for(happened: Callable[[], object], process: subprocess.Popen[str]) -> 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.01)
-
-
-def test_a_killed_rank_starts_the_job_again_from_the_last_checkpoint(
-    data_folder: Path, tmp_path: Path, run_of_two_ranks: Path
-) -> None:
-    run = tmp_path / "run"
-    command = ("is_killed", *arguments(data_folder, run, *SAVED_OFTEN))
-    torchrun(2, "tests.training.failing_rank", *command, max_restarts=1)
-    environment = json.loads((run / "environment.json").read_text())
-    assert (environment["restarts"], environment["world_size"]) == (1, 2)
-    # Trained on since the restart: all but the 10 steps before the checkpoint.
-    killed, undisturbed = (json.loads((folder / "train.json").read_text()) for folder in (run, run_of_two_ranks))
-    assert undisturbed["candidates"] / 2 < killed["candidates"] < undisturbed["candidates"]
-    assert losses(run) == losses(run_of_two_ranks)
-    expected = weights(data_folder, run_of_two_ranks)
-    assert all(value.equal(expected[name]) for name, value in weights(data_folder, run).items())
-    assert checkpoints(run) == checkpoints(run_of_two_ranks)
 
 
 def test_a_restart_does_not_take_up_the_run_of_another_job(data_folder: Path, tmp_path: Path) -> None:
@@ -85,33 +58,6 @@ def test_restarts_on_several_nodes_are_refused_where_ranks_would_wait_for_the_de
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group():
         pass
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_ends_the_job(
-    ranks: int, data_folder: Path, tmp_path: Path, run_of_one_rank: Path, run_of_two_ranks: Path
-) -> None:
-    run, undisturbed = tmp_path / "run", {1: run_of_one_rank, 2: run_of_two_ranks}[ranks]
-    command = arguments(data_folder, run, *SAVED_OFTEN, "--loop.epochs=8")
-    process = start(*(("torchrec-amort", "train", *command) if ranks == 1 else torchrun_command(2, "train", *command)))
-    wait_for(lambda: (run / "metrics.jsonl").exists() and losses(run), process)
-    process.terminate()
-    output, _ = process.communicate(timeout=300)
-    step = int(checkpoints(run)[-1].removeprefix("step-"))
-    assert f"terminated: {run}: stopped after step {step}, which has a checkpoint" in output
-    assert step % 10 == 0
-    if ranks == 1:
-        assert process.returncode == 128 + signal.SIGTERM
-        assert "Traceback" not in output
-    assert step - 4 < max(losses(run)) <= step < 200
-    assert up_to(step, losses(run)) == up_to(step, losses(undisturbed))
-    train.main(arguments(data_folder, run, *SAVED_OFTEN, "--resume=true"))
-    assert max(losses(run)) == 50
-    if ranks == 1:
-        assert losses(run) == losses(undisturbed)
-    else:
-        more = step + FEW_STEPS
-        assert up_to(more, losses(run)) == pytest.approx(up_to(more, losses(undisturbed)), rel=ROUNDING)
 
 
 def test_a_rank_that_raises_shows_its_own_traceback_first(data_folder: Path, tmp_path: Path) -> None:
@@ -174,59 +120,19 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     assert checkpoints(run) == ["step-000000025", "step-000000050"]
 
 
-def test_two_ranks_skip_a_checkpoint_that_one_finds_damaged(
-    data_folder: Path, tmp_path: Path, run_of_two_ranks: Path
-) -> None:
-    run = Path(shutil.copytree(run_of_two_ranks, tmp_path / "run"))
-    flip(run / "checkpoints" / "step-000000050" / "__1_0.distcp")
-    again = torchrun(2, "train", *arguments(data_folder, run, *SAVED_OFTEN, "--resume=true"))
-    assert "__1_0.distcp is not what was written" in again.stderr
-    assert losses(run) == losses(run_of_two_ranks)
-
-
-def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_on_three(
-    data_folder: Path, tmp_path: Path, run_of_two_ranks: Path
-) -> None:
-    # In mid-epoch and between two reports.
-    runs = {ranks: cut_back(run_of_two_ranks, 10, tmp_path / str(ranks)) for ranks in (1, 3)}
-    train.main(arguments(data_folder, runs[1], *SAVED_OFTEN, "--loop.epochs=1", "--resume=true"))
-    torchrun(3, "train", *arguments(data_folder, runs[3], *SAVED_OFTEN, "--loop.epochs=1", "--resume=true"))
-    expected = cut_back(run_of_two_ranks, 20, tmp_path / "2")
-    evaluate.main(["--run_folder", str(expected)])
-    for run in runs.values():
-        assert max(losses(run)) == 25
-        for metric in ("loss", "ne/liked"):
-            found = up_to(20, losses(run, metric))
-            assert found == pytest.approx(up_to(20, losses(expected, metric)), rel=ROUNDING)
-        evaluate.main(["--run_folder", str(cut_back(run, 20, tmp_path / f"{run.name} of 20"))])
-    for run in tmp_path.glob("* of 20"):
-        for task, values in quality(expected)["tasks"].items():
-            assert quality(run)["tasks"][task] == pytest.approx(values, rel=1e-3)
-
-
-def test_uneven_data_trains_on_three_ranks_as_on_one(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    write_requests(data, SCHEMA, {split: [make_table(31, seed)] for seed, split in enumerate(("train", "test"))})
-    # Five steps of 6 or 7 requests; of the 7 lanes one rank has three and the others two.
-    one, three = (arguments(data, tmp_path / name, "--batch_size=7") for name in ("one", "three"))
-    train.main(one)
-    torchrun(3, "train", *three)
-    assert len(losses(tmp_path / "one")) == 4
-    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=ROUNDING)
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
-    ranks: int, data_folder: Path, tmp_path: Path, two_epochs: Path
+    ranks: int, data_folder: Path, tmp_path: Path, two_epochs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(two_epochs, tmp_path / "run"))
     command = arguments(data_folder, run, "--loop.epochs=3", "--resume=true")
-    # A limit on the size of files stands for the disk's.
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    launcher = torchrun_command(ranks, "train", *command)
-    process = start(*(("torchrec-amort", "train", *command) if ranks == 1 else launcher), preexec_fn=limit)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == (2 if ranks == 1 else 1), output
+    if ranks == 1:
+        with full_disk():
+            output = refused(capsys, train.main, command)
+    else:
+        failed = torchrun(ranks, "tests.training.failing_rank", "has_a_full_disk", *command, check=False)
+        assert failed.returncode == 1
+        output = failed.stderr
     assert "a checkpoint could not be written (" in output
     assert "File too large" in output
     assert "go on from the last one with --resume true" in output

@@ -199,19 +199,15 @@ def test_a_run_whose_lock_was_taken_writes_no_checkpoint(
     assert json.loads((run / LOCK_FILE).read_text())["host"] == "node7"
 
 
-def test_of_two_trainings_into_one_folder_one_runs_and_the_other_is_refused(data_folder: Path, tmp_path: Path) -> None:
-    run, environment = tmp_path / "run", {"PAUSED_TRAIN": str(tmp_path)}
-    command = (sys.executable, "-m", "tests.training.paused_train", *arguments(data_folder, run))
-    processes = [start("env", *(f"{k}={v}" for k, v in environment.items()), *command) for _ in range(2)]
-    deadline = time.monotonic() + 300
-    while all(process.poll() is None for process in processes):
-        assert time.monotonic() < deadline, "both run"
-        time.sleep(0.01)
-    loser, winner = sorted(processes, key=lambda process: process.poll() is None)
-    (line,) = [line for line in loser.communicate()[0].splitlines() if line.startswith("error")]
-    assert loser.returncode == 2
-    assert f"error: {run}: is written by process {winner.pid} on " in line
+def test_of_two_trainings_into_one_folder_one_runs_and_the_other_is_refused(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, environment = tmp_path / "run", f"PAUSED_TRAIN={tmp_path}"
+    command = arguments(data_folder, run)
+    winner = start("env", environment, sys.executable, "-m", "tests.training.paused_train", *command)
     wait_for((tmp_path / f"{winner.pid}.waits").exists, winner)
+    line = refused(capsys, train.main, command)
+    assert line.startswith(f"error: {run}: is written by process {winner.pid} on ")
     (tmp_path / "goes_on").touch()
     output, _ = winner.communicate(timeout=300)
     assert winner.returncode == 0, output

@@ -9,7 +9,6 @@ import torch
 from torchrec.distributed.train_pipeline import TrainPipelineBase
 from torchx.tracker.api import AppRun
 
-from tests.launch import torchrun
 from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestBatch, RequestSchema, build_model
 from torchrec_amort.apps import evaluate, train
 from torchrec_amort.jobs.train import read_train_split
@@ -63,43 +62,6 @@ def cut_back(run: Path, step: int, copy: Path) -> Path:
 def quality(run: Path, split: str = "test") -> dict[str, Any]:
     record: dict[str, Any] = json.loads((run / f"evaluate-{split}.json").read_text())
     return record
-
-
-def test_two_ranks_train_as_one_on_the_same_global_batches(
-    tmp_path: Path, data_folder: Path, run_of_one_rank: Path, run_of_two_ranks: Path
-) -> None:
-    plan = (run_of_two_ranks / "plan.txt").read_text()
-    assert "row_wise" in plan or "table_wise" in plan
-    for metric in ("loss", "ne/liked", "ne/bought"):
-        one, two = (up_to(FEW_STEPS, losses(run, metric)) for run in (run_of_one_rank, run_of_two_ranks))
-        assert list(one) == [4, 8]
-        assert two == pytest.approx(one, rel=ROUNDING)
-    for run in (run_of_one_rank, run_of_two_ranks):
-        assert max(losses(run)) == 50
-        assert losses(run)[50] < losses(run)[4]
-    records = [json.loads((run / "train.json").read_text()) for run in (run_of_one_rank, run_of_two_ranks)]
-    counts = json.loads((data_folder / "counts.json").read_text())
-    assert [record["candidates"] for record in records] == [2 * counts["train"]["candidates"]] * 2
-    first, second = (cut_back(run, FEW_STEPS, tmp_path / run.name) for run in (run_of_one_rank, run_of_two_ranks))
-    whole = weights(data_folder, first)
-    for name, value in weights(data_folder, second).items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
-    evaluate.main(["--run_folder", str(first)])
-    torchrun(2, "evaluate", "--run_folder", str(second))
-    one_rank, two_ranks = quality(first), quality(second)
-    assert (one_rank["world_size"], two_ranks["world_size"]) == (1, 2)
-    for count in ("requests", "candidates", "users"):
-        assert one_rank[count] == two_ranks[count]
-    for task in ("liked", "bought"):
-        # Two candidates that change places are 1e-4 of an AUC.
-        assert two_ranks["tasks"][task] == pytest.approx(one_rank["tasks"][task], rel=1e-3)
-    assert {file.name for file in first.iterdir()} >= {
-        "config.yaml",
-        "schema.json",
-        "plan.txt",
-        "train.json",
-        "tensorboard",
-    }
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
