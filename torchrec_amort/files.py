@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_amort.errors import InputError
+from torchrec_amort.stores import local_path
 
 
 @contextmanager
@@ -28,14 +29,14 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         Path: the temporary folder, beside the one to make; removed if the body raises.
 
     Raises:
-        InputError: the folder is there and may not be replaced, or cannot be written.
+        InputError: the folder is there and may not be replaced, or cannot be written, or is a URI.
 
     Example::
 
         with new_folder("data/films") as temporary:
             (temporary / "part.txt").write_text("all or nothing")
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if folder.exists() and not overwrite:
         raise _is_there(folder)
     try:
@@ -88,12 +89,15 @@ def new_file(path: str | Path) -> Iterator[Path]:
     Yields:
         Path: the temporary file, beside the one to make and with its suffix; removed if the body raises.
 
+    Raises:
+        InputError: it is a URI.
+
     Example::
 
         with new_file("data/films.npz") as temporary:
             np.savez(temporary, ids=ids_N)
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Its own for each writer, or two that write the same file at once would write into each other's.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import new_file, write_json
+from torchrec_amort.stores import Location, Stored, local_path, location, open_parquet, reading
 
 EVENTS_FILE = "events.json"
 EVENTS_FOLDER = "events"
@@ -47,11 +48,10 @@ class Events:
         Events("data/films/events/0-0001.parquet").lists(["film"], np.array([0, 2]), np.array([2, 5]))
     """
 
-    def __init__(self, path: str | Path, cache: Path | None = None) -> None:
-        try:
-            self._table = pa.ipc.open_file(pa.memory_map(str(_mapped(Path(path), cache)))).read_all()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _unreadable(path, error) from error
+    def __init__(self, path: str | Location, cache: Path | None = None) -> None:
+        where = location(path)
+        with _reading(where):
+            self._table = pa.ipc.open_file(pa.memory_map(str(_mapped(where, cache)))).read_all()
 
     @property
     def columns(self) -> list[str]:
@@ -95,15 +95,14 @@ def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
     return Events(path, path.parent)
 
 
-def _mapped(path: Path, cache: Path | None) -> Path:
+def _mapped(path: Location, cache: Path | None) -> Path:
     """The Arrow file of a Parquet file, made if this machine has none."""
-    found = path.stat()
-    named = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+    named = f"{path.resolve() if isinstance(path, Path) else path} {_version(path)}"
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrec-amort"
     mapped = cache / f"{hashlib.sha256(named.encode()).hexdigest()}.arrow"
     if not mapped.is_file():
         with (
-            pq.ParquetFile(path) as file,
+            open_parquet(path) as file,
             new_file(mapped) as temporary,
             pa.ipc.new_file(str(temporary), file.schema_arrow) as writer,
         ):
@@ -119,24 +118,24 @@ class StoredHistories:
         files: of each such history, the file of its events.
     """
 
-    def __init__(self, files: Mapping[str, str]) -> None:
-        self.files = dict(files)
+    def __init__(self, files: Mapping[str, str | Location]) -> None:
+        self.files = {history: location(file) for history, file in files.items()}
 
     @classmethod
-    def load(cls, folder: str | Path) -> StoredHistories:
+    def load(cls, folder: str | Location) -> StoredHistories:
         """Those of a folder; none if all its histories are lists.
 
         Raises:
             InputError: `events.json` cannot be read.
         """
-        path = Path(folder) / EVENTS_FILE
+        path = location(folder) / EVENTS_FILE
         if not path.is_file():
             return cls({})
         try:
             files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
-        return cls({history: str(path.parent / file) for history, file in files.items()})
+        return cls({history: path.parent / file for history, file in files.items()})
 
     def save(self, folder: Path) -> None:
         """Move the files into a folder, and name them there."""
@@ -144,7 +143,7 @@ class StoredHistories:
         names = {}
         for place, (history, file) in enumerate(self.files.items()):
             names[history] = f"{EVENTS_FOLDER}/{place}-0001.parquet"
-            Path(file).rename(folder / names[history])
+            local_path(str(file)).rename(folder / names[history])
         write_json(folder / EVENTS_FILE, names)
 
     def written(self, names: Sequence[str]) -> list[str]:
@@ -168,35 +167,36 @@ class StoredHistories:
         return pa.table({name: columns[name] for name in names})
 
 
-def _opened(file: str) -> Events:
+def _opened(file: Location) -> Events:
     """A file's events, opened once in each process unless another one has taken its name."""
-    return _opened_as_of(file, _changed(file))
+    with _reading(file):
+        return _opened_as_of(file, _version(file))
 
 
 @lru_cache(maxsize=64)
-def _opened_as_of(file: str, changed: int) -> Events:
+def _opened_as_of(file: Location, version: str) -> Events:
     return Events(file)
 
 
-def _columns(file: str) -> list[str]:
+def _columns(file: Location) -> list[str]:
     """Names of a file's columns, which are read without its events."""
-    return _columns_as_of(file, _changed(file))
+    with _reading(file):
+        return _columns_as_of(file, _version(file))
 
 
 @lru_cache(maxsize=64)
-def _columns_as_of(file: str, changed: int) -> list[str]:
-    try:
-        return list(pq.read_schema(file).names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _unreadable(file, error) from error
+def _columns_as_of(file: Location, version: str) -> list[str]:
+    with open_parquet(file) as opened:
+        return list(opened.schema_arrow.names)
 
 
-def _changed(file: str) -> int:
-    try:
-        return Path(file).stat().st_mtime_ns
-    except OSError as error:
-        raise _unreadable(file, error) from error
+def _version(file: Location) -> str:
+    """Another one once the file has another content."""
+    if isinstance(file, Stored):
+        return file.version
+    found = file.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _unreadable(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"{path}: events cannot be read ({one_line(error)}): copy the file again")
+def _reading(path: Location) -> AbstractContextManager[None]:
+    return reading(path, "events cannot be read", "copy the file again")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_file, utc_now
+from torchrec_amort.stores import local_path
 from torchrec_amort.training.processes import is_first, job_name, restarts_of_all
 
 LOCK_FILE = ".lock"
@@ -157,7 +158,7 @@ class FolderLock:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._folder = Path(folder)
+        self._folder = local_path(folder)
         self._path = self._folder / LOCK_FILE
         self._owner = owner or Owner()
         self._is_restart = is_restart

@@ -34,8 +34,8 @@ class SourceConfig:
     """Rows of a log or a table.
 
     Args:
-        files: Parquet or CSV: a file, a folder or a pattern, or several of these by name; column `part` then tells
-            which one a row is of.
+        files: Parquet or CSV, on this machine or a store: a file, a folder or a pattern, or several of these by name;
+            column `part` then tells which one a row is of.
         explode: columns of lists that are opened side by side: a row for each entry.
         columns: more columns: SQL expressions of those that are there.
         where: SQL condition of the rows that are kept.
@@ -187,7 +187,7 @@ class BuildConfig:
     """Write raw logs as request-level Parquet.
 
     Args:
-        out: the data folder to make.
+        out: the data folder to make, on this machine or a store.
         sources: logs and tables, by name.
         requests: which rows are candidates.
         histories: by name.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 
 from torchrec_amort.data.builder.config import Unit
 from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Explode, Step, quoted
 from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.stores import Location, Stored, location, reading
 
 ROWS_PER_BATCH = 65_536
 
@@ -38,6 +42,8 @@ class DuckDB:
             self._connection = duckdb.connect(str(self._folder / "plan.duckdb"), config=settings)
         except duckdb.Error as error:
             raise InputError(f"memory is {self._memory!r}, threads {self._threads}: {one_line(error)}") from error
+        self._stores = _Stores()
+        self._connection.register_filesystem(self._stores)
         # Timestamps without a zone are UTC, as the sources say otherwise.
         self._connection.execute("SET TimeZone = 'UTC'")
         return self
@@ -50,8 +56,9 @@ class DuckDB:
     def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
         parts = []
         for part, paths in files.items():
-            reader = "read_csv" if all(".csv" in Path(path).suffixes for path in paths) else "read_parquet"
-            listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+            named = [self._stores.named(path) for path in map(location, paths)]
+            reader = "read_csv" if all(".csv" in Path(path).suffixes for path in named) else "read_parquet"
+            listed = ", ".join("'" + path.replace("'", "''") + "'" for path in named)
             label = f", '{part}' AS part" if part else ""
             parts.append(f"SELECT *{label} FROM {reader}([{listed}], union_by_name = true)")
         sql = " UNION ALL BY NAME ".join(parts)
@@ -81,12 +88,79 @@ class DuckDB:
             for batch in reader:
                 yield pa.Table.from_batches([batch])
         except (duckdb.Error, pa.ArrowException, OSError) as error:
+            self._stores.tell()
             raise InputError(f"the plan could not be run to its end: {one_line(error)}") from error
 
     def _execute(self, sql: str, what: str) -> Any:
         try:
             return self._connection.execute(sql)
         except duckdb.Error as error:
+            self._stores.tell()
             # What follows is the plan's own SQL, with a mark below it.
             told = " ".join(str(error).partition("\nLINE ")[0].split())
             raise InputError(f"{what}: {told}") from error
+
+
+class _Stores(AbstractFileSystem):
+    """Files of stores, as DuckDB asks for them: by names without options, each of one file."""
+
+    cachable = False
+    protocol = ("abfs", "abfss", "file", "gcs", "gs", "hdfs", "s3", "viewfs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[str, Stored] = {}
+        self._refusal: InputError | None = None
+
+    def named(self, file: Location) -> str:
+        """What a file is called here."""
+        if isinstance(file, Path):
+            return str(file)
+        if self._files.setdefault(file.key, file) != file:
+            raise InputError(f"{file}: is read with other options, too ({self._files[file.key]}): use the same")
+        return file.key
+
+    def tell(self) -> None:
+        """Raise why a file could not be read, of which DuckDB knows no more than that something was raised."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def glob(self, path: str) -> list[str]:
+        """The file, whatever letters its name has."""
+        return [path]
+
+    def open(self, path: str, mode: str = "rb") -> Any:
+        """A file to read from."""
+        with self._telling(self._files[path]):
+            return _Reader(self._files[path].open(), partial(self._telling, self._files[path]))
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        with self._telling(self._files[path]):
+            return int(self._files[path].info().size)
+
+    def modified(self, path: str) -> Any:
+        """When a file was changed."""
+        with self._telling(self._files[path]):
+            return self._files[path].info().mtime
+
+    @contextmanager
+    def _telling(self, file: Stored) -> Iterator[None]:
+        try:
+            with reading(file, "cannot be read", "copy it again"):
+                yield
+        except InputError as error:
+            self._refusal = error
+            raise
+
+
+class _Reader:
+    """What DuckDB asks of a file that is open."""
+
+    def __init__(self, file: Any, telling: Callable[[], AbstractContextManager[None]]) -> None:
+        self.seek, self._read, self._telling = file.seek, file.read, telling
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        with self._telling():
+            return bytes(self._read(size))

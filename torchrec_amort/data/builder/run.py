@@ -24,7 +24,8 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.hashing import Vocabulary
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, Feature, RequestSchema
+from torchrec_amort.stores import Stored, location
 
 REPORT_FILE = "build.json"
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
@@ -42,7 +43,20 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
     Raises:
         InputError: the config does not fit itself or the logs, or the folder is there already.
     """
-    out = Path(config.out)
+    out = location(config.out)
+    if isinstance(out, Path):
+        return _build(config, out)
+    if not out.parts[1:]:
+        raise InputError(f"{out}: a whole store or bucket would be replaced: give a folder in it")
+    if not config.overwrite and (out.is_dir() or out.is_file()):
+        raise InputError(f"{out}: is there already: choose another folder, or allow to overwrite it")
+    with tempfile.TemporaryDirectory() as folder:
+        counts = _build(config, Path(folder) / out.name)
+        out.put_folder(Path(folder) / out.name, first=SCHEMA_FILE)
+    return counts
+
+
+def _build(config: BuildConfig, out: Path) -> dict[str, dict[str, int]]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.plan.", dir=out.parent) as folder,
@@ -123,7 +137,7 @@ def _until(config: BuildConfig) -> list[int]:
 def _run(plan: Plan, engine: Engine) -> None:
     for name, source in plan.config.sources.items():
         files = source.files if isinstance(source.files, dict) else {"": source.files}
-        engine.read(f"raw_{name}", {part: _paths(name, given) for part, given in files.items()})
+        engine.read(f"raw_{name}", {part: _files(name, given, plan.config.engine) for part, given in files.items()})
     steps = list(plan.steps())
     with progress(total=len(steps), desc="plan", unit="steps") as bar:
         for step in steps:
@@ -136,14 +150,33 @@ def _run(plan: Plan, engine: Engine) -> None:
             bar.update()
 
 
-def _paths(name: str, given: str) -> list[str]:
+def _files(name: str, given: str, engine: str) -> list[str]:
     """The Parquet or CSV files of a file, folder or pattern, in the order of their names."""
-    path = Path(given)
-    found = [path] if path.is_file() else visible_files(path.rglob("*"), path) if path.is_dir() else glob.glob(given)
-    kept = sorted(str(file) for file in found if str(file).endswith(SUFFIXES))
+    path = location(given)
+    if isinstance(path, Stored):
+        if engine == "spark":  # It reads stores by its own connectors, and their patterns.
+            return [given]
+        kept = [str(file) for file in _stored(path) if file.name.endswith(SUFFIXES)]
+    else:
+        found = (
+            [path] if path.is_file() else visible_files(path.rglob("*"), path) if path.is_dir() else glob.glob(given)
+        )
+        kept = sorted(str(file) for file in found if str(file).endswith(SUFFIXES))
     if not kept:
         raise InputError(f"sources.{name}.files: {given}: no such file, folder or pattern of Parquet or CSV")
     return kept
+
+
+def _stored(given: Stored) -> list[Stored]:
+    """The files of a file, folder or pattern on a store."""
+    if given.is_file():
+        return [given]
+    top = given
+    while "*" in top.key:
+        top = top.parent
+    pattern = "/".join(given.parts[len(top.parts) :])
+    found = visible_files(top.glob(pattern), top, ".") if pattern else visible_files(top.rglob("*"), top)
+    return sorted(found, key=lambda file: file.key)
 
 
 def _vocabularies(plan: Plan, engine: Engine) -> dict[str, Vocabulary]:

@@ -1,0 +1,269 @@
+"""Where files are: on this machine, or on a store that Arrow has a file system for, such as S3.
+
+A location is a `Path`, or a `Stored`: a URI, which has of a `Path` what reading needs. Arrow reads its options from the
+URI's query and from the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from torchrec_amort.errors import InputError, one_line
+
+# Of one request to S3. They are further and further apart: some 15 s in all if none succeeds.
+ATTEMPTS = 6
+# What Arrow's errors say that tell of a store; others tell of a file's content.
+_OF_STORES = re.compile("AWS Error|google::cloud|HDFS|Azure")
+# Also of what `Path` leaves of a URI: it cuts a slash off.
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file or folder on a store.
+
+    Args:
+        uri: such as `s3://bucket/data?region=eu-west-1`, or one of `gs`, `hdfs` and the others of
+            `pyarrow.fs.FileSystem.from_uri`. Names in it are percent-encoded where a URI needs it.
+
+    Raises:
+        InputError: it holds a password, which configs and messages would show.
+
+    Example::
+
+        (Stored("s3://films/data") / "schema.json").read_text()
+    """
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        if self._url.password is not None:
+            shown = self._url._replace(netloc=f"...@{self._url.netloc.rpartition('@')[2]}").geturl()
+            raise InputError(
+                f"{shown}: has a password, which configs and reports would show: leave it out, and set it in the "
+                "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            )
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str) -> Stored:
+        return self._with_path(f"{self._url.path.rstrip('/')}/{quote(name)}")
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.parts[-1]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of its path."""
+        return PurePosixPath(unquote(self._url.path)).parts
+
+    @property
+    def parent(self) -> Stored:
+        """The folder that it is in."""
+        return self._with_path(str(PurePosixPath(self._url.path).parent))
+
+    @property
+    def key(self) -> str:
+        """The URI without options, as people read it: two of different options may have one."""
+        return f"{self._url.scheme}://{self._url.netloc}{unquote(self._url.path)}"
+
+    @property
+    def version(self) -> str:
+        """Another one once the file has another content: its ETag, or its size and time if its store has none."""
+        with self._asking(), self.open() as file:
+            etag = (file.metadata() or {}).get("ETag")
+        return str(etag or f"{(found := self.info()).size} {found.mtime_ns}")
+
+    def info(self) -> Any:
+        """Arrow's `FileInfo`: type, size and time.
+
+        Raises:
+            InputError: the store does not tell, or has no such bucket.
+        """
+        with self._asking() as (system, path):
+            found, missing, bucket = system.get_file_info(path), fs.FileType.NotFound, path.partition("/")[0]
+            if found.type is missing and bucket and system.get_file_info(bucket).type is missing:
+                raise FileNotFoundError(f"there is no {bucket!r}")
+            return found
+
+    def is_file(self) -> bool:
+        """Whether there is such a file."""
+        return bool(self.info().is_file)
+
+    def is_dir(self) -> bool:
+        """Whether there is such a folder."""
+        return bool(self.info().type is fs.FileType.Directory)
+
+    def glob(self, pattern: str) -> list[Stored]:
+        """The files that a pattern such as `*.parquet` or `2026/*.parquet` names from here on."""
+        depth = len(PurePosixPath(pattern).parts)
+        found = self._below(recursive=depth > 1)
+        return [self / str(file) for file in found if len(file.parts) == depth and file.match(pattern)]
+
+    def rglob(self, pattern: str) -> list[Stored]:
+        """The files of such names, in this folder or one within it."""
+        return [self / str(file) for file in self._below(recursive=True) if file.match(pattern)]
+
+    def open(self) -> Any:
+        """An Arrow file to read from, any part of which is there at once."""
+        with self._asking() as (system, path):
+            return system.open_input_file(path)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """A whole file."""
+        with self._asking(), self.open() as file:
+            return bytes(file.read()).decode(encoding)
+
+    def put(self, file: Path) -> None:
+        """Write what a local file has."""
+        with self._asking() as (system, path):
+            if path.startswith("/"):  # A store of buckets has no folders to be made.
+                system.create_dir(str(PurePosixPath(path).parent))
+            fs.copy_files(str(file), path, fs.LocalFileSystem(), system)
+
+    def put_folder(self, folder: Path, *, first: str) -> None:
+        """Write a local folder in place of what is there.
+
+        Args:
+            folder: whose files are written.
+            first: name of the file without which nobody reads the folder. While others change, it is not there.
+        """
+        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        old = {str(file) for file in self._below(recursive=True)}
+        for name in sorted((old - {*names}) | (old & {first}), key=lambda name: name != first):
+            (self / name)._delete()
+        for name in sorted(names, key=lambda name: name == first):
+            (self / name).put(folder / name)
+
+    def _delete(self) -> None:
+        with self._asking() as (system, path):
+            system.delete_file(path)
+
+    def _below(self, *, recursive: bool) -> list[PurePosixPath]:
+        """The files of a folder, by their paths from it on; none if there is no such folder."""
+        with self._asking() as (system, path):
+            found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
+        return sorted(PurePosixPath(info.path).relative_to(path) for info in found if info.is_file)
+
+    @property
+    def _url(self) -> Any:
+        return urlsplit(self.uri)
+
+    def _with_path(self, path: str) -> Stored:
+        return Stored(self._url._replace(path=path).geturl())
+
+    @contextmanager
+    def _asking(self) -> Iterator[tuple[Any, str]]:
+        """The file system, and the path there; a store's refusal is told on one line."""
+        try:
+            system, root = _system(self._url._replace(path="/").geturl(), os.getpid())
+            yield system, f"{root.rstrip('/')}{unquote(self._url.path).rstrip('/')}" or "/"
+        except (pa.ArrowException, OSError) as error:
+            raise _refused(self, error) from error
+
+
+Location = Path | Stored
+
+
+# Each process has its own connections: those of a parent are of no use in what it forks.
+@lru_cache(maxsize=64)
+def _system(root: str, process: int) -> tuple[Any, str]:
+    system, path = fs.FileSystem.from_uri(root)
+    if system.type_name == "s3":
+        # Arrow reads the options, but a URI has no word for how often to try.
+        (options,) = system.__reduce__()[1]
+        system = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS))
+    return system, path
+
+
+def _refused(place: Stored, error: Exception) -> InputError:
+    return InputError(
+        f"{place}: the store does not give it ({one_line(error)}): check the name, the credentials in the environment "
+        "(such as AWS_ACCESS_KEY_ID) and the network"
+    )
+
+
+def location(given: str | Location) -> Location:
+    """What a path or a URI names.
+
+    Args:
+        given: a URI is text, since `Path("s3://films")` is `s3:/films`.
+
+    Raises:
+        InputError: it is a `Path` of a URI.
+
+    Example::
+
+        location("s3://films/data") / "train"
+    """
+    if isinstance(given, Stored):
+        return given
+    if isinstance(given, str) and "://" in given:
+        return Stored(given)
+    if _URI.match(str(given)):
+        raise InputError(f"{given}: a Path cuts a slash off a URI: give the URI as text")
+    return Path(given)
+
+
+def local_path(given: str | Path) -> Path:
+    """The path of what has to be on this machine.
+
+    Raises:
+        InputError: it is a URI.
+    """
+    if _URI.match(str(given)):
+        raise InputError(
+            f"{given}: only prepared data, and a build's sources and out, can be on a store: give a folder or file of "
+            "this machine"
+        )
+    return Path(given)
+
+
+@contextmanager
+def reading(where: Location, what: str, advice: str) -> Iterator[None]:
+    """Tell on one line why a file cannot be read.
+
+    Args:
+        where: the file.
+        what: is wrong with its content.
+        advice: what to do about that.
+
+    Raises:
+        InputError: the body could not read it.
+
+    Example::
+
+        with reading(path, "not a complete Parquet file", "copy it again"), open_parquet(path) as file:
+            ...
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(where, Stored) and _OF_STORES.search(str(error)):
+            raise _refused(where, error) from error
+        raise InputError(f"{where}: {what} ({one_line(error)}): {advice}") from error
+
+
+def size_of(where: Location) -> int:
+    """Bytes of a file."""
+    return where.stat().st_size if isinstance(where, Path) else int(where.info().size)
+
+
+def open_parquet(where: Location) -> pq.ParquetFile:
+    """A Parquet file, of which only what is asked for is read."""
+    return pq.ParquetFile(where if isinstance(where, Path) else where.open())
