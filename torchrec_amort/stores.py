@@ -7,7 +7,9 @@ URI's query and from the environment.
 from __future__ import annotations
 
 import os
+import random
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +26,9 @@ from torchrec_amort.errors import InputError, one_line
 
 # Of one request to S3. They are further and further apart: some 15 s in all if none succeeds.
 ATTEMPTS = 6
-# What Arrow's errors say that tell of a store; others tell of a file's content.
-_OF_STORES = re.compile("AWS Error|google::cloud|HDFS|Azure")
+# What the SDK of S3 says of an answer that is longer than what was asked for, such as "slow down" in place of a small
+# file. It does not try again then, as it does otherwise.
+_LONGER_ANSWER = "Failed to flush response stream"
 # Also of what `Path` leaves of a URI: it cuts a slash off.
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -85,7 +88,7 @@ class Stored:
     @property
     def version(self) -> str:
         """Another one once the file has another content: its ETag, or its size and time if its store has none."""
-        with self._asking(), self.open() as file:
+        with self._asking() as (system, path), system.open_input_file(path) as file:
             etag = (file.metadata() or {}).get("ETag")
         return str(etag or f"{(found := self.info()).size} {found.mtime_ns}")
 
@@ -119,15 +122,14 @@ class Stored:
         """The files of such names, in this folder or one within it."""
         return [self / str(file) for file in self._below(recursive=True) if file.match(pattern)]
 
-    def open(self) -> Any:
-        """An Arrow file to read from, any part of which is there at once."""
+    def open(self) -> StoredFile:
+        """The file, to read any part of."""
         with self._asking() as (system, path):
-            return system.open_input_file(path)
+            return StoredFile(self, system.open_input_file(path))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """A whole file."""
-        with self._asking(), self.open() as file:
-            return bytes(file.read()).decode(encoding)
+        return self.open().read().decode(encoding)
 
     def put(self, file: Path) -> None:
         """Write what a local file has."""
@@ -178,6 +180,41 @@ class Stored:
 
 
 Location = Path | Stored
+
+
+class StoredFile:
+    """A file on a store that is open, as Arrow and DuckDB read one of Python's.
+
+    Args:
+        stored: which one.
+        file: Arrow's.
+    """
+
+    def __init__(self, stored: Stored, file: Any) -> None:
+        self._stored, self._file = stored, file
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return bool(self._file.closed)
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, to the end unless a size is given.
+
+        Raises:
+            InputError: the store does not give them.
+        """
+        start = self.tell()
+        for attempt in range(ATTEMPTS):
+            try:
+                return bytes(self._file.read(None if size < 0 else size))
+            except OSError as error:
+                if _LONGER_ANSWER not in str(error) or attempt + 1 == ATTEMPTS:
+                    raise _refused(self._stored, error) from error
+                time.sleep(random.random() * 2**attempt)
+                self.seek(start)
+        raise AssertionError("there is a last attempt")
 
 
 # Each process has its own connections: those of a parent are of no use in what it forks.
@@ -236,7 +273,7 @@ def local_path(given: str | Path) -> Path:
 
 @contextmanager
 def reading(where: Location, what: str, advice: str) -> Iterator[None]:
-    """Tell on one line why a file cannot be read.
+    """Tell on one line what is wrong with a file that cannot be read.
 
     Args:
         where: the file.
@@ -254,8 +291,6 @@ def reading(where: Location, what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if isinstance(where, Stored) and _OF_STORES.search(str(error)):
-            raise _refused(where, error) from error
         raise InputError(f"{where}: {what} ({one_line(error)}): {advice}") from error
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ from fsspec import AbstractFileSystem
 from torchrec_amort.data.builder.config import Unit
 from torchrec_amort.data.builder.plan import MICROSECONDS_PER, Explode, Step, quoted
 from torchrec_amort.errors import InputError, one_line
-from torchrec_amort.stores import Location, Stored, location, reading
+from torchrec_amort.stores import Location, Stored, StoredFile, location
 
 ROWS_PER_BATCH = 65_536
 
@@ -88,17 +87,13 @@ class DuckDB:
             for batch in reader:
                 yield pa.Table.from_batches([batch])
         except (duckdb.Error, pa.ArrowException, OSError) as error:
-            self._stores.tell()
-            raise InputError(f"the plan could not be run to its end: {one_line(error)}") from error
+            raise InputError(f"the plan could not be run to its end: {_told(error)}") from error
 
     def _execute(self, sql: str, what: str) -> Any:
         try:
             return self._connection.execute(sql)
         except duckdb.Error as error:
-            self._stores.tell()
-            # What follows is the plan's own SQL, with a mark below it.
-            told = " ".join(str(error).partition("\nLINE ")[0].split())
-            raise InputError(f"{what}: {told}") from error
+            raise InputError(f"{what}: {_told(error)}") from error
 
 
 class _Stores(AbstractFileSystem):
@@ -110,7 +105,6 @@ class _Stores(AbstractFileSystem):
     def __init__(self) -> None:
         super().__init__()
         self._files: dict[str, Stored] = {}
-        self._refusal: InputError | None = None
 
     def named(self, file: Location) -> str:
         """What a file is called here."""
@@ -120,47 +114,25 @@ class _Stores(AbstractFileSystem):
             raise InputError(f"{file}: is read with other options, too ({self._files[file.key]}): use the same")
         return file.key
 
-    def tell(self) -> None:
-        """Raise why a file could not be read, of which DuckDB knows no more than that something was raised."""
-        if self._refusal is not None:
-            raise self._refusal
-
     def glob(self, path: str) -> list[str]:
         """The file, whatever letters its name has."""
         return [path]
 
-    def open(self, path: str, mode: str = "rb") -> Any:
+    def open(self, path: str, mode: str = "rb") -> StoredFile:
         """A file to read from."""
-        with self._telling(self._files[path]):
-            return _Reader(self._files[path].open(), partial(self._telling, self._files[path]))
+        return self._files[path].open()
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
-        with self._telling(self._files[path]):
-            return int(self._files[path].info().size)
+        return int(self._files[path].info().size)
 
-    def modified(self, path: str) -> Any:
+    def modified(self, path: str) -> datetime:
         """When a file was changed."""
-        with self._telling(self._files[path]):
-            return self._files[path].info().mtime
-
-    @contextmanager
-    def _telling(self, file: Stored) -> Iterator[None]:
-        try:
-            with reading(file, "cannot be read", "copy it again"):
-                yield
-        except InputError as error:
-            self._refusal = error
-            raise
+        changed: datetime = self._files[path].info().mtime
+        return changed
 
 
-class _Reader:
-    """What DuckDB asks of a file that is open."""
-
-    def __init__(self, file: Any, telling: Callable[[], AbstractContextManager[None]]) -> None:
-        self.seek, self._read, self._telling = file.seek, file.read, telling
-
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
-        with self._telling():
-            return bytes(self._read(size))
+def _told(error: Exception) -> str:
+    """What DuckDB says, without the plan's own SQL, which it marks, and without the lines of Python that refused."""
+    told = str(error).partition("\nLINE ")[0].rpartition(f"{InputError.__name__}: ")[2]
+    return " ".join(told.split())
