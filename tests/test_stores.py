@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from pyarrow import csv, fs
 from torch.utils.data import DataLoader
 
 pytest.importorskip("duckdb")
-moto_server = pytest.importorskip("moto.server")
+pytest.importorskip("moto.server")
 
 import boto3
 from moto.core import set_initial_no_auth_action_count
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from tests.conftest import HASHED, SCHEMA, make_table
@@ -37,6 +39,7 @@ from torchrec_amort.bench.benchmark import run_benchmark
 from torchrec_amort.bench.benchmark_source import BenchmarkConfig
 from torchrec_amort.config import load_config
 from torchrec_amort.data.builder.config import BuildConfig
+from torchrec_amort.data.builder.duckdb_engine import DuckDB
 from torchrec_amort.data.builder.run import build
 from torchrec_amort.data.counts import read_counts, unknown_ids
 from torchrec_amort.data.events import Events
@@ -45,21 +48,23 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.sample import first_requests
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.files import new_file, new_folder
-from torchrec_amort.stores import Location, Stored, location
+from torchrec_amort.stores import Location, Stored
 from torchrec_amort.training.lock import FolderLock
 from torchrec_amort.training.run import TrainConfig
 
 BUCKET = "films"
-ERROR = "<Error><Code>{}</Code><Message>{}</Message></Error>"
+ERROR = "<Error><Code>{}</Code><Message>Please try again.</Message></Error>"
+DROP = "200 OK"
+FAULTS = ["500 Internal Server Error", "503 Slow Down", DROP]
 
 
 class Server:
-    """moto's S3, the first requests for each file of which may fail."""
+    """moto's S3. A request may fail: `fault` tells how, by its method and path, and how often it came before."""
 
     def __init__(self) -> None:
-        self._app = moto_server.DomainDispatcherApplication(moto_server.create_backend_app)
+        self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
-        self.faults: list[str] = []
+        self.fault: Callable[[str, str, int], str | None] = lambda method, path, tries: None
         self.asked: list[tuple[str, str]] = []
         self.address = f"127.0.0.1:{self._server.server_port}"
         Thread(target=self._server.serve_forever, daemon=True).start()
@@ -70,8 +75,8 @@ class Server:
         self._server.shutdown()
         self._server.server_close()
 
-    def uri(self, key: str, bucket: str = BUCKET) -> str:
-        return f"s3://{bucket}/{key}?scheme=http&endpoint_override={self.address}"
+    def uri(self, key: str, bucket: str = BUCKET, more: str = "") -> str:
+        return f"s3://{bucket}/{key}?scheme=http&endpoint_override={self.address}{more}"
 
     def put(self, key: str, content: bytes) -> None:
         self.client.put_object(Bucket=BUCKET, Key=key, Body=content)
@@ -92,14 +97,13 @@ class Server:
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         asked = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        tries = Counter(self.asked)[asked]
+        fault = self.fault(*asked, Counter(self.asked)[asked])
         self.asked.append(asked)
-        if tries < len(self.faults):
-            fault = self.faults[tries]
-            if fault == "drop":
-                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            start_response(fault if fault != "drop" else "200 OK", [("Content-Type", "application/xml")])
-            return [ERROR.format(fault.partition(" ")[2].replace(" ", ""), "try again").encode()]
+        if fault == DROP:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        if fault is not None:
+            start_response(fault, [("Content-Type", "application/xml")])
+            return [ERROR.format(fault.partition(" ")[2].replace(" ", "")).encode()]
         answer: Iterable[bytes] = self._app(environ, start_response)
         return answer
 
@@ -124,15 +128,12 @@ def server(surroundings: None) -> Iterator[Server]:
 
 
 @pytest.fixture
-def faults(server: Server) -> Iterator[Callable[[list[str]], None]]:
-    """Makes the first requests for each file fail in these ways."""
-
-    def fail(faults: list[str]) -> None:
-        server.asked.clear()
-        server.faults = faults
-
-    yield fail
-    server.faults = []
+def failing(server: Server) -> Iterator[Server]:
+    """The server, whose faults end with the test."""
+    without = server.fault
+    server.asked.clear()
+    yield server
+    server.fault = without
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -213,7 +214,7 @@ def test_a_folder_of_lists_on_a_store_is_read_as_here(lists: tuple[Path, str], t
     # Counted again, since the tables are others.
     assert unknown_ids(uri, "test", HASHED) == unknown_ids(folder, "test", HASHED)
     assert first_requests(uri, "test", 5).equals(first_requests(folder, "test", 5))
-    for name, data in {"here": folder, "there": uri}.items():
+    for name, data in {"here": str(folder), "there": uri}.items():
         to_impressions(data, tmp_path / name)
     here, there = contents(tmp_path / "here"), contents(tmp_path / "there")
     reports = [json.loads(files.pop("migration.json")) for files in (here, there)]
@@ -238,8 +239,8 @@ def test_events_that_changed_on_the_store_are_not_those_of_the_cache(server: Ser
 
 def test_a_model_trains_on_a_store_as_here(lists: tuple[Path, str], tmp_path: Path) -> None:
     folder, uri = lists
-    for name, data in {"here": folder, "there": uri}.items():
-        train.main(arguments(data, tmp_path / name))
+    for name, data in {"here": str(folder), "there": uri}.items():
+        train.main(arguments(Path(), tmp_path / name, "--data", data))
     assert losses(tmp_path / "here") == losses(tmp_path / "there")
     assert len(losses(tmp_path / "there")) > 3
     evaluate.main(["--run_folder", str(tmp_path / "there"), "--split", "validation"])
@@ -252,41 +253,62 @@ def test_a_build_from_a_store_to_a_store_is_that_of_here(server: Server, tmp_pat
     build(config)
     here = contents(Path(config.out))
     server.put_folder(tmp_path, "logs")
-    server.put("built/train/part-00009.parquet", b"of an earlier build")
+    for name in ("schema.json", "train/part-00009.parquet"):
+        server.put(f"built/{name}", b"of an earlier build")
     there = moved(config, lambda key: server.uri(f"logs/{key}"), tmp_path, out=server.uri("built"))
     with pytest.raises(InputError, match="built.*: is there already: choose another folder, or allow to overwrite"):
         build(there)
     server.asked.clear()
     build(replace(there, overwrite=True))
     assert server.contents("built") == here
-    # Nobody reads a folder without a schema.
-    written = [path for method, path in server.asked if method == "PUT" and not path.endswith("/")]
-    assert len(written) == len(here)
-    assert written[-1] == f"/{BUCKET}/built/schema.json"
-    server.asked.clear()
-    build(replace(there, overwrite=True))
-    changes = [(method, path) for method, path in server.asked if method != "GET" and "/built/" in path]
-    assert next(path for method, path in changes if method == "DELETE") == f"/{BUCKET}/built/schema.json"
-    assert [m for m, _ in changes].index("DELETE") < [m for m, _ in changes].index("PUT")
-    assert server.contents("built") == here
+    # Nobody reads a folder without a schema: it goes first, and comes last.
+    changes = [(method, path) for method, path in server.asked if method in ("PUT", "DELETE") and path[-1] != "/"]
+    schema = f"/{BUCKET}/built/schema.json"
+    assert (changes[0], changes[-1]) == (("DELETE", schema), ("PUT", schema))
+    assert len(changes) == 2 + len(here)
 
 
-FAULTS = ["500 Internal Server Error", "503 Slow Down", "drop"]
+def test_a_bucket_is_not_replaced_by_a_build(server: Server, tmp_path: Path) -> None:
+    config = config_with_logs(tmp_path)
+    with pytest.raises(InputError, match="a whole store or bucket would be replaced: give a folder in it"):
+        build(replace(config, out=server.uri(""), overwrite=True))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_requests_that_fail_at_first_change_nothing(
-    server: Server, faults: Callable[[list[str]], None], pointers: tuple[Path, str], fault: str
-) -> None:
+def test_spark_reads_stores_by_its_own_connectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reading:
+        instant = DuckDB.instant
+
+        def __enter__(self) -> Reading:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def read(self, name: str, files: dict[str, list[str]]) -> None:
+            raise InputError(f"{name}: {files}")
+
+    monkeypatch.setattr("torchrec_amort.data.builder.run._engine", lambda config, folder: Reading())
+    config = replace(config_with_logs(tmp_path), engine="spark")
+    pattern = "s3a://films/logs/*/clicks.parquet"
+    with pytest.raises(InputError) as told:
+        build(with_source(config, "clicks", files=pattern))
+    assert str(told.value) == f"raw_clicks: {{'': [{pattern!r}]}}"
+
+
+def test_requests_that_fail_at_first_change_nothing(failing: Server, pointers: tuple[Path, str]) -> None:
     folder, uri = pointers
-    faults([fault])
+
+    def fault(method: str, path: str, tries: int) -> str | None:
+        return FAULTS[(len(method) + len(path)) % len(FAULTS)] if tries == 0 else None
+
+    failing.fault = fault
     assert_read_alike(folder, uri, batch_size=1)
-    tried = Counter(server.asked)
-    assert min(tried.values()) > 1
-    put = location(server.uri(f"put/{fault[:3]}"))
-    assert isinstance(put, Stored)
+    put = Stored(failing.uri("put/schema.json"))
     put.put(folder / "schema.json")
     assert put.read_text() == (folder / "schema.json").read_text()
+    tried = Counter(failing.asked)
+    assert min(tried.values()) > 1
+    assert {fault(*asked, 0) for asked in tried} == {*FAULTS}
 
 
 def refusals(uri: str) -> list[str]:
@@ -300,7 +322,7 @@ def refusals(uri: str) -> list[str]:
     return told
 
 
-ADVICE = "check the name, the credentials in the environment (such as AWS_ACCESS_KEY_ID) and the network"
+ADVICE = "check the URI, the credentials in the environment (such as AWS_ACCESS_KEY_ID) and the network"
 
 
 def test_a_bucket_that_is_not_there_is_told(server: Server) -> None:
@@ -340,12 +362,65 @@ def test_a_damaged_object_is_told(server: Server, lists: tuple[Path, str], damag
     assert ADVICE not in str(refused.value)
 
 
-def test_a_source_that_the_store_stops_to_give_is_told(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_source_that_the_store_does_not_give_is_told(
+    failing: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchrec_amort.stores.ATTEMPTS", 1)
     config = config_with_logs(tmp_path)
-    server.put_folder(tmp_path, "refused")
-    there = moved(config, lambda key: server.uri(f"refused/{key}"), tmp_path, out=str(tmp_path / "out"))
-    with pytest.raises(InputError, match="sources.buys.files: .*refused/nothing-.*: no such file, folder or pattern"):
-        build(with_source(there, "buys", files=server.uri("refused/nothing-*.parquet")))
+    failing.put_folder(tmp_path, "refused")
+    failing.fault = lambda method, path, tries: FAULTS[0] if (method, path[-14:]) == ("GET", "clicks.parquet") else None
+    # Other options, other connections.
+    uri = failing.uri("refused/", more="&region=us-east-1")
+    there = moved(config, lambda key: uri.replace("refused/", f"refused/{key}"), tmp_path, out=str(tmp_path / "out"))
+    with pytest.raises(InputError) as refused:
+        build(there)
+    assert "clicks.parquet" in str(refused.value)
+    assert str(refused.value).endswith(ADVICE)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="sources.clicks.files: .*nothing-.*: no such file, folder or pattern"):
+        build(with_source(there, "clicks", files=uri.replace("refused/", "refused/nothing-*.parquet")))
+
+
+@pytest.mark.parametrize(
+    "uri", ["hdfs://namenode:8020/data?replication=2", "gs://films/data", "abfs://films@mine/data"]
+)
+def test_other_stores_are_opened_by_arrow(lists: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    folder, _ = lists
+    asked = []
+
+    def from_uri(uri: str) -> tuple[fs.FileSystem, str]:
+        asked.append(uri)
+        return fs.LocalFileSystem(), str(folder.parent)
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", SimpleNamespace(from_uri=from_uri))
+    assert_read_alike(folder, uri)
+    assert asked == [uri.replace("/data", "/")]
+
+
+@pytest.mark.parametrize("cut", [str, Path])
+def test_what_has_to_be_here_is_no_uri(tmp_path: Path, cut: Callable[[str], str | Path]) -> None:
+    uri: Any = cut("s3://films/run")
+    for use in (
+        lambda: TrainConfig(data=str(tmp_path), run_folder=uri),
+        lambda: load_config(uri, TrainConfig, "train"),
+        lambda: load_package(uri),
+        lambda: FolderLock(uri),
+        lambda: new_folder(uri).__enter__(),
+        lambda: new_file(uri).__enter__(),
+        lambda: write_requests(uri, SCHEMA, {}),
+        lambda: to_requests(uri, SCHEMA, tmp_path / "out"),
+        lambda: run_benchmark(BenchmarkConfig(out=uri)),
+    ):
+        with pytest.raises(InputError, match="s3://?films/run: has to be on this machine"):
+            use()
+
+
+def test_a_path_of_a_uri_is_refused_where_a_uri_may_be() -> None:
+    with pytest.raises(InputError, match="s3:/films/data: a Path cuts a slash off a URI: give the URI as text"):
+        RequestDataset(Path("s3://films/data"), "train", batch_size=8)
+
+
+def test_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(InputError, match="has a password, which configs and reports would show") as refused:
+        RequestSchema.load("s3://someone:secret@films/data")
+    assert "secret" not in str(refused.value)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_amort.errors import InputError
-from torchrec_amort.stores import local_path
+from torchrec_amort.stores import Location, local_path
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     folder = local_path(folder)
     if folder.exists() and not overwrite:
-        raise _is_there(folder)
+        raise is_there(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -51,7 +51,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         # Again and again: another process may have made the folder since it was looked for.
         while not _has_become(temporary, folder):
             if not overwrite:
-                raise _is_there(folder)
+                raise is_there(folder)
             shutil.rmtree(replaced, ignore_errors=True)
             # Out of the way as a whole, so that nobody reads half of it.
             with suppress(FileNotFoundError):
@@ -64,7 +64,8 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _is_there(folder: Path) -> InputError:
+def is_there(folder: Location) -> InputError:
+    """What to say of a folder that was to be made."""
     return InputError(f"{folder}: is there already: choose another folder, or allow to overwrite it")
 
 

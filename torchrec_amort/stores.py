@@ -101,7 +101,7 @@ class Stored:
         with self._asking() as (system, path):
             found, missing, bucket = system.get_file_info(path), fs.FileType.NotFound, path.partition("/")[0]
             if found.type is missing and bucket and system.get_file_info(bucket).type is missing:
-                raise FileNotFoundError(f"there is no {bucket!r}")
+                raise FileNotFoundError(f"there is no bucket {bucket!r}")
             return found
 
     def is_file(self) -> bool:
@@ -230,7 +230,7 @@ def _system(root: str, process: int) -> tuple[Any, str]:
 
 def _refused(place: Stored, error: Exception) -> InputError:
     return InputError(
-        f"{place}: the store does not give it ({one_line(error)}): check the name, the credentials in the environment "
+        f"{place}: the store does not give it ({one_line(error)}): check the URI, the credentials in the environment "
         "(such as AWS_ACCESS_KEY_ID) and the network"
     )
 
@@ -265,8 +265,8 @@ def local_path(given: str | Path) -> Path:
     """
     if _URI.match(str(given)):
         raise InputError(
-            f"{given}: only prepared data, and a build's sources and out, can be on a store: give a folder or file of "
-            "this machine"
+            f"{given}: has to be on this machine: what may be on a store is prepared data that is read, and the sources "
+            "and out of a build"
         )
     return Path(given)
 

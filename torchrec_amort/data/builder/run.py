@@ -21,7 +21,7 @@ from torchrec_amort.data.events import Events, StoredHistories, write_events
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
-from torchrec_amort.files import write_json
+from torchrec_amort.files import is_there, write_json
 from torchrec_amort.hashing import Vocabulary
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import SCHEMA_FILE, Feature, RequestSchema
@@ -48,8 +48,9 @@ def build(config: BuildConfig) -> dict[str, dict[str, int]]:
         return _build(config, out)
     if not out.parts[1:]:
         raise InputError(f"{out}: a whole store or bucket would be replaced: give a folder in it")
-    if not config.overwrite and (out.is_dir() or out.is_file()):
-        raise InputError(f"{out}: is there already: choose another folder, or allow to overwrite it")
+    # Asked in any case: what the store refuses is told before hours of work.
+    if (out.is_dir() or out.is_file()) and not config.overwrite:
+        raise is_there(out)
     with tempfile.TemporaryDirectory() as folder:
         counts = _build(config, Path(folder) / out.name)
         out.put_folder(Path(folder) / out.name, first=SCHEMA_FILE)
