@@ -17,7 +17,7 @@ from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import write_text
 from torchrec_amort.hashing import Vocabulary
 from torchrec_amort.lists import Layout
-from torchrec_amort.stores import Location, location, open_parquet, reading
+from torchrec_amort.stores import Location, local_path, location, open_parquet, reading
 
 FORMAT_VERSION = 2
 SCHEMA_FILE = "schema.json"
@@ -561,9 +561,9 @@ class RequestSchema:
             schema.save("data/films")
         """
         for table, vocabulary in self.vocabularies.items():
-            path = Path(folder) / vocabulary_file(quote(table, safe=""))
+            path = local_path(folder) / vocabulary_file(quote(table, safe=""))
             pq.write_table(pa.table({"value": vocabulary.values}), path)
-        write_text(Path(folder) / SCHEMA_FILE, self.to_json())
+        write_text(local_path(folder) / SCHEMA_FILE, self.to_json())
 
 
 def load_vocabularies(folder: Location) -> dict[str, Vocabulary]:

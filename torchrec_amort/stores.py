@@ -82,12 +82,12 @@ class Stored:
 
     @property
     def key(self) -> str:
-        """The URI without options, as people read it: two of different options may have one."""
+        """The URI without options. Two of different options may have one."""
         return f"{self._url.scheme}://{self._url.netloc}{unquote(self._url.path)}"
 
     @property
     def version(self) -> str:
-        """Another one once the file has another content: its ETag, or its size and time if its store has none."""
+        """Its ETag, or its size and time if the store has none. Another content has another one."""
         with self._asking() as (system, path), system.open_input_file(path) as file:
             etag = (file.metadata() or {}).get("ETag")
         return str(etag or f"{(found := self.info()).size} {found.mtime_ns}")
@@ -265,8 +265,8 @@ def local_path(given: str | Path) -> Path:
     """
     if _URI.match(str(given)):
         raise InputError(
-            f"{given}: has to be on this machine: what may be on a store is prepared data that is read, and the sources "
-            "and out of a build"
+            f"{given}: has to be on this machine: what may be on a store is prepared data that is read, and "
+            "the sources and out of a build"
         )
     return Path(given)
 
