@@ -228,9 +228,9 @@ def _system(root: str, process: int) -> tuple[Any, str]:
     return system, path
 
 
-def _refused(place: Stored, error: Exception) -> InputError:
+def _refused(where: Stored, error: Exception) -> InputError:
     return InputError(
-        f"{place}: the store does not give it ({one_line(error)}): check the URI, the credentials in the environment "
+        f"{where}: the store does not give it ({one_line(error)}): check the URI, the credentials in the environment "
         "(such as AWS_ACCESS_KEY_ID) and the network"
     )
 
