@@ -341,6 +341,16 @@ def test_a_joined_table_has_one_row_for_each_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.spark
+@pytest.mark.parametrize("files", ["file:///nowhere/clicks.parquet", "none://films/clicks.parquet"])
+def test_what_spark_cannot_read_is_told_on_one_line(tmp_path: Path, files: str) -> None:
+    pytest.importorskip("pyspark")
+    config = replace(small_config(tmp_path), engine="spark", master="local[1]")
+    with pytest.raises(InputError, match="^raw_clicks: .*check the source's files, and that Spark has") as refused:
+        build(with_source(config, "clicks", files=files))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.spark
 @pytest.mark.parametrize("seed", range(3))
 def test_spark_gives_the_same_rows_bit_for_bit(seed: int, tmp_path: Path) -> None:
     pytest.importorskip("pyspark")

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlglot
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -57,14 +58,21 @@ class Spark:
         self._spark.stop()
 
     def read(self, name: str, files: Mapping[str, Sequence[str]]) -> None:
-        parts = []
+        try:
+            table = reduce(DataFrame.unionByName, self._parts(files))
+        except (PySparkException, Py4JError) as error:
+            # Without the lines of Java that raised it.
+            told = " ".join(str(error).partition("\n\tat ")[0].split())
+            raise InputError(f"{name}: {told}: check the source's files, and that Spark has their connector") from error
+        table.createOrReplaceTempView(f"`{name}`")
+
+    def _parts(self, files: Mapping[str, Sequence[str]]) -> Iterator[DataFrame]:
         for part, paths in files.items():
             if all(".csv" in Path(path).suffixes for path in paths):
                 table = self._spark.read.csv(list(paths), header=True, inferSchema=True)
             else:
                 table = self._spark.read.option("mergeSchema", "true").parquet(*paths)
-            parts.append(table.withColumn("part", F.lit(part)) if part else table)
-        reduce(DataFrame.unionByName, parts).createOrReplaceTempView(f"`{name}`")
+            yield table.withColumn("part", F.lit(part)) if part else table
 
     @staticmethod
     def instant(expression: str, unit: Unit, zone: str) -> str:
