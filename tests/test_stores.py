@@ -397,6 +397,13 @@ def test_other_stores_are_opened_by_arrow(lists: tuple[Path, str], monkeypatch: 
     assert asked == [uri.replace("/data", "/")]
 
 
+def test_a_source_of_two_options_is_told(server: Server, tmp_path: Path) -> None:
+    config = config_with_logs(tmp_path)
+    clicks = server.put_folder(tmp_path, "twice").replace("twice", "twice/clicks.parquet")
+    with pytest.raises(InputError, match="twice/clicks.parquet.*: is read with other options, too"):
+        build(with_source(config, "clicks", files={"one": clicks, "two": f"{clicks}&region=us-east-1"}))
+
+
 @pytest.mark.parametrize("cut", [str, Path])
 def test_what_has_to_be_here_is_no_uri(tmp_path: Path, cut: Callable[[str], str | Path]) -> None:
     uri: Any = cut("s3://films/run")
