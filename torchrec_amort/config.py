@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_text
+from torchrec_amort.stores import local_path
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.yaml"
@@ -35,7 +36,7 @@ def config_of(namespace: Namespace, config_class: type[Config], command: str) ->
 def save_config(run: str | Path, config: Any, command: str) -> None:
     """Write `config.yaml` into a run's folder."""
     parser = parser_of(type(config), command)
-    write_text(Path(run) / CONFIG_FILE, parser.dump(parser.parse_object(asdict(config))))
+    write_text(local_path(run) / CONFIG_FILE, parser.dump(parser.parse_object(asdict(config))))
 
 
 def load_config(run: str | Path, config_class: type[Config], command: str) -> Config:
@@ -44,7 +45,7 @@ def load_config(run: str | Path, config_class: type[Config], command: str) -> Co
     Raises:
         InputError: the folder has none, or one of another kind.
     """
-    path = Path(run) / CONFIG_FILE
+    path = local_path(run) / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file: {run} is not the folder of a training run")
     parser = parser_of(config_class, command)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_amort.errors import InputError
+from torchrec_amort.stores import Location, local_path
 
 
 @contextmanager
@@ -28,14 +29,14 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         Path: the temporary folder, beside the one to make; removed if the body raises.
 
     Raises:
-        InputError: the folder is there and may not be replaced, or cannot be written.
+        InputError: the folder is there and may not be replaced, or cannot be written, or is a URI.
 
     Example::
 
         with new_folder("data/films") as temporary:
             (temporary / "part.txt").write_text("all or nothing")
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     refuse_existing(folder, overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         # Again and again: another process may have made the folder since it was looked for.
         while not _has_become(temporary, folder):
             if not overwrite:
-                raise _is_there(folder)
+                raise is_there(folder)
             shutil.rmtree(replaced, ignore_errors=True)
             # Out of the way as a whole, so that nobody reads half of it.
             with suppress(FileNotFoundError):
@@ -65,10 +66,11 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that is there, unless it may be replaced."""
     if folder.exists() and not overwrite:
-        raise _is_there(folder)
+        raise is_there(folder)
 
 
-def _is_there(folder: Path) -> InputError:
+def is_there(folder: Location) -> InputError:
+    """What to say of a folder that was to be made."""
     return InputError(f"{folder}: is there already: choose another folder, or allow to overwrite it")
 
 
@@ -93,12 +95,15 @@ def new_file(path: str | Path) -> Iterator[Path]:
     Yields:
         Path: the temporary file, beside the one to make and with its suffix; removed if the body raises.
 
+    Raises:
+        InputError: it is a URI.
+
     Example::
 
         with new_file("data/films.npz") as temporary:
             np.savez(temporary, ids=ids_N)
     """
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Its own for each writer, or two that write the same file at once would write into each other's.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_file, utc_now
+from torchrec_amort.stores import local_path
 
 LOCK_FILE = ".lock"
 SECONDS_BETWEEN_SIGNS = 5.0
@@ -158,7 +159,7 @@ class FolderLock:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._folder = Path(folder)
+        self._folder = local_path(folder)
         self._path = self._folder / LOCK_FILE
         self._owner = owner or Owner()
         self._is_restart = is_restart

@@ -17,6 +17,7 @@ from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import write_text
 from torchrec_amort.hashing import Vocabulary
 from torchrec_amort.lists import Layout
+from torchrec_amort.stores import Location, local_path, location, open_parquet, reading
 
 FORMAT_VERSION = 2
 SCHEMA_FILE = "schema.json"
@@ -541,13 +542,13 @@ class RequestSchema:
             raise InputError(f"{source}: not a request schema ({error}): prepare the data again") from error
 
     @classmethod
-    def load(cls, folder: str | Path) -> RequestSchema:
+    def load(cls, folder: str | Location) -> RequestSchema:
         """Read `schema.json` of a prepared data folder.
 
         Raises:
             InputError: the folder has none, or one that cannot be read.
         """
-        path = Path(folder) / SCHEMA_FILE
+        path = location(folder) / SCHEMA_FILE
         if not path.is_file():
             raise InputError(f"{path}: no such file: prepare the data first (torchrec-amort prepare --help)")
         return cls.from_json(path.read_text(encoding="utf-8"), str(path), load_vocabularies(path.parent))
@@ -560,12 +561,12 @@ class RequestSchema:
             schema.save("data/films")
         """
         for table, vocabulary in self.vocabularies.items():
-            path = Path(folder) / vocabulary_file(quote(table, safe=""))
+            path = local_path(folder) / vocabulary_file(quote(table, safe=""))
             pq.write_table(pa.table({"value": vocabulary.values}), path)
-        write_text(Path(folder) / SCHEMA_FILE, self.to_json())
+        write_text(local_path(folder) / SCHEMA_FILE, self.to_json())
 
 
-def load_vocabularies(folder: Path) -> dict[str, Vocabulary]:
+def load_vocabularies(folder: Location) -> dict[str, Vocabulary]:
     """The vocabularies that are in a folder, by their tables.
 
     Args:
@@ -575,12 +576,15 @@ def load_vocabularies(folder: Path) -> dict[str, Vocabulary]:
         InputError: a file is none.
     """
     vocabularies = {}
-    for file in sorted(folder.glob(vocabulary_file("*"))):
+    found: Iterable[Location] = folder.glob(vocabulary_file("*"))
+    for file in sorted(found, key=str):
+        with reading(file, "not a vocabulary", "copy it again"), open_parquet(file) as opened:
+            values = opened.read()
         try:
-            values = pq.read_table(file)["value"].combine_chunks()
-            vocabularies[unquote(file.name.removeprefix("vocabulary-").removesuffix(".parquet"))] = Vocabulary(values)
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+            vocabulary = Vocabulary(values["value"].combine_chunks())
+        except (KeyError, ValueError) as error:
             raise InputError(f"{file}: not a vocabulary ({one_line(error)}): copy it again") from error
+        vocabularies[unquote(file.name.removeprefix("vocabulary-").removesuffix(".parquet"))] = vocabulary
     return vocabularies
 
 

@@ -252,7 +252,7 @@ def test_sources_that_cannot_be_one_table_are_told(tmp_path: Path) -> None:
         build(config)
     whole = (tmp_path / "buys-2.parquet").read_bytes()
     (tmp_path / "buys-3.parquet").write_bytes(whole[:-9])
-    with pytest.raises(InputError, match=r"sources.buys: .*buys-3.parquet: not a complete Parquet file"):
+    with pytest.raises(InputError, match=r"buys-3.parquet: sources.buys: not a complete Parquet file"):
         build(config)
     # A whole footer, but damaged pages.
     (tmp_path / "buys-3.parquet").write_bytes(whole[:4] + bytes(byte ^ 255 for byte in whole[4:60]) + whole[60:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -14,6 +13,7 @@ from torchrec_amort.config import parser_of
 from torchrec_amort.data.impressions import REPORT_FILE, to_impressions, to_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import RequestSchema, load_vocabularies
+from torchrec_amort.stores import Location, location
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class ToImpressionsConfig:
     """Write request-level Parquet as a log of impressions, one row per candidate.
 
     Args:
-        data: prepared data folder.
+        data: prepared data folder, on this machine or a store.
         out: the folder to make.
         overwrite: replace a folder that is there.
     """
@@ -90,7 +90,7 @@ def _migrate(config: ToRequestsConfig | ToImpressionsConfig) -> None:
     else:
         report = to_requests(
             config.log,
-            _schema(Path(config.schema)),
+            _schema(location(config.schema)),
             config.out,
             request_key=config.request_key,
             drop=config.drop,
@@ -102,7 +102,7 @@ def _migrate(config: ToRequestsConfig | ToImpressionsConfig) -> None:
     print(f"written to {config.out}, with {REPORT_FILE}")
 
 
-def _schema(path: Path) -> RequestSchema:
+def _schema(path: Location) -> RequestSchema:
     if not path.is_file():
         raise InputError(f"{path}: no such file: give the JSON file of the features, a prepared folder's schema.json")
     return RequestSchema.from_json(path.read_text(encoding="utf-8"), str(path), load_vocabularies(path.parent))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torchrec_amort.models.dlrm import AmortizedDLRM
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.progress import progress
 from torchrec_amort.serving.scorer import AmortizedScorer
+from torchrec_amort.stores import local_path
 
 # Rows of the matrix whose product tells the machine's rate: a GPU is not filled by fewer.
 GEMM = 8192 if torch.cuda.is_available() else 1024
@@ -39,7 +39,7 @@ def run_benchmark(config: BenchmarkConfig) -> None:
     Raises:
         InputError: there is no such run or data.
     """
-    out = Path(config.out or config.run_folder or "runs/benchmark")
+    out = local_path(config.out or config.run_folder or "runs/benchmark")
     cases = [case for source in sources(config) for case in _measure(source, config)]
     record: dict[str, Any] = {
         "run_folder": config.run_folder,

@@ -17,6 +17,7 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.stores import location
 from torchrec_amort.training.run import load_model, load_run
 
 NUM_IDS, NUM_REQUEST_DENSE, NUM_CANDIDATE_DENSE = 8, 5, 8
@@ -158,13 +159,16 @@ def _trained(config: BenchmarkConfig, run_folder: str, device: torch.device) -> 
             data, config.split, num_requests=count, num_candidates=candidates, history_length=events, seed=seed
         )
         lengths = trained.model.history_lengths(read, events)
-        return RequestBatch.from_arrow(drawn, read, lengths, source=f"{data}/{config.split}").to(device)
+        return RequestBatch.from_arrow(drawn, read, lengths, source=str(location(data) / config.split)).to(device)
 
     def usual(count: int) -> list[RequestBatch]:
         table = first_requests(data, config.split, count)
         rows = [table.slice(row, 1) for row in range(table.num_rows)]
         lengths = trained.model.history_lengths(read)
-        return [RequestBatch.from_arrow(row, read, lengths, source=f"{data}/{config.split}").to(device) for row in rows]
+        return [
+            RequestBatch.from_arrow(row, read, lengths, source=str(location(data) / config.split)).to(device)
+            for row in rows
+        ]
 
     return Source(model.to(device), read, batch, usual)
 

@@ -19,6 +19,7 @@ from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.hashing import ids_of_text
 from torchrec_amort.schema import KINDS_OF_IDS, Feature, RequestSchema
+from torchrec_amort.stores import Location, location, open_parquet, reading
 
 COUNTS_FILE = "counts.json"
 TRAIN = "train"
@@ -195,10 +196,8 @@ class SplitCounts:
         Raises:
             InputError: the file cannot be read.
         """
-        try:
+        with reading(path, "cannot be read", "copy the folder again"):
             table = pq.read_table(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path}: cannot be read ({one_line(error)}): copy the folder again") from error
         numbers = {key.decode(): int(value) for key, value in (table.schema.metadata or {}).items()}
         for name in _NUMBERS:
             setattr(self, f"_{name}", getattr(self, f"_{name}") + numbers[name])
@@ -286,7 +285,7 @@ def split_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def unknown_ids(folder: str | Path, split: str, schema: RequestSchema) -> dict[str, float]:
+def unknown_ids(folder: str | Location, split: str, schema: RequestSchema) -> dict[str, float]:
     """The share of each feature's ids that a model that is trained on a folder does not know; it warns of whole ones.
 
     Args:
@@ -307,23 +306,25 @@ def unknown_ids(folder: str | Path, split: str, schema: RequestSchema) -> dict[s
     """
     counts, prepared = read_counts(folder), RequestSchema.load(folder)
     if split not in counts:
-        raise InputError(f"{Path(folder) / COUNTS_FILE}: no split {split!r}, but {list(counts)}: choose one of these")
+        raise InputError(
+            f"{location(folder) / COUNTS_FILE}: no split {split!r}, but {list(counts)}: choose one of these"
+        )
     features = [feature.name for feature in IdCounts(schema).features]
     if set(schema.features) <= set(prepared.features) and "unknown_ids" in counts[split]:
         shares = {name: counts[split]["unknown_ids"][name] for name in features}
     else:
         train = _counted(folder, TRAIN, schema) if TRAIN in counts else None
         shares = _counted(folder, split, schema).unknown_shares(train)
-    warn_of_unknown(shares, f"{folder}/{split}")
+    warn_of_unknown(shares, str(location(folder) / split))
     return shares
 
 
-def _counted(folder: str | Path, split: str, schema: RequestSchema) -> IdCounts:
+def _counted(folder: str | Location, split: str, schema: RequestSchema) -> IdCounts:
     counts = IdCounts(schema)
     columns = list(dict.fromkeys(feature.source for feature in counts.features))
     histories = StoredHistories.load(folder)
     for path in files_of(folder, split):
-        with pq.ParquetFile(path) as file:
+        with reading(path, "not a complete Parquet file", "copy it again"), open_parquet(path) as file:
             for batch in file.iter_batches(columns=histories.written(columns)):
                 table = histories.with_lists(pa.Table.from_batches([batch]), columns)
                 counts.add(typed_table(table, schema, str(path)))
@@ -335,13 +336,13 @@ def sizes(counts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     return {split: {name: count[name] for name in SIZES} for split, count in counts.items()}
 
 
-def read_counts(folder: str | Path) -> dict[str, dict[str, Any]]:
+def read_counts(folder: str | Location) -> dict[str, dict[str, Any]]:
     """The counts of each split of a prepared folder.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
     """
-    path = Path(folder) / COUNTS_FILE
+    path = location(folder) / COUNTS_FILE
     try:
         counts: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -349,9 +350,9 @@ def read_counts(folder: str | Path) -> dict[str, dict[str, Any]]:
     return counts
 
 
-def files_of(folder: str | Path, split: str) -> list[Path]:
+def files_of(folder: str | Location, split: str) -> list[Location]:
     """The Parquet files of a split: those that `counts.json` names, or all that are there if it names none."""
-    counts, files = Path(folder) / COUNTS_FILE, Path(folder) / split
+    counts, files = location(folder) / COUNTS_FILE, location(folder) / split
     named = read_counts(folder).get(split, {}).get("files") if counts.is_file() else None
     return visible_files(files.glob("*.parquet"), files) if named is None else [files / name for name in named]
 

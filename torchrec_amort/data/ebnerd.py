@@ -30,6 +30,7 @@ from torchrec_amort.data.splits import REQUESTS_PER_TABLE, lists_of, split_table
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
+from torchrec_amort.stores import local_path
 
 HISTORY_LENGTH = 100
 # 24 May 2023, 7:00 UTC: the last day of the published train split is for validation.
@@ -70,7 +71,7 @@ def prepare(
         raise InputError("ebnerd: no source: get EB-NeRD from https://recsys.eb.dk and give its folder with --source")
     if history_of not in get_args(HistoryOf):
         raise InputError(f"history_of is {history_of!r}, not one of {', '.join(map(repr, get_args(HistoryOf)))}")
-    schema, tables = split_requests(*read_folder(Path(source)), history_length, history_of)
+    schema, tables = split_requests(*read_folder(local_path(source)), history_length, history_of)
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 

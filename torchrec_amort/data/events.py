@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,10 +25,11 @@ import pyarrow.parquet as pq
 from torchrec_amort.data.tables import of_sizes
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import new_file, write_json
+from torchrec_amort.stores import Location, Stored, local_path, location, open_parquet, reading
 
 EVENTS_FILE = "events.json"
 EVENTS_FOLDER = "events"
-EVENTS_PER_GROUP = 131_072
+EVENTS_PER_GROUP, EVENTS_PER_BATCH = 131_072, 2**20
 
 
 def pointers(history: str) -> tuple[str, str]:
@@ -50,8 +52,8 @@ class Events:
         Events(["data/films/events/0-0001.parquet"]).lists(["film"], np.array([0, 2]), np.array([2, 5]))
     """
 
-    def __init__(self, paths: Sequence[str | Path], cache: Path | None = None) -> None:
-        self._table = pa.concat_tables(_table(Path(path), cache) for path in paths)
+    def __init__(self, paths: Sequence[str | Location], cache: Path | None = None) -> None:
+        self._table = pa.concat_tables(_table(location(path), cache) for path in paths)
 
     @property
     def columns(self) -> list[str]:
@@ -96,26 +98,24 @@ def write_events(path: Path, tables: Iterable[pa.Table]) -> Events:
     return Events([path], path.parent)
 
 
-def _table(path: Path, cache: Path | None) -> pa.Table:
-    try:
+def _table(path: Location, cache: Path | None) -> pa.Table:
+    with _reading(path):
         return pa.ipc.open_file(pa.memory_map(str(_mapped(path, cache)))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _unreadable(path, error) from error
 
 
-def _mapped(path: Path, cache: Path | None) -> Path:
+def _mapped(path: Location, cache: Path | None) -> Path:
     """The Arrow file of a Parquet file, made if this machine has none."""
-    found = path.stat()
-    named = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+    named = f"{path.resolve() if isinstance(path, Path) else path} {_version(path)}"
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrec-amort"
     mapped = cache / f"{hashlib.sha256(named.encode()).hexdigest()}.arrow"
     if not mapped.is_file():
         with (
-            pq.ParquetFile(path) as file,
+            open_parquet(path) as file,
             new_file(mapped) as temporary,
             pa.ipc.new_file(str(temporary), file.schema_arrow) as writer,
         ):
-            for batch in file.iter_batches():
+            # Few pieces: to find a place takes as many steps as there are.
+            for batch in file.iter_batches(EVENTS_PER_BATCH):
                 writer.write_batch(batch)
     return mapped
 
@@ -127,24 +127,24 @@ class StoredHistories:
         files: of each such history, the files of its events.
     """
 
-    def __init__(self, files: Mapping[str, Sequence[str]]) -> None:
-        self.files = {history: tuple(of_history) for history, of_history in files.items()}
+    def __init__(self, files: Mapping[str, Sequence[str | Location]]) -> None:
+        self.files = {history: tuple(map(location, of_history)) for history, of_history in files.items()}
 
     @classmethod
-    def load(cls, folder: str | Path) -> StoredHistories:
+    def load(cls, folder: str | Location) -> StoredHistories:
         """Those of a folder; none if all its histories are lists.
 
         Raises:
             InputError: `events.json` cannot be read.
         """
-        path = Path(folder) / EVENTS_FILE
+        path = location(folder) / EVENTS_FILE
         if not path.is_file():
             return cls({})
         try:
             files: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
-        return cls({history: [str(path.parent / file) for file in named] for history, named in files.items()})
+        return cls({history: [path.parent / file for file in named] for history, named in files.items()})
 
     def num_events(self) -> dict[str, int]:
         """Of each history."""
@@ -164,7 +164,7 @@ class StoredHistories:
         names = {}
         for place, (history, (file,)) in enumerate(self.files.items()):
             names[history] = f"{EVENTS_FOLDER}/{place}-{number:04d}.parquet"
-            Path(file).rename(folder / names[history])
+            local_path(str(file)).rename(folder / names[history])
         return names
 
     def written(self, names: Sequence[str]) -> list[str]:
@@ -193,42 +193,44 @@ def save_histories(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
     write_json(folder / EVENTS_FILE, {history: list(names) for history, names in files.items()})
 
 
-def _opened(files: tuple[str, ...]) -> Events:
+def _opened(files: tuple[Location, ...]) -> Events:
     """The events of files, opened once in each process unless others have taken their names."""
-    return _opened_as_of(files, tuple(map(_changed, files)))
+    versions = []
+    for file in files:
+        with _reading(file):
+            versions.append(_version(file))
+    return _opened_as_of(files, tuple(versions))
 
 
 @lru_cache(maxsize=64)
-def _opened_as_of(files: tuple[str, ...], changed: tuple[int, ...]) -> Events:
+def _opened_as_of(files: tuple[Location, ...], versions: tuple[str, ...]) -> Events:
     return Events(files)
 
 
-def _columns(file: str) -> list[str]:
+def _columns(file: Location) -> list[str]:
     """Names of a file's columns, which are read without its events."""
-    return _columns_as_of(file, _changed(file))
+    with _reading(file):
+        return _columns_as_of(file, _version(file))
 
 
 @lru_cache(maxsize=64)
-def _columns_as_of(file: str, changed: int) -> list[str]:
-    try:
-        return list(pq.read_schema(file).names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _unreadable(file, error) from error
+def _columns_as_of(file: Location, version: str) -> list[str]:
+    with open_parquet(file) as opened:
+        return list(opened.schema_arrow.names)
 
 
-def _num_rows(file: str) -> int:
-    try:
-        return int(pq.read_metadata(file).num_rows)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _unreadable(file, error) from error
+def _num_rows(file: Location) -> int:
+    with _reading(file), open_parquet(file) as opened:
+        return int(opened.metadata.num_rows)
 
 
-def _changed(file: str) -> int:
-    try:
-        return Path(file).stat().st_mtime_ns
-    except OSError as error:
-        raise _unreadable(file, error) from error
+def _version(file: Location) -> str:
+    """Another one once the file has another content."""
+    if isinstance(file, Stored):
+        return file.version
+    found = file.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _unreadable(path: str | Path, error: Exception) -> InputError:
-    return InputError(f"{path}: events cannot be read ({one_line(error)}): copy the file again")
+def _reading(path: Location) -> AbstractContextManager[None]:
+    return reading(path, "events cannot be read", "copy the file again")

@@ -40,6 +40,7 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.stores import Location, local_path, location, open_parquet, size_of
 
 REPORT_FILE = "migration.json"
 
@@ -117,11 +118,11 @@ def to_requests(
     return report
 
 
-def to_impressions(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def to_impressions(folder: str | Location, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write a prepared data folder as a log of impressions: a folder for each split, a row for each candidate.
 
     Args:
-        folder: prepared data folder.
+        folder: prepared data folder, on this machine or a store.
         out: the folder to make, whole or not at all: `SPLIT/part-00000.parquet`, ..., and the schema to go back with.
         overwrite: replace a folder that is there.
 
@@ -136,10 +137,11 @@ def to_impressions(folder: str | Path, out: str | Path, *, overwrite: bool = Fal
         to_impressions("data/movielens-1m", "data/movielens-1m-impressions")
     """
     started = time.perf_counter()
-    folder, out = Path(folder), Path(out)
+    folder, out = location(folder), local_path(out)
     schema = RequestSchema.load(folder)
     counts = sizes(read_counts(folder))
-    _refuse_replacing(out, [folder])
+    if isinstance(folder, Path):
+        _refuse_replacing(out, [folder])
     if not (parts := _parts(folder, counts)):
         raise InputError(f"{folder}: no requests: prepare the data again")
     with new_folder(out, overwrite) as temporary:
@@ -471,7 +473,7 @@ class _Exploded:
         """Candidates of each request seen, from one table on: [requests]."""
         return np.concatenate([np.empty(0, np.int64), *self._sizes[first_table:]])
 
-    def write_split(self, folder: Path, out: Path, count: Mapping[str, int], bar: tqdm[Any]) -> None:
+    def write_split(self, folder: Location, out: Path, count: Mapping[str, int], bar: tqdm[Any]) -> None:
         """Write the files of a split, each as one of impressions."""
         out.mkdir()
         first_table = len(self._sizes)
@@ -489,7 +491,7 @@ class _Exploded:
                     "folder again, or prepare the data again"
                 )
 
-    def _read(self, path: Path) -> Iterator[pa.Table]:
+    def _read(self, path: Location) -> Iterator[pa.Table]:
         """The requests of a file, checked, some at a time."""
         names = self.schema.arrow_schema().names
         refuse_columns(path, open_file(path, path.parent)[1], names, ())
@@ -527,7 +529,7 @@ class _Exploded:
         ]
         return pa.table(columns, impression_schema(self.schema))
 
-    def refuse_repeated_ids(self, folder: Path) -> None:
+    def refuse_repeated_ids(self, folder: Location) -> None:
         """Refuse requests whose impressions could not be told apart."""
         ids, counts = np.unique(np.concatenate(self._ids), return_counts=True)
         if len(repeated := np.flatnonzero(counts > 1)):
@@ -537,7 +539,7 @@ class _Exploded:
             )
 
 
-def _parts(folder: Path, splits: Iterable[str]) -> list[Path]:
+def _parts(folder: Location, splits: Iterable[str]) -> list[Location]:
     return [path for split in splits for path in files_of(folder, split)]
 
 
@@ -580,7 +582,7 @@ def _counts(
 
 
 def _sizes(
-    schema: RequestSchema, impressions: _Sizes, log: Sequence[Path], requests: _Sizes, parts: Sequence[Path]
+    schema: RequestSchema, impressions: _Sizes, log: Sequence[Location], requests: _Sizes, parts: Sequence[Location]
 ) -> dict[str, Any]:
     """What each column takes in both forms: values, bytes in Arrow's memory, and bytes in the files."""
     names, of_candidates = schema.arrow_schema().names, candidate_columns(schema)
@@ -598,18 +600,18 @@ def _sizes(
         "columns": columns,
         "arrow_bytes": {"impressions": impressions.bytes.total(), "requests": requests.bytes.total()},
         "file_bytes": {
-            "impressions": sum(path.stat().st_size for path in log),
-            "requests": sum(path.stat().st_size for path in parts),
+            "impressions": sum(map(size_of, log)),
+            "requests": sum(map(size_of, parts)),
         },
         "dropped_file_bytes": in_log[""],
     }
 
 
-def _file_bytes(paths: Iterable[Path], names: Sequence[str]) -> Counter[str]:
+def _file_bytes(paths: Iterable[Location], names: Sequence[str]) -> Counter[str]:
     """Compressed bytes of each column in Parquet files; of all other columns under no name."""
     sizes: Counter[str] = Counter()
     for path in paths:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             metadata = file.metadata
         for group, place in itertools.product(range(metadata.num_row_groups), range(metadata.num_columns)):
             chunk = metadata.row_group(group).column(place)

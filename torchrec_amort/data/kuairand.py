@@ -23,6 +23,7 @@ from torchrec_amort.data.splits import lists, number, split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
+from torchrec_amort.stores import local_path
 
 LOGS = "log_standard_*"
 SEQUENCES = "user_sequences_*.parquet"
@@ -153,7 +154,8 @@ def prepare(
         raise InputError("kuairand: no source: get KuaiRand-Pure from https://kuairand.com and give it with --source")
     if histories not in get_args(Histories):
         raise InputError(f"histories is {histories!r}, not one of {', '.join(map(repr, get_args(Histories)))}")
-    folder = Path(source) / "data" if (Path(source) / "data").is_dir() else Path(source)
+    folder = local_path(source)
+    folder = folder / "data" if (folder / "data").is_dir() else folder
     parts = read_events(folder), read_users(folder), read_videos(folder)
     schema, tables = split_requests(*parts, history_length, histories)
     return write_requests(out, schema, tables, overwrite=overwrite)

@@ -18,6 +18,7 @@ from torchrec_amort.data.parquet import HIDDEN, visible_files
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.stores import Location, local_path, open_parquet, reading
 
 SPLITS = ("train", "validation", "test")
 # A batch has at most as many rows, and about as many bytes: a row of a long history may have a hundred kilobytes.
@@ -229,7 +230,7 @@ def _expand(given: Paths) -> list[tuple[Path, Path]]:
 
     A pattern's is what stands before the first wildcard.
     """
-    path = Path(given)
+    path = local_path(given)
     if path.is_file():
         return [(path, path.parent)]
     if path.is_dir():
@@ -246,21 +247,18 @@ def _expand(given: Paths) -> list[tuple[Path, Path]]:
     return [(file, top) for file in found]
 
 
-def open_file(path: Path, top: Path) -> tuple[int, list[str]]:
+def open_file(path: Location, top: Location) -> tuple[int, list[str]]:
     """Number of rows and columns of a file; what the names of folders below the given one tell are columns, too."""
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            num_rows = file.metadata.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a complete Parquet file ({one_line(error)}): copy it again") from error
+    with reading(path, "not a complete Parquet file", "copy it again"), open_parquet(path) as file:
+        names = file.schema_arrow.names
+        num_rows = file.metadata.num_rows
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{path}: column {twice[0]!r} is there twice: rename one")
-    folders = path.parent.relative_to(top).parts
+    folders = path.parent.parts[len(top.parts) :]
     return num_rows, [*names, *(folder.partition("=")[0] for folder in folders if "=" in folder)]
 
 
-def refuse_columns(path: Path, present: Sequence[str], wanted: Sequence[str], drop: Collection[str]) -> None:
+def refuse_columns(path: Location, present: Sequence[str], wanted: Sequence[str], drop: Collection[str]) -> None:
     """Refuse a file that lacks a column, or has one that is neither wanted nor dropped."""
     if missing := [name for name in wanted if name not in present]:
         raise InputError(
@@ -274,21 +272,18 @@ def refuse_columns(path: Path, present: Sequence[str], wanted: Sequence[str], dr
         )
 
 
-def batches_of(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+def batches_of(path: Location, names: Sequence[str]) -> Iterator[pa.Table]:
     """Columns of a file, as many rows at a time as `ROWS_PER_BATCH` and `BYTES_PER_BATCH` allow, at least one."""
-    try:
-        with pq.ParquetFile(path) as file:
-            pending: list[pa.RecordBatch] = []
-            for batch in file.iter_batches(_rows_at_once(file.metadata, names), columns=list(names)):
-                pending.append(batch)
-                rows, size = sum(b.num_rows for b in pending), sum(b.nbytes for b in pending)
-                if rows >= ROWS_PER_BATCH or size >= BYTES_PER_BATCH:
-                    yield pa.Table.from_batches(pending).select(list(names))
-                    pending = []
-            if pending:
+    pending: list[pa.RecordBatch] = []
+    with reading(path, "cannot be read", "copy it again"), open_parquet(path) as file:
+        for batch in file.iter_batches(_rows_at_once(file.metadata, names), columns=list(names)):
+            pending.append(batch)
+            rows, size = sum(b.num_rows for b in pending), sum(b.nbytes for b in pending)
+            if rows >= ROWS_PER_BATCH or size >= BYTES_PER_BATCH:
                 yield pa.Table.from_batches(pending).select(list(names))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
+                pending = []
+        if pending:
+            yield pa.Table.from_batches(pending).select(list(names))
 
 
 def _rows_at_once(metadata: pq.FileMetaData, names: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from torchrec_amort.data.splits import lists, lists_of, number, split_bounds, sp
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import Feature, RequestSchema, Side
+from torchrec_amort.stores import local_path
 
 FILE, NEWS_FILE = "behaviors.tsv", "news.tsv"
 COLUMNS = ("impression_id", "user_id", "time", "history", "impressions")
@@ -86,13 +87,13 @@ def prepare(
             "mind: no source: its licence, for research only, forbids to pass it on, so it is not fetched: "
             "get it from https://msnews.github.io and give its behaviors.tsv with --source"
         )
-    path = _behaviors_file(Path(source))
+    path = _behaviors_file(local_path(source))
     beside = path.parent / NEWS_FILE
-    news_file = Path(news) if news is not None else beside if beside.is_file() else None
+    news_file = local_path(news) if news is not None else beside if beside.is_file() else None
     if news_file is None and vectors is not None:
         raise InputError(f"vectors is {vectors}, but there is no {beside}: put it there, or give it as news")
     behaviors = read_behaviors(path, history_length)
-    told = None if news_file is None else read_news(news_file, None if vectors is None else Path(vectors))
+    told = None if news_file is None else read_news(news_file, None if vectors is None else local_path(vectors))
     schema, tables = split_requests(behaviors, told)
     return write_requests(out, schema, tables, overwrite=overwrite)
 

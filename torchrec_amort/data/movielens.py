@@ -23,6 +23,7 @@ from torchrec_amort.data.splits import split_bounds, split_tables
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
+from torchrec_amort.stores import local_path
 
 NUM_RATINGS = 1_000_209
 NUM_USERS = 6_040
@@ -104,7 +105,7 @@ def prepare(
 
         prepare("ml-1m.zip", "data/movielens-1m")
     """
-    ratings = read_published(Path(source)) if source else read_wheel()
+    ratings = read_published(local_path(source)) if source else read_wheel()
     return write_requests(out, SCHEMA, split_requests(ratings, history_length), overwrite=overwrite)
 
 

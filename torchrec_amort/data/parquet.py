@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from torchrec_amort.errors import InputError
+from torchrec_amort.stores import Location, Stored
 
 # Spark's leftovers (`_temporary`), macOS' `._part.parquet`, files that are being written: Hive, Spark and Arrow skip
 # them, too.
 HIDDEN = "_."
 
+OneLocation = TypeVar("OneLocation", bound=Location)
 
-def visible_files(found: Iterable[Path], top: Path, hidden: str = HIDDEN) -> list[Path]:
+
+def visible_files(found: Iterable[OneLocation], top: OneLocation, hidden: str = HIDDEN) -> list[OneLocation]:
     """The files that are data, in the order of their names.
 
     Args:
@@ -24,9 +28,9 @@ def visible_files(found: Iterable[Path], top: Path, hidden: str = HIDDEN) -> lis
 
         visible_files(Path("log").rglob("*.parquet"), Path("log"))
     """
-    return sorted(
-        path for path in found if path.is_file() and not any(p[0] in hidden for p in path.relative_to(top).parts)
-    )
+    # What a store lists are files.
+    files = {path.parts[len(top.parts) :]: path for path in found if isinstance(path, Stored) or path.is_file()}
+    return [files[parts] for parts in sorted(files) if not any(part[0] in hidden for part in parts)]
 
 
 def refuse_missing_columns(path: Path, columns: Iterable[str], present: Sequence[str]) -> None:

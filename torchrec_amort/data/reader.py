@@ -12,12 +12,10 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchrec_amort.batch import RequestBatch
@@ -25,15 +23,16 @@ from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE, files_of
 from torchrec_amort.data.events import StoredHistories
 from torchrec_amort.data.tables import of_sizes
-from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.errors import InputError
 from torchrec_amort.schema import RequestSchema, refuse_missing
+from torchrec_amort.stores import Location, location, open_parquet, reading
 
 
 @dataclass(frozen=True)
 class Piece:
     """Rows `start` to `stop` of one row group of a file."""
 
-    path: Path
+    path: Location
     row_group: int
     first_row: int
     start: int
@@ -59,7 +58,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
     Memory is bounded by `shuffle_rows` requests and one row group for each of the rank's lanes.
 
     Args:
-        folder: a prepared data folder.
+        folder: a prepared data folder, on this machine or a store.
         split: `train`, `validation` or `test`.
         batch_size: requests in a global batch, all ranks together.
         rank: this process.
@@ -87,7 +86,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Location,
         split: str,
         *,
         batch_size: int,
@@ -101,6 +100,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         shuffle_rows: int = 65_536,
         balance_work: bool = False,
     ) -> None:
+        folder = location(folder)
         prepared = RequestSchema.load(folder)
         self.schema = schema or prepared
         self.schema.refuse_other_data(prepared, str(folder))
@@ -111,14 +111,14 @@ class RequestDataset(IterableDataset[RequestBatch]):
         self.balance_work = balance_work
         if balance_work and seed is None:
             raise InputError("balance_work: the order of batches of equal work is drawn at random: give a seed")
-        self._row_groups = row_groups(Path(folder) / split, self.schema)
+        self._row_groups = row_groups(folder / split, self.schema)
         num_requests = sum(piece.num_rows for piece in self._row_groups)
         if num_requests == 0:
-            raise InputError(_empty(Path(folder), split))
+            raise InputError(_empty(folder, split))
         self._num_lanes = min(num_lanes, batch_size, num_requests)
         if not 0 <= rank < world_size <= self._num_lanes:
             raise InputError(
-                f"{folder}/{split}: {num_requests} requests in batches of {batch_size} and {num_lanes} lanes "
+                f"{folder / split}: {num_requests} requests in batches of {batch_size} and {num_lanes} lanes "
                 f"cannot be shared by {world_size} ranks: use at most {self._num_lanes} ranks, or raise "
                 "batch_size and num_lanes"
             )
@@ -265,19 +265,17 @@ def read_piece(piece: Piece, schema: RequestSchema) -> pa.Table:
             and the column.
     """
     names = schema.arrow_schema().names
-    try:
-        with pq.ParquetFile(piece.path) as file:
-            table = file.read_row_group(piece.row_group, columns=piece.histories.written(names))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(
-            f"{piece.path}: request {piece.first_row} and the next cannot be read ({one_line(error)}): "
-            "copy the file again, or prepare the data again"
-        ) from error
+    what = f"request {piece.first_row} and the next cannot be read"
+    with (
+        reading(piece.path, what, "copy the file again, or prepare the data again"),
+        open_parquet(piece.path) as file,
+    ):
+        table = file.read_row_group(piece.row_group, columns=piece.histories.written(names))
     table = piece.histories.with_lists(table.slice(piece.start, piece.num_rows), names)
     return typed_table(table, schema, str(piece.path), piece.first_row + piece.start)
 
 
-def row_groups(folder: Path, schema: RequestSchema) -> list[Piece]:
+def row_groups(folder: Location, schema: RequestSchema) -> list[Piece]:
     """All row groups of a split, from the footers of its files.
 
     Raises:
@@ -285,20 +283,18 @@ def row_groups(folder: Path, schema: RequestSchema) -> list[Piece]:
     """
     paths = files_of(folder.parent, folder.name)
     if not paths:
-        if folder.is_dir() and folder.with_name(COUNTS_FILE).is_file():
+        if folder.is_dir() and (folder.parent / COUNTS_FILE).is_file():
             raise InputError(_empty(folder.parent, folder.name))
         raise InputError(f"{folder}: no Parquet files: prepare the data first (torchrec-amort prepare --help)")
     histories = StoredHistories.load(folder.parent)
     needed = histories.written(schema.arrow_schema().names)
     pieces = []
     for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                metadata, names = file.metadata, file.schema_arrow.names
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{path}: not a complete Parquet file ({one_line(error)}): copy it again, or prepare the data again"
-            ) from error
+        with (
+            reading(path, "not a complete Parquet file", "copy it again, or prepare the data again"),
+            open_parquet(path) as file,
+        ):
+            metadata, names = file.metadata, file.schema_arrow.names
         refuse_missing(needed, names, str(path))
         row = 0
         for group in range(metadata.num_row_groups):
@@ -308,12 +304,12 @@ def row_groups(folder: Path, schema: RequestSchema) -> list[Piece]:
     return pieces
 
 
-def _empty(folder: Path, split: str) -> str:
+def _empty(folder: Location, split: str) -> str:
     """What to say of a split without requests."""
     file = folder / COUNTS_FILE
     counts = json.loads(file.read_text()) if file.is_file() else {}
     sizes = "".join(f", {name} has {count['requests']:,}" for name, count in counts.items() if name != split)
-    return f"{folder}/{split}: has no requests{sizes}: take another split, or prepare a log of more requests"
+    return f"{folder / split}: has no requests{sizes}: take another split, or prepare a log of more requests"
 
 
 def _cut(pieces: Sequence[Piece], first: int, stop: int) -> Iterator[Piece]:

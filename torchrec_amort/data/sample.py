@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ from torchrec_amort.data.reader import Piece, read_piece, row_groups
 from torchrec_amort.data.splits import lists_of
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.stores import Location, location
 
 
 def sample_requests(
-    folder: str | Path, split: str, *, num_requests: int, num_candidates: int, history_length: int, seed: int
+    folder: str | Location, split: str, *, num_requests: int, num_candidates: int, history_length: int, seed: int
 ) -> pa.Table:
     """Real requests with long enough histories, each with candidates drawn from those of the whole split.
 
@@ -54,7 +54,7 @@ def sample_requests(
     if len(long_enough) < num_requests:
         each = f" in each of {', '.join(schema.histories)}" if len(columns) > 1 else ""
         raise InputError(
-            f"{folder}/{split}: {len(long_enough)} requests have {history_length} events or more{each}, not "
+            f"{location(folder) / split}: {len(long_enough)} requests have {history_length} events or more{each}, not "
             f"{num_requests}: ask for fewer requests or shorter histories"
         )
     table = table.take(np.sort(random.choice(long_enough, num_requests, replace=False)))
@@ -69,7 +69,7 @@ def sample_requests(
     return pa.table(drawn_of)
 
 
-def first_requests(folder: str | Path, split: str, num_requests: int) -> pa.Table:
+def first_requests(folder: str | Location, split: str, num_requests: int) -> pa.Table:
     """The first requests of a split, as they are.
 
     Args:
@@ -93,7 +93,7 @@ def first_requests(folder: str | Path, split: str, num_requests: int) -> pa.Tabl
     return pa.concat_tables(tables).slice(0, num_requests)
 
 
-def drawn_requests(folder: str | Path, split: str, num_requests: int, *, seed: int) -> pa.Table:
+def drawn_requests(folder: str | Location, split: str, num_requests: int, *, seed: int) -> pa.Table:
     """Requests of a split as they are, drawn at random if there are more than wanted, in the order of the split.
 
     Args:
@@ -123,8 +123,8 @@ def drawn_requests(folder: str | Path, split: str, num_requests: int, *, seed: i
     return pa.concat_tables(tables).combine_chunks()
 
 
-def _pieces(folder: str | Path, split: str, schema: RequestSchema) -> list[Piece]:
-    path = Path(folder) / split
+def _pieces(folder: str | Location, split: str, schema: RequestSchema) -> list[Piece]:
+    path = location(folder) / split
     if not path.is_dir():
         raise InputError(f"{path}: no such split: prepare the data first (torchrec-amort prepare --help)")
     return row_groups(path, schema)

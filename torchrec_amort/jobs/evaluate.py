@@ -17,6 +17,7 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
+from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
@@ -156,7 +157,7 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
     for task, values in tasks.items():
         within = f"AUC of requests {values['request_auc']:.4f}, " if "request_auc" in values else ""
         print(
-            f"{config.run_folder} on {data}/{config.split} ({predictions.num_requests:,} requests, "
+            f"{config.run_folder} on {location(data) / config.split} ({predictions.num_requests:,} requests, "
             f"{len(predictions.labels):,} candidates), {task}: AUC {values['auc']:.4f}, "
             f"GAUC {values['gauc']:.4f}, {within}NE {values['ne']:.4f}"
         )

@@ -20,6 +20,7 @@ from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.build import build_model
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
 from torchrec_amort.training.lock import run_lock
@@ -176,7 +177,7 @@ _MEASURED = 8192
 
 def _some_batches(data: str, schema: RequestSchema) -> Iterator[RequestBatch]:
     """Training requests, the same on every rank."""
-    pieces = row_groups(Path(data) / TRAIN, schema)
+    pieces = row_groups(location(data) / TRAIN, schema)
     step = max(1, sum(piece.num_rows for piece in pieces) // _MEASURED)
     for piece in pieces[::step]:
         yield RequestBatch.from_arrow(read_piece(piece, schema), schema, validate=False)

@@ -22,6 +22,7 @@ from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.schema import OTHER_ITEM, Feature, RequestSchema, TableConfig
+from torchrec_amort.stores import local_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,7 @@ class Tables:
         if file is None:
             # Rows of unit length on average, whatever the size of the table, so that sums of rows are balanced.
             return partial(nn.init.normal_, std=width**-0.5)
-        return partial(_copy, vectors=_vectors(Path(file), rows, width, name))
+        return partial(_copy, vectors=_vectors(local_path(file), rows, width, name))
 
     def refuse_managed(self, features: Sequence[Feature]) -> None:
         """Refuse features that become bags and are of a managed table.

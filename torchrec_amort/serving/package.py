@@ -34,6 +34,7 @@ from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, Sequen
 from torchrec_amort.serving.native_encoder import NativeState
 from torchrec_amort.serving.phases import Histories, Phases, RequestTerms
 from torchrec_amort.serving.served import Served
+from torchrec_amort.stores import local_path
 
 PACKAGE_VERSION = 4
 # Packages of it are read, too.
@@ -59,7 +60,7 @@ def load_package(folder: str | Path) -> Served:
 
         scorer = AmortizedScorer(load_package("packages/films"), microbatch_size=512)
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     manifest = _manifest(folder)
     schema = RequestSchema.load(folder)
     tables, weights = manifest["tables"], torch.load(folder / TABLES_FILE, weights_only=True)

@@ -26,6 +26,7 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.managed import refuse_other_ranks
+from torchrec_amort.stores import local_path
 from torchrec_amort.training.processes import is_first
 from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel
@@ -65,7 +66,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: str | Path, keep: int, lock: FolderLock | None = None) -> None:
-        self._folder, self._keep, self._lock = Path(run) / CHECKPOINTS, keep, lock
+        self._folder, self._keep, self._lock = local_path(run) / CHECKPOINTS, keep, lock
         self._is_first = is_first()
         # Of its own, so that what is written in the background does not meet what training sends.
         self._group = dist.new_group(backend="gloo")
@@ -235,7 +236,7 @@ def load_weights(run: str | Path, model: nn.Module) -> Path:
 
 def has_checkpoint(run: str | Path) -> bool:
     """Whether a run has a checkpoint, whole or damaged."""
-    return bool(_newest_first(Path(run) / CHECKPOINTS))
+    return bool(_newest_first(local_path(run) / CHECKPOINTS))
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
@@ -244,7 +245,7 @@ def _newest_first(checkpoints: Path) -> list[Path]:
 
 def _last_good(run: str | Path, load: Callable[[Path], Result]) -> tuple[Result, Path]:
     """What `load` makes of the newest checkpoint that it does not refuse, and that checkpoint."""
-    folders = _newest_first(Path(run) / CHECKPOINTS)
+    folders = _newest_first(local_path(run) / CHECKPOINTS)
     if not folders:
         raise InputError(f"{run}: no checkpoint in {CHECKPOINTS}/: train first, or give another run")
     errors: list[InputError] = []

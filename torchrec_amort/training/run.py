@@ -10,6 +10,7 @@ from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRMTrain
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.schema import RequestSchema, TableConfig
+from torchrec_amort.stores import local_path
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig
@@ -20,8 +21,8 @@ class TrainConfig:
     """Train a model on the train split of a prepared data folder.
 
     Args:
-        data: prepared data folder.
-        run_folder: folder for config, plan, checkpoints, metrics and TensorBoard events.
+        data: prepared data folder, on this machine or a store.
+        run_folder: folder of this machine for config, plan, checkpoints, metrics and TensorBoard events.
         model: size and kind of the model.
         optimizer: learning rates.
         loop: how long and how.
@@ -54,6 +55,7 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        local_path(self.run_folder)
         refuse_out_of_bounds(self, {AT_LEAST_ONE: ("batch_size",), NOT_NEGATIVE: ("seed", "num_workers")})
 
 

@@ -35,8 +35,8 @@ class SourceConfig:
     """Rows of a log or a table.
 
     Args:
-        files: Parquet or CSV: a file, a folder or a pattern, or several of these by name; column `part` then tells
-            which one a row is of.
+        files: Parquet or CSV, on this machine or a store: a file, a folder or a pattern, or several of these by name;
+            column `part` then tells which one a row is of.
         types: of columns of CSV, in SQL, that are not as their first rows look: an id such as 00123 is VARCHAR.
         separator: of CSV; guessed unless given.
         names: of the columns of CSV that has no line of names.
@@ -210,7 +210,7 @@ class BuildConfig:
     """Write raw logs as request-level Parquet.
 
     Args:
-        out: the data folder to make.
+        out: the data folder to make, on this machine or a store.
         sources: logs and tables, by name.
         requests: which rows are candidates.
         histories: by name.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 
 from torchrec_amort.data.builder.config import SourceConfig, Unit
 from torchrec_amort.data.builder.steps import MICROSECONDS_PER, Explode, Step, quoted
 from torchrec_amort.data.builder.tables import csv_reader, is_csv
 from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.stores import Location, Stored, StoredFile, location
 
 ROWS_PER_BATCH = 65_536
 
@@ -39,6 +42,8 @@ class DuckDB:
             self._connection = duckdb.connect(str(self._folder / "plan.duckdb"), config=settings)
         except duckdb.Error as error:
             raise InputError(f"memory is {self._memory!r}, threads {self._threads}: {one_line(error)}") from error
+        self._stores = _Stores()
+        self._connection.register_filesystem(self._stores)
         # Timestamps without a zone are UTC, as the sources say otherwise.
         self._connection.execute("SET TimeZone = 'UTC'")
         return self
@@ -51,10 +56,11 @@ class DuckDB:
     def read(self, name: str, files: Mapping[str, Sequence[str]], source: SourceConfig) -> None:
         parts = []
         for part, paths in files.items():
+            named = [self._stores.named(path) for path in map(location, paths)]
             label = f", '{part}' AS part" if part else ""
-            reader = csv_reader(source, paths)
-            if not any(map(is_csv, paths)):
-                listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+            reader = csv_reader(source, named)
+            if not any(map(is_csv, named)):
+                listed = ", ".join("'" + path.replace("'", "''") + "'" for path in named)
                 reader = f"read_parquet([{listed}], union_by_name = true)"
             parts.append(f"SELECT *{label} FROM {reader}")
         self.run(Step(name, " UNION ALL BY NAME ".join(parts)))
@@ -83,12 +89,52 @@ class DuckDB:
             for batch in reader:
                 yield pa.Table.from_batches([batch])
         except (duckdb.Error, pa.ArrowException, OSError) as error:
-            raise InputError(f"the plan could not be run to its end: {one_line(error)}") from error
+            raise InputError(f"the plan could not be run to its end: {_told(error)}") from error
 
     def _execute(self, sql: str, what: str) -> Any:
         try:
             return self._connection.execute(sql)
         except duckdb.Error as error:
-            # What follows is the plan's own SQL, with a mark below it.
-            told = " ".join(str(error).partition("\nLINE ")[0].split())
-            raise InputError(f"{what}: {told}") from error
+            raise InputError(f"{what}: {_told(error)}") from error
+
+
+class _Stores(AbstractFileSystem):
+    """Files of stores, as DuckDB asks for them: by names without options, each of one file."""
+
+    cachable = False
+    protocol = ("abfs", "abfss", "file", "gcs", "gs", "hdfs", "s3", "viewfs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[str, Stored] = {}
+
+    def named(self, file: Location) -> str:
+        """What a file is called here."""
+        if isinstance(file, Path):
+            return str(file)
+        if self._files.setdefault(file.key, file) != file:
+            raise InputError(f"{file}: is read with other options, too ({self._files[file.key]}): use the same")
+        return file.key
+
+    def glob(self, path: str) -> list[str]:
+        """The file, whatever letters its name has."""
+        return [path]
+
+    def open(self, path: str, mode: str = "rb") -> StoredFile:
+        """A file to read from."""
+        return self._files[path].open()
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        return int(self._files[path].info().size)
+
+    def modified(self, path: str) -> datetime:
+        """When a file was changed."""
+        changed: datetime = self._files[path].info().mtime
+        return changed
+
+
+def _told(error: Exception) -> str:
+    """What DuckDB says, without the plan's own SQL, which it marks, and without the lines of Python that refused."""
+    told = str(error).partition("\nLINE ")[0].rpartition(f"{InputError.__name__}: ")[2]
+    return " ".join(told.split())

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_amort.data.counts import SplitCounts, files_of, read_counts
-from torchrec_amort.data.events import EVENTS_FOLDER, StoredHistories, save_histories
+from torchrec_amort.data.counts import COUNTS_FILE, SplitCounts, files_of, read_counts
+from torchrec_amort.data.events import EVENTS_FILE, EVENTS_FOLDER, StoredHistories, save_histories
 from torchrec_amort.data.writer import WrittenSplit, write_counts
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.stores import Stored
 
 BUILDS_FOLDER = "builds"
 REPORT_FILE = "build.json"
@@ -119,6 +120,25 @@ class BuiltFolder:
     def first_files(self) -> dict[str, int]:
         """Of each split, the number of the next file."""
         return {split: len(files_of(self.path, split)) for split in read_counts(self.path)}
+
+
+def fetch_state(folder: Stored, here: Path) -> set[str]:
+    """Copy what a build that goes on reads of a folder on a store: all but requests and their events.
+
+    Args:
+        folder: there.
+        here: the folder to make.
+
+    Returns:
+        set: names of the files there.
+    """
+    named = {file.key.removeprefix(f"{folder.key}/"): file for file in folder.rglob("*")}
+    for name, file in named.items():
+        of_requests = name.endswith(".parquet") and "/" in name and not name.startswith(f"{BUILDS_FOLDER}/")
+        if not of_requests:
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            (here / name).write_bytes(file.open().read())
+    return {*named} - {COUNTS_FILE, EVENTS_FILE}
 
 
 def make_folder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -19,20 +20,22 @@ from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
 from torchrec_amort.data.builder.counted import unfinished
 from torchrec_amort.data.builder.duckdb_engine import DuckDB
 from torchrec_amort.data.builder.engine import Engine
-from torchrec_amort.data.builder.folder import BuiltFolder, make_folder
+from torchrec_amort.data.builder.folder import BuiltFolder, fetch_state, make_folder
 from torchrec_amort.data.builder.plan import SPLITS, Plan, Span, tables_of
 from torchrec_amort.data.builder.requests import Requests
 from torchrec_amort.data.builder.steps import MICROSECONDS, Explode, Step
 from torchrec_amort.data.builder.tables import refuse_other_types
+from torchrec_amort.data.counts import COUNTS_FILE
 from torchrec_amort.data.events import StoredHistories, write_events
 from torchrec_amort.data.parquet import visible_files
 from torchrec_amort.data.writer import WrittenSplit, write_splits
 from torchrec_amort.errors import InputError
-from torchrec_amort.files import refuse_existing
+from torchrec_amort.files import is_there, refuse_existing
 from torchrec_amort.hashing import Vocabulary
 from torchrec_amort.lock import LOCK_FILE, FolderLock
 from torchrec_amort.progress import progress
-from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.schema import SCHEMA_FILE, Feature, RequestSchema
+from torchrec_amort.stores import Location, Stored, files_below, location
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 # What may be another one when a build goes on.
@@ -51,14 +54,45 @@ def build(config: BuildConfig) -> dict[str, int]:
     Raises:
         InputError: the config does not fit itself, the logs or the folder, or another process builds it.
     """
-    out = Path(config.out)
+    out = location(config.out)
+    return _build_here(config, out, out) if isinstance(out, Path) else _build_on_store(config, out)
+
+
+def _build_on_store(config: BuildConfig, out: Stored) -> dict[str, int]:
+    """Build a folder here and put it there, or what is new of it."""
+    if not out.parts[1:]:
+        raise InputError(f"{out}: a whole store or bucket would be replaced: give a folder in it")
+    # Asked in any case: what the store refuses is told before hours of work.
+    if (out.is_dir() or out.is_file()) and not config.overwrite and config.since is None:
+        raise is_there(out)
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder) / out.name
+        if config.since is None:
+            written = _build_here(config, here, here)
+            out.put_folder(here, first=SCHEMA_FILE)
+            return written
+        counts = out / COUNTS_FILE
+        version = counts.version
+        before = fetch_state(out, here)
+        written = _build_here(config, here, out)
+        if counts.version != version:
+            raise InputError(f"{out}: another process has added to it meanwhile: build again")
+        out.put_files(here, [file for file in files_below(here) if file not in before], last=COUNTS_FILE)
+    return written
+
+
+def _build_here(config: BuildConfig, out: Path, whole: Location) -> dict[str, int]:
+    """Build a folder on this machine; if it goes on, `whole` has the files of what it goes on from.
+
+    `out` may lack what is not written again.
+    """
     # One place for all that is not finished: who comes next removes what a killed build left.
     work = out.with_name(f".{out.name}.build")
     try:
         with FolderLock(work):
             _clear(work)
             try:
-                return _build(config, out, work)
+                return _build(config, out, work, whole)
             finally:
                 _clear(work)
     finally:
@@ -74,7 +108,7 @@ def _clear(work: Path) -> None:
             path.unlink()
 
 
-def _build(config: BuildConfig, out: Path, work: Path) -> dict[str, int]:
+def _build(config: BuildConfig, out: Path, work: Path, whole: Location) -> dict[str, int]:
     ends = _time("train_until", config.train_until), _time("validation_until", config.validation_until)
     if ends[0] > ends[1]:
         raise InputError(
@@ -92,7 +126,7 @@ def _build(config: BuildConfig, out: Path, work: Path) -> dict[str, int]:
     else:
         folder = BuiltFolder.load(out)
         _refuse_other_config(config, folder, since)
-        stored = StoredHistories.load(out).num_events()
+        stored = StoredHistories.load(whole).num_events()
         num_requests = sum(sum(build["sizes"].values()) for build in folder.builds)
         span = Span(ends, since, until, folder.builds[-1]["end"], num_requests, stored)
     with _engine(config, work / "plan") as engine:
@@ -156,8 +190,8 @@ def _engine(config: BuildConfig, folder: Path) -> Engine:
 def _run(plan: Plan, engine: Engine) -> None:
     for name, source in plan.config.sources.items():
         files = source.files if isinstance(source.files, dict) else {"": source.files}
-        parts = {part: _paths(name, given) for part, given in files.items()}
-        refuse_other_types(name, [path for paths in parts.values() for path in paths])
+        parts = {part: _files(name, given, plan.config.engine) for part, given in files.items()}
+        refuse_other_types(name, [path for paths in parts.values() for path in paths], plan.config.engine)
         engine.read(f"raw_{name}", parts, source)
     steps = list(plan.steps())
     with progress(total=len(steps), desc="plan", unit="steps") as bar:
@@ -171,14 +205,33 @@ def _run(plan: Plan, engine: Engine) -> None:
             bar.update()
 
 
-def _paths(name: str, given: str) -> list[str]:
+def _files(name: str, given: str, engine: str) -> list[str]:
     """The Parquet or CSV files of a file, folder or pattern, in the order of their names."""
-    path = Path(given)
-    found = [path] if path.is_file() else visible_files(path.rglob("*"), path) if path.is_dir() else glob.glob(given)
-    kept = sorted(str(file) for file in found if path.is_file() or str(file).endswith(SUFFIXES))
+    path = location(given)
+    if isinstance(path, Stored):
+        if engine == "spark":
+            return [given]
+        kept = [str(file) for file in _stored(path) if path == file or file.name.endswith(SUFFIXES)]
+    else:
+        found = (
+            [path] if path.is_file() else visible_files(path.rglob("*"), path) if path.is_dir() else glob.glob(given)
+        )
+        kept = sorted(str(file) for file in found if path.is_file() or str(file).endswith(SUFFIXES))
     if not kept:
         raise InputError(f"sources.{name}.files: {given}: no such file, folder or pattern of Parquet or CSV")
     return kept
+
+
+def _stored(given: Stored) -> list[Stored]:
+    """The files of a file, folder or pattern on a store."""
+    if given.is_file():
+        return [given]
+    top = given
+    while "*" in top.key:
+        top = top.parent
+    pattern = "/".join(given.parts[len(top.parts) :])
+    found = visible_files(top.glob(pattern), top, ".") if pattern else visible_files(top.rglob("*"), top)
+    return sorted(found, key=lambda file: file.key)
 
 
 def _write(

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlglot
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -58,7 +59,15 @@ class Spark:
         self._spark.stop()
 
     def read(self, name: str, files: Mapping[str, Sequence[str]], source: SourceConfig) -> None:
-        parts = []
+        try:
+            table = reduce(DataFrame.unionByName, self._parts(files, source))
+        except (PySparkException, Py4JError) as error:
+            # Without the lines of Java that raised it.
+            told = " ".join(str(error).partition("\n\tat ")[0].split())
+            raise InputError(f"{name}: {told}: check the source's files, and that Spark has their connector") from error
+        table.createOrReplaceTempView(f"`{name}`")
+
+    def _parts(self, files: Mapping[str, Sequence[str]], source: SourceConfig) -> Iterator[DataFrame]:
         for part, paths in files.items():
             if any(map(is_csv, paths)):
                 types = csv_types(source, paths)
@@ -67,8 +76,7 @@ class Spark:
                 table = self._spark.read.csv(list(paths), schema, sep=separator, header=not source.names)
             else:
                 table = self._spark.read.option("mergeSchema", "true").parquet(*paths)
-            parts.append(table.withColumn("part", F.lit(part)) if part else table)
-        reduce(DataFrame.unionByName, parts).createOrReplaceTempView(f"`{name}`")
+            yield table.withColumn("part", F.lit(part)) if part else table
 
     @staticmethod
     def instant(expression: str, unit: Unit, zone: str) -> str:

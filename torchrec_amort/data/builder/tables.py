@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from torchrec_amort.data.builder.config import SourceConfig
 from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.stores import Stored, location, open_parquet, reading
 
 
 def is_csv(path: str) -> bool:
@@ -17,27 +17,27 @@ def is_csv(path: str) -> bool:
     return not path.endswith(".parquet")
 
 
-def refuse_other_types(name: str, paths: Iterable[str]) -> None:
+def refuse_other_types(name: str, paths: Iterable[str], engine: str) -> None:
     """Refuse Parquet files of one source whose columns are of different kinds: an engine would take both for text.
 
     Args:
         name: of the source.
         paths: of its files.
+        engine: `spark` reads stores by its own connectors, and looks at their types itself.
 
     Raises:
         InputError: names the files and the column; or a file cannot be read.
     """
     first: dict[str, tuple[str, pa.DataType]] = {}
     for path in paths:
-        if is_csv(path):
+        where = location(path)
+        if is_csv(path) or (engine == "spark" and isinstance(where, Stored)):
             continue
-        try:
-            schema = pq.read_schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"sources.{name}: {path}: not a complete Parquet file ({one_line(error)}): copy it again, or leave it "
-                "out"
-            ) from error
+        with (
+            reading(where, f"sources.{name}: not a complete Parquet file", "copy it again, or leave it out"),
+            open_parquet(where) as file,
+        ):
+            schema = file.schema_arrow
         for field in schema:
             before, kind = first.setdefault(field.name, (path, field.type))
             if _kind(kind) != _kind(field.type):
