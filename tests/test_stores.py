@@ -233,7 +233,7 @@ def test_events_that_changed_on_the_store_are_not_those_of_the_cache(server: Ser
     for item in (7, 8):
         pq.write_table(pa.table({"item": [item]}), tmp_path / "events.parquet", compression="none")
         server.put("events.parquet", (tmp_path / "events.parquet").read_bytes())
-        events = Events(server.uri("events.parquet"))
+        events = Events([server.uri("events.parquet")])
         found.append(events.lists(["item"], np.array([0]), np.array([1]))["item"].to_pylist())
     assert found == [[[7]], [[8]]]
 

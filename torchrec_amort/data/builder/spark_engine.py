@@ -107,9 +107,11 @@ class Spark:
         # A sort puts ranges of rows into files, which are numbered in their order.
         for path in visible_files(folder.glob("*.parquet"), folder):
             with pq.ParquetFile(path) as file:
-                yield file.schema_arrow.empty_table()
+                # Without what Spark tells of itself.
+                schema = file.schema_arrow.remove_metadata()
+                yield schema.empty_table()
                 for batch in file.iter_batches(ROWS_PER_BATCH):
-                    yield pa.Table.from_batches([batch])
+                    yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
 
     def _table(self, sql: str, what: str) -> DataFrame:
         try:
