@@ -59,3 +59,18 @@ def test_the_public_demo_has_its_known_counts(
         "validation": {"requests": 3_406, "candidates": 37_851, "users": 850},
         "test": {"requests": 25_356, "candidates": 304_915, "users": 1_562},
     }
+
+
+def test_the_public_log_of_videos_has_the_counts_of_prepare(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (data := shared_data / "kuairand-pure").is_dir():
+        pytest.skip(f"no {data}")
+    (tmp_path / "KuaiRand-Pure").symlink_to(data)
+    ready(tmp_path, monkeypatch)
+    build.main(["--config", "examples/build_kuairand.yaml"])
+    assert sizes(read_counts("data/kuairand-built")) == {
+        "train": {"requests": 176_579, "candidates": 177_952, "users": 24_389},
+        "validation": {"requests": 22_096, "candidates": 22_244, "users": 10_555},
+        "test": {"requests": 22_084, "candidates": 22_245, "users": 10_782},
+    }

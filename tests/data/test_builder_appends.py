@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import resource
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,6 +30,9 @@ from tests.data.test_builder import (
     with_source,
     write_logs,
 )
+from tests.launch import start
+from tests.training.failing_rank import full_disk
+from torchrec_amort.apps import build as app
 from torchrec_amort.data.builder import folder as built_folder
 from torchrec_amort.data.builder.config import BuildConfig, RequestsConfig, SourceConfig
 from torchrec_amort.data.builder.run import build
@@ -184,11 +181,6 @@ def test_a_build_that_is_cut_off_leaves_the_former_state(
     assert read_rows(out) == read_rows(Path(whole.out))
 
 
-def run_build(config: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torchrec_amort.apps.build", "--config", str(config), "--out", str(out)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
-
-
 def written_config(folder: Path) -> Path:
     """The config of one history, of logs of some thousand events."""
     places = range(20_000)
@@ -210,38 +202,40 @@ def written_config(folder: Path) -> Path:
     return folder / "build.yaml"
 
 
-def test_killed_or_out_of_space_or_twice_at_once(tmp_path: Path) -> None:
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a build says that ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        app.main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_killed_or_out_of_space_or_twice_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is left half-written, and what comes next needs no help."""
-    config, out = written_config(tmp_path), tmp_path / "out"
-    killed = run_build(config, out, start_new_session=True)
-    assert killed.stderr is not None
+    out = tmp_path / "out"
+    arguments = ["--config", str(written_config(tmp_path)), "--out", str(out)]
+    killed = start("torchrec-amort", "build", *arguments)
+    assert killed.stdout is not None
     # Told once requests are being written.
-    while "train" not in killed.stderr.readline():
+    while "train" not in killed.stdout.readline():
         assert killed.poll() is None
-    os.killpg(killed.pid, signal.SIGKILL)
+    killed.kill()
     killed.wait()
     assert not out.exists()
-    assert (tmp_path / ".out.build").is_dir()
-
-    def little_space() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-    full = run_build(config, out, preexec_fn=little_space)
-    _, told = full.communicate()
-    assert full.returncode == 2
-    assert "error: " in told
-    assert "Traceback" not in told
+    assert hidden(tmp_path) == [".out.build"]
+    with full_disk():
+        assert refused(arguments, capsys).startswith("error: ")
     assert not out.exists()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert hidden(tmp_path) == []
     with FolderLock(tmp_path / ".out.build"):
-        second = run_build(config, out)
-        _, told = second.communicate()
-    assert second.returncode == 2
-    assert ".out.build: is written by process" in told
-    last = run_build(config, out)
-    assert last.wait() == 0
-    assert sum(count["requests"] for count in json.loads((out / "counts.json").read_text()).values()) == 20_000
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+        assert ".out.build: is written by process" in refused(arguments, capsys)
+    app.main(arguments)
+    assert sum(count["requests"] for count in read_counts(out).values()) == 20_000
+    assert hidden(tmp_path) == []
 
 
 def test_sources_that_cannot_be_one_table_are_told(tmp_path: Path) -> None:
