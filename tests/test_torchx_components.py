@@ -18,7 +18,7 @@ from tests.launch import ROOT
 
 COMPONENTS = ROOT / "torchx_components" / "amort.py"
 UNDER_TORCHRUN = ("train", "evaluate", "compare")
-ONE_PROCESS = ("prepare", "benchmark")
+ONE_PROCESS = ("prepare", "build", "benchmark")
 RESOURCES = ["--cpu", "4", "--gpu", "1", "--memMB", "6000"]
 MOUNTS = ["--mounts", "type=bind,src=/there,dst=/here"]
 OPTIONS = ["-j", "2x3", *RESOURCES, *MOUNTS, "--image", "/tmp", "--env", "A=1,B=2", "--rdzv_port", "29600"]

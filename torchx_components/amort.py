@@ -38,6 +38,31 @@ def prepare(
     return _process("prepare", **locals())
 
 
+def build(
+    *args: str,
+    image: str = TORCHX_IMAGE,
+    cpu: int = 2,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Write raw logs as request-level Parquet, in one process, or in one that asks a cluster of Spark.
+
+    Args:
+        args: arguments of `torchrec-amort build`, after `--`
+        image: image or working directory to run in
+        cpu: CPU cores
+        memMB: memory in MB
+        h: a named resource, instead of cpu and memMB
+        env: environment variables of the process: NAME=VALUE,...
+        mounts: folders from outside the image: type=bind,src=/there,dst=/here,...
+        max_retries: how often the scheduler may run the job again
+    """
+    return _process("build", **locals())
+
+
 def train(
     *args: str,
     j: str = "1x1",
