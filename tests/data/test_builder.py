@@ -36,6 +36,7 @@ from torchrec_amort.data.builder.config import (
 )
 from torchrec_amort.data.builder.run import build
 from torchrec_amort.data.counts import unknown_ids
+from torchrec_amort.data.impressions import to_impressions
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import hash_text
@@ -338,6 +339,10 @@ def test_the_report_tells_what_may_be_wrong(tmp_path: Path) -> None:
         (lambda c: replace(c, requests=RequestsConfig(source="shown", id=["who", "items"])), None),
         (lambda c: replace(c, validation_until="2020-01-01"), "validation_until is '2020-01-01', before train_until"),
         (lambda c: replace(c, train_until="soon"), "train_until is 'soon', not a time such as"),
+        (
+            lambda c: replace(c, features={**c.features, "who": replace(c.features["who"], table_size=None)}),
+            "feature 'who' of kind 'id' needs a table_size",
+        ),
         (lambda c: replace(c, memory="much"), "memory is 'much'"),
         (
             lambda c: replace(c, counts={"clicks_so_far": CountConfig(source="clicks", by={})}),
@@ -384,6 +389,12 @@ def test_pointers_are_read_as_lists_are(clicks: Any, buys: Any, shown: Any, pric
         build(replace(config, out=str(folder / "pointers"), pointers=True))
         counts = [json.loads((folder / out / "counts.json").read_text()) for out in ("out", "pointers")]
         assert counts[0] == counts[1]
+        impressions = []
+        for out in ("out", "pointers"):
+            to_impressions(folder / out, folder / f"impressions of {out}")
+            files = sorted((folder / f"impressions of {out}").rglob("*.parquet"))
+            impressions.append([pq.read_table(file) for file in files])
+        assert impressions[0] == impressions[1]
         for split, count in counts[0].items():
             if not count["requests"]:
                 continue

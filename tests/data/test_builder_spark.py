@@ -12,11 +12,12 @@ import pytest
 pytest.importorskip("duckdb")
 
 from examples.generate_logs import generate
-from tests.data.test_builder import config_of, expected_rows, found_rows, write_logs
+from tests.data.test_builder import config_of, expected_rows, found_rows, small_config, with_source, write_logs
 from torchrec_amort.config import config_of as read_config
 from torchrec_amort.config import parser_of
 from torchrec_amort.data.builder.config import BuildConfig
 from torchrec_amort.data.builder.run import build
+from torchrec_amort.errors import InputError
 
 MASTER = os.environ.get("SPARK_MASTER", "local[2]")
 CONFIG = Path(__file__).parents[2] / "examples" / "build_logs.yaml"
@@ -71,3 +72,13 @@ def test_spark_gives_the_same_rows_of_many(tmp_path: Path) -> None:
     for engine in ("duckdb", "spark"):
         build(replace(config, out=str(tmp_path / engine), sources=sources, engine=engine, master=MASTER, memory="2g"))
     assert_same_files(tmp_path / "duckdb", tmp_path / "spark")
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("files", ["file:///nowhere/clicks.parquet", "none://films/clicks.parquet"])
+def test_what_spark_cannot_read_is_told_on_one_line(tmp_path: Path, files: str) -> None:
+    pytest.importorskip("pyspark")
+    config = replace(small_config(tmp_path), engine="spark", master=MASTER)
+    with pytest.raises(InputError, match="^raw_clicks: .*check the source's files, and that Spark has") as refused:
+        build(with_source(config, "clicks", files=files))
+    assert "\n" not in str(refused.value)

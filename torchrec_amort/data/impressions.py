@@ -22,6 +22,7 @@ from tqdm import tqdm
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.columns import typed_table
 from torchrec_amort.data.counts import COUNTS_FILE, files_of, read_counts, sizes
+from torchrec_amort.data.events import StoredHistories
 from torchrec_amort.data.log import (
     BYTES_PER_BATCH,
     ROWS_PER_BATCH,
@@ -145,7 +146,7 @@ def to_impressions(folder: str | Location, out: str | Path, *, overwrite: bool =
     if not (parts := _parts(folder, counts)):
         raise InputError(f"{folder}: no requests: prepare the data again")
     with new_folder(out, overwrite) as temporary:
-        exploded = _Exploded(schema)
+        exploded = _Exploded(schema, StoredHistories.load(folder))
         with progress(total=sum(c["requests"] for c in counts.values()), desc="write", unit="requests") as bar:
             for split, count in counts.items():
                 exploded.write_split(folder / split, temporary / split, count, bar)
@@ -461,8 +462,8 @@ def _array(table: pa.Table, name: str) -> pa.Array:
 class _Exploded:
     """Writes the requests of a prepared folder as impressions."""
 
-    def __init__(self, schema: RequestSchema) -> None:
-        self.schema = schema
+    def __init__(self, schema: RequestSchema, histories: StoredHistories) -> None:
+        self.schema, self._histories = schema, histories
         self.candidate_columns = candidate_columns(schema)
         self.impressions, self.requests = _Sizes(), _Sizes()
         self.users: set[int] = set()
@@ -494,10 +495,11 @@ class _Exploded:
     def _read(self, path: Location) -> Iterator[pa.Table]:
         """The requests of a file, checked, some at a time."""
         names = self.schema.arrow_schema().names
-        refuse_columns(path, open_file(path, path.parent)[1], names, ())
+        columns = self._histories.written(names)
+        refuse_columns(path, open_file(path, path.parent)[1], columns, ())
         row = 0
-        for batch in batches_of(path, names):
-            table = typed_table(batch, self.schema, str(path), row)
+        for batch in batches_of(path, columns):
+            table = typed_table(self._histories.with_lists(batch, names), self.schema, str(path), row)
             RequestBatch.from_arrow(table, self.schema, source=str(path), first_row=row)
             row += table.num_rows
             yield table

@@ -14,7 +14,7 @@ from fsspec import AbstractFileSystem
 
 from torchrec_amort.data.builder.config import SourceConfig, Unit
 from torchrec_amort.data.builder.steps import MICROSECONDS_PER, Explode, Step, quoted
-from torchrec_amort.data.builder.tables import csv_reader, is_csv
+from torchrec_amort.data.builder.tables import csv_reader, is_csv, text
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.stores import Location, Stored, StoredFile, location
 
@@ -57,11 +57,10 @@ class DuckDB:
         parts = []
         for part, paths in files.items():
             named = [self._stores.named(path) for path in map(location, paths)]
-            label = f", '{part}' AS part" if part else ""
+            label = f", {text(part)} AS part" if part else ""
             reader = csv_reader(source, named)
             if not any(map(is_csv, named)):
-                listed = ", ".join("'" + path.replace("'", "''") + "'" for path in named)
-                reader = f"read_parquet([{listed}], union_by_name = true)"
+                reader = f"read_parquet([{', '.join(map(text, named))}], union_by_name = true)"
             parts.append(f"SELECT *{label} FROM {reader}")
         self.run(Step(name, " UNION ALL BY NAME ".join(parts)))
 

@@ -129,6 +129,8 @@ def _build(config: BuildConfig, out: Path, work: Path, whole: Location) -> dict[
         stored = StoredHistories.load(whole).num_events()
         num_requests = sum(sum(build["sizes"].values()) for build in folder.builds)
         span = Span(ends, since, until, folder.builds[-1]["end"], num_requests, stored)
+    # What cannot be a schema is told before the logs are read.
+    schema_of(config, {name: _any_vocabulary(feature) for name, feature in tables_of(config).items()})
     with _engine(config, work / "plan") as engine:
         plan = Plan(config, span, engine.instant)
         _run(plan, engine)
@@ -304,6 +306,10 @@ def _vocabularies(plan: Plan, engine: Engine) -> dict[str, Vocabulary]:
             values = values.cast(pa.int64())
         vocabularies[table] = Vocabulary(values.combine_chunks())
     return vocabularies
+
+
+def _any_vocabulary(feature: FeatureConfig) -> Vocabulary:
+    return Vocabulary(pa.array(["?"]) if feature.text else pa.array([0], pa.int64()))
 
 
 def schema_of(config: BuildConfig, vocabularies: Mapping[str, Vocabulary]) -> RequestSchema:

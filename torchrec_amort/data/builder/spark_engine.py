@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from torchrec_amort.data.builder.config import SourceConfig, Unit
 from torchrec_amort.data.builder.steps import MICROSECONDS_PER, Explode, Step
 from torchrec_amort.data.builder.tables import csv_types, is_csv
 from torchrec_amort.data.parquet import visible_files
-from torchrec_amort.errors import InputError, one_line
+from torchrec_amort.errors import InputError
 
 ROWS_PER_BATCH = 65_536
 
@@ -59,12 +60,8 @@ class Spark:
         self._spark.stop()
 
     def read(self, name: str, files: Mapping[str, Sequence[str]], source: SourceConfig) -> None:
-        try:
+        with _telling(name, ": check the source's files, and that Spark has their connector"):
             table = reduce(DataFrame.unionByName, self._parts(files, source))
-        except (PySparkException, Py4JError) as error:
-            # Without the lines of Java that raised it.
-            told = " ".join(str(error).partition("\n\tat ")[0].split())
-            raise InputError(f"{name}: {told}: check the source's files, and that Spark has their connector") from error
         table.createOrReplaceTempView(f"`{name}`")
 
     def _parts(self, files: Mapping[str, Sequence[str]], source: SourceConfig) -> Iterator[DataFrame]:
@@ -88,7 +85,8 @@ class Spark:
         table = self._table(step.sql, step.name)
         if step.kept:
             path = str(self._folder / step.name)
-            table.write.parquet(path)
+            with _telling(step.name):
+                table.write.parquet(path)
             table = self._spark.read.parquet(path)
         table.createOrReplaceTempView(f"`{step.name}`")
 
@@ -99,11 +97,15 @@ class Spark:
         table.select(*kept, F.inline(zipped).alias(*step.columns)).createOrReplaceTempView(f"`{step.name}`")
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        return [tuple(row) for row in self._table(sql, "a check").collect()]
+        table = self._table(sql, "a check")
+        with _telling("a check"):
+            return [tuple(row) for row in table.collect()]
 
     def batches(self, sql: str) -> Iterator[pa.Table]:
         folder = self._folder / f"result{len(list(self._folder.glob('result*')))}"
-        self._table(sql, "the result").write.parquet(str(folder))
+        table = self._table(sql, "the result")
+        with _telling("the result"):
+            table.write.parquet(str(folder))
         # A sort puts ranges of rows into files, which are numbered in their order.
         for path in visible_files(folder.glob("*.parquet"), folder):
             with pq.ParquetFile(path) as file:
@@ -114,10 +116,18 @@ class Spark:
                     yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
 
     def _table(self, sql: str, what: str) -> DataFrame:
-        try:
+        with _telling(what):
             return self._spark.sql(sqlglot.transpile(sql, read="duckdb", write="spark")[0])
-        except (PySparkException, sqlglot.errors.SqlglotError) as error:
-            raise InputError(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
+def _telling(what: str, advice: str = "") -> Iterator[None]:
+    """Tell on one line what Spark refuses, without the lines of Java that raised it."""
+    try:
+        yield
+    except (PySparkException, Py4JError, sqlglot.errors.SqlglotError) as error:
+        told = " ".join(str(error).partition("\n\tat ")[0].split())
+        raise InputError(f"{what}: {told}{advice}") from error
 
 
 def _spark_type(kind: str) -> str:

@@ -68,14 +68,14 @@ def _kind(given: pa.DataType) -> str:
 
 def csv_reader(source: SourceConfig, paths: Iterable[str]) -> str:
     """DuckDB's way to read CSV of a source."""
-    listed = ", ".join(map(_text, paths))
+    listed = ", ".join(map(text, paths))
     options = ["union_by_name = true"]
     if source.separator is not None:
-        options.append(f"delim = {_text(source.separator)}")
+        options.append(f"delim = {text(source.separator)}")
     if source.names:
-        options.append(f"header = false, names = [{', '.join(map(_text, source.names))}]")
+        options.append(f"header = false, names = [{', '.join(map(text, source.names))}]")
     if source.types:
-        types = ", ".join(f"{_text(column)}: {_text(kind)}" for column, kind in source.types.items())
+        types = ", ".join(f"{text(column)}: {text(kind)}" for column, kind in source.types.items())
         options.append(f"types = {{{types}}}")
     return f"read_csv([{listed}], {', '.join(options)})"
 
@@ -89,5 +89,6 @@ def csv_types(source: SourceConfig, paths: Iterable[str]) -> dict[str, str]:
     return {column: kind for column, kind, *_ in found}
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
+    """A text as SQL has it."""
     return "'" + value.replace("'", "''") + "'"
