@@ -106,6 +106,11 @@ def events(config: BuildConfig, name: str) -> str:
     )
 
 
+def num_written(name: str) -> str:
+    """How many events of a history are written."""
+    return f"SELECT coalesce(sum(__high - __low), 0) FROM {quoted(f'places_{name}')}"
+
+
 def lengths(name: str) -> str:
     """How many events each request could know of a history."""
     return (

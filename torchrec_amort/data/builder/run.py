@@ -243,11 +243,15 @@ def _write(
     config, events, files = plan.config, {}, {}
     for place, name in enumerate(config.histories):
         path = work / f"events-{place}.parquet"
-        events[name], files[name] = write_events(path, engine.batches(history_sql.events(config, name))), str(path)
+        ((total,),) = engine.rows(history_sql.num_written(name))
+        tables = _shown(f"events of {name}", total, "events", engine.batches(history_sql.events(config, name)))
+        events[name], files[name] = write_events(path, tables), str(path)
     sizes = dict(engine.rows("SELECT __split, count(*) FROM requests GROUP BY __split"))
     lengths = {name: history.length for name, history in config.histories.items()}
     requests = Requests(engine.batches(plan.candidates()), schema, events, lengths, plan.span.num_events)
-    splits = {split: _shown(split, sizes.get(i, 0), requests.of_split(split)) for i, split in enumerate(SPLITS)}
+    splits = {
+        split: _shown(split, sizes.get(i, 0), "requests", requests.of_split(split)) for i, split in enumerate(SPLITS)
+    }
     if plan.span.since is not None:
         splits = {split: tables for i, (split, tables) in enumerate(splits.items()) if i in sizes}
     histories = StoredHistories({name: [file] for name, file in files.items()} if config.pointers else {})
@@ -256,8 +260,8 @@ def _write(
     return written, histories
 
 
-def _shown(split: str, total: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    with progress(total=total, desc=split, unit="requests") as bar:
+def _shown(what: str, total: int, unit: str, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    with progress(total=total, desc=what, unit=unit) as bar:
         for table in tables:
             yield table
             bar.update(table.num_rows)
