@@ -145,6 +145,7 @@ class SplitCounts:
         split: its name, for messages.
         schema: what the requests are made of.
         refuse_same_second: refuse a request with an event of its own second, instead of counting it.
+        is_finer: events were kept by times that are finer than seconds: those of a request's second came before it.
 
     Example::
 
@@ -153,14 +154,16 @@ class SplitCounts:
         train.record(train.ids)["requests"]
     """
 
-    def __init__(self, split: str, schema: RequestSchema, refuse_same_second: bool = False) -> None:
+    def __init__(
+        self, split: str, schema: RequestSchema, refuse_same_second: bool = False, is_finer: bool = False
+    ) -> None:
         self.split = split
         self.ids = IdCounts(schema)
         self._requests = self._candidates = 0
         self._users: set[int] = set()
         self._event_times = [feature.source for feature in schema.of("event", "age")]
         self._candidate_column = schema.candidate_column
-        self._refuse_same_second = refuse_same_second
+        self._refuse_same_second, self._is_finer = refuse_same_second, is_finer
         self._same_second, self._example = 0, ""
 
     @property
@@ -236,7 +239,7 @@ class SplitCounts:
         """
         unknown = self.ids.unknown_shares(train)
         warn_of_unknown(unknown, self.split)
-        if self._same_second:
+        if self._same_second and not self._is_finer:
             _logger.warning(
                 "%s: %s of %s requests have events of their own second (%s): a log that was joined with <= tells "
                 "what was shown; keep events strictly before their request, or refuse these requests",

@@ -72,6 +72,7 @@ def write_splits(
     histories: StoredHistories | None = None,
     first_files: Mapping[str, int] | None = None,
     refuse_same_second: bool = False,
+    is_finer: bool = False,
 ) -> dict[str, WrittenSplit]:
     """Write the Parquet files of requests.
 
@@ -82,6 +83,7 @@ def write_splits(
         histories: those whose events are stored once.
         first_files: for each split, the number of its first file; 0 unless given.
         refuse_same_second: refuse a request with an event of its own second.
+        is_finer: see `SplitCounts`.
 
     Returns:
         dict: for each split, what was written.
@@ -91,7 +93,7 @@ def write_splits(
     """
     written = {}
     for split, tables in splits.items():
-        counts = SplitCounts(split, schema, refuse_same_second)
+        counts = SplitCounts(split, schema, refuse_same_second, is_finer)
         first_file = (first_files or {}).get(split, 0)
         files = _write_split(folder / split, schema, tables, counts, histories or StoredHistories({}), first_file)
         written[split] = WrittenSplit(counts, files)

@@ -108,7 +108,7 @@ class BuiltFolder:
         return {split: WrittenSplit(self._counts(split), self._files(split)) for split in splits}
 
     def _counts(self, split: str) -> SplitCounts:
-        counts = SplitCounts(split, self.schema)
+        counts = SplitCounts(split, self.schema, is_finer=True)
         for place, build in enumerate(self.builds):
             if split in build["sizes"]:
                 counts.add_saved(_counts_file(self.path, place + 1, split))

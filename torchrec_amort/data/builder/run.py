@@ -256,7 +256,9 @@ def _write(
         splits = {split: tables for i, (split, tables) in enumerate(splits.items()) if i in sizes}
     histories = StoredHistories({name: [file] for name, file in files.items()} if config.pointers else {})
     (work / "requests").mkdir()
-    written = write_splits(work / "requests", schema, splits, histories=histories, first_files=first_files)
+    written = write_splits(
+        work / "requests", schema, splits, histories=histories, first_files=first_files, is_finer=True
+    )
     return written, histories
 
 
