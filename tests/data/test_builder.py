@@ -284,25 +284,45 @@ def with_source(config: BuildConfig, name: str, **changes: Any) -> BuildConfig:
     return replace(config, sources={**config.sources, name: replace(config.sources[name], **changes)})
 
 
-def test_what_comes_after_a_request_changes_nothing_of_it(tmp_path: Path) -> None:
-    shown = [("ann", 3, [1, 2]), ("bob", 6, [2, 3]), ("ann", 9, [3])]
-    clicks = [("ann", 1, 1, 0), ("bob", 2, 3, 1), ("ann", 4, 2, 0)]
-    later = [("ann", 9, 3, 0), ("bob", 9, 2, 0), ("cyd", 9, 1, 0)]
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])
+@given(st.tuples(clicks, buys, shown, prices), st.tuples(clicks, buys, shown, prices), st.integers(2, 18))
+def test_what_comes_after_a_request_changes_nothing_of_it(logs: Any, others: Any, second: int) -> None:
+    """Rows of requests up to a second, from logs of which all is another that was not known before it."""
     rows = []
-    for name, more in {"one": [], "other": later}.items():
-        (tmp_path / name).mkdir()
-        write_logs(tmp_path / name, clicks + more, [], shown, {(3, 9): 5} if more else {})
-        # Vocabularies are of all that is known when train ends.
-        config = config_of(tmp_path / name)
-        features = {
-            key: replace(feature, vocabulary="unknown", table_size=9) if feature.vocabulary == "file" else feature
-            for key, feature in config.features.items()
-        }
-        build(replace(config, features=features, labels={}, vocabularies={}))
-        files = sorted((tmp_path / name / "out" / "train").glob("*.parquet"))
-        rows.append([row for file in files for row in pq.read_table(file).to_pylist()])
+    with tempfile.TemporaryDirectory() as name:
+        for place, later in enumerate((logs, others)):
+            folder = Path(name, str(place))
+            folder.mkdir()
+            known, unknown = (
+                [_of_time(one, second, side) for one in zip(range(4), of_side, strict=True)]
+                for side, of_side in ((True, logs), (False, later))
+            )
+            write_logs(
+                folder,
+                *(
+                    one + other if isinstance(one, list) else one | other
+                    for one, other in zip(known, unknown, strict=True)
+                ),
+            )
+            # Labels tell what came after, and nothing else may.
+            build(replace(config_of(folder), labels={}))
+            files = sorted((folder / "out").glob("t*/*.parquet")) + sorted((folder / "out").glob("v*/*.parquet"))
+            read = [row for file in files for row in pq.read_table(file).to_pylist()]
+            rows.append([row for row in read if row["time"] <= NOW + second])
     assert rows[0] == rows[1]
-    assert len(rows[0]) == 3
+
+
+def _of_time(log: tuple[int, Any], second: int, is_known: bool) -> Any:
+    """The rows of a log that were known before a second, or requests up to it; or all others."""
+    place, rows = log
+    known_at = (
+        lambda click: click[1] + click[3] + DELAY,
+        lambda buy: buy[1] + 0.007,
+        lambda request: request[1] - 0.5,
+        lambda price: price[1],
+    )[place]
+    kept = [row for row in rows if (known_at(row) < second) == is_known]
+    return {row: rows[row] for row in kept} if isinstance(rows, dict) else kept
 
 
 def test_the_report_tells_what_may_be_wrong(tmp_path: Path) -> None:
