@@ -295,8 +295,10 @@ def reading(where: Location, what: str, advice: str) -> Iterator[None]:
 
     Example::
 
-        with reading(path, "not a complete Parquet file", "copy it again"), open_parquet(path) as file:
-            ...
+        film = Path("film.txt")
+        film.write_text("7")
+        with reading(film, "not text", "copy it again"):
+            number = int(film.read_text())
     """
     try:
         yield

@@ -54,6 +54,7 @@ PUBLISHED = "needs the data set's published files; its tests read them"
 COMMAND = "a command, which takes minutes; tests/test_page_commands.py, tests/apps and tests/bench run it on small data"
 TRAINING = "needs a training run; the tests of its module make one"
 LOG = "needs a log of impressions; the tests of its module write one"
+STORE = "asks a store"
 RANKS = "needs a process group; the tests of its module make one"
 COMPILES = "compiles for half a minute; tests/serving/test_export.py does the same"
 NATIVE = "needs native code, which is built where there is a compiler; the tests of its module run it there"
@@ -102,6 +103,7 @@ def _not_run() -> dict[str, str]:
         "serving.export.export_package": COMPILES,
         "serving.package.load_package": COMPILES,
         "models.graft.old_optimizer_state_dict": RANKS,
+        "stores.Stored": STORE,
         "training.lock.run_lock": TRAINING,
         "training.processes.StopRequests": "ends when the process is told to stop",
     }
