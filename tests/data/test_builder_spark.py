@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 
 pytest.importorskip("duckdb")
 
-from examples.generate_logs import generate
 from tests.data.test_builder import config_of, expected_rows, found_rows, small_config, with_source, write_logs
 from torchrec_amort.config import config_of as read_config
 from torchrec_amort.config import parser_of
@@ -20,7 +20,7 @@ from torchrec_amort.data.builder.run import build
 from torchrec_amort.errors import InputError
 
 MASTER = os.environ.get("SPARK_MASTER", "local[2]")
-CONFIG = Path(__file__).parents[2] / "examples" / "build_logs.yaml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def assert_same_files(one: Path, other: Path) -> None:
@@ -63,8 +63,13 @@ def test_spark_gives_the_same_rows_bit_for_bit(seed: int, tmp_path: Path) -> Non
 def test_spark_gives_the_same_rows_of_many(tmp_path: Path) -> None:
     pytest.importorskip("pyspark")
     events = int(float(os.environ.get("EVENTS", "1e7")))
+    generate = runpy.run_path(str(EXAMPLES / "generate_logs.py"))["generate"]
     generate(tmp_path / "logs", events, events // 10, events // 50, days=10, seed=0)
-    config = read_config(parser_of(BuildConfig, "build").parse_args(["--config", str(CONFIG)]), BuildConfig, "build")
+    config = read_config(
+        parser_of(BuildConfig, "build").parse_args(["--config", str(EXAMPLES / "build_logs.yaml")]),
+        BuildConfig,
+        "build",
+    )
     sources = {
         name: replace(source, files=str(source.files).replace("logs/", f"{tmp_path}/logs/"))
         for name, source in config.sources.items()

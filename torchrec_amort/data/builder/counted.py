@@ -52,21 +52,27 @@ def counted_by(name: str, count: CountConfig) -> tuple[str, str]:
     return mine, expression(other)
 
 
-def count_steps(name: str, count: CountConfig) -> Iterator[Step]:
+def count_steps(name: str, count: CountConfig, since: int | None) -> Iterator[Step]:
     """A count, by candidates' key and time.
 
     Args:
         name: of the count.
         count: what it counts.
+        since: the instant of the first request, if there are earlier ones: what is too old for it is not read.
     """
     key = by(name)
     asked = f"SELECT DISTINCT {key}, __time FROM rows WHERE {key} IS NOT NULL"
     log = f"SELECT {counted_by(name, count)[1]} AS {key}, __available AS __at FROM {table_of(count.source)}"
-    log += whether(count.where)
-    if count.half_life is not None:
-        yield from _decayed(name, asked, log, count.half_life)
-        return
     span = None if count.hours is None else round(count.hours * MICROSECONDS_PER_HOUR)
+    tick = None if count.half_life is None else max(1, round(count.half_life * MICROSECONDS_PER_HOUR / TICKS))
+    oldest = span if tick is None else 2 * BLOCK * tick
+    conditions = [f"({count.where})"] if count.where else []
+    if since is not None and oldest is not None:
+        conditions.append(f"__available >= {since - oldest}")
+    log += whether(" AND ".join(conditions))
+    if tick is not None:
+        yield from _decayed(name, asked, log, tick)
+        return
     merged = f"SELECT {key}, __time AS __at, 0 AS __is_event FROM ({asked}) AS a"
     if span is not None:
         merged += f" UNION ALL SELECT {key}, __time - {span}, 0 FROM ({asked}) AS b"
@@ -83,8 +89,8 @@ def count_steps(name: str, count: CountConfig) -> Iterator[Step]:
     yield Step(f"count_{name}", sql)
 
 
-def _decayed(name: str, asked: str, log: str, half_life: float) -> Iterator[Step]:
-    key, tick = by(name), max(1, round(half_life * MICROSECONDS_PER_HOUR / TICKS))
+def _decayed(name: str, asked: str, log: str, tick: int) -> Iterator[Step]:
+    key = by(name)
     weights = ", ".join(f"({place}, {weight(place)})" for place in range(BLOCK))
     yield Step(f"weights_{name}", f"SELECT * FROM (VALUES {weights}) AS w(__place, __weight)", True)
     place = f"(__at // {tick}) % {BLOCK}"
@@ -120,19 +126,23 @@ def acted(name: str, place: int) -> str:
     return quoted(f"__acted_{place}_{name}")
 
 
-def label_step(config: BuildConfig, name: str) -> Step:
+def label_step(config: BuildConfig, name: str, since: int | None) -> Step:
     """Whether an action followed, by candidates' keys and time.
 
     Args:
         config: what is built.
         name: of the label.
+        since: the instant of the first request, if there are earlier ones: actions before it are not read.
     """
     label = config.labels[name]
+    conditions = [f"({label.where})"] if label.where else []
+    if since is not None:
+        conditions.append(f"__time >= {since}")
     partition = ", ".join(["__user", *(acted(name, place) for place in range(len(label.keys)))])
     merged = (
         f"SELECT DISTINCT {partition}, __time AS __at, 0 AS __is_action FROM rows UNION ALL "
         f"SELECT {', '.join(['__user', *map(expression, label.keys.values())])}, __time, 1 "
-        f"FROM {table_of(label.source)}{whether(label.where)}"
+        f"FROM {table_of(label.source)}{whether(' AND '.join(conditions))}"
     )
     over = f"OVER (PARTITION BY {partition} ORDER BY __at, __is_action"
     following = (

@@ -87,9 +87,9 @@ class Plan:
             first = self.span.num_events.get(name, 0)
             yield from history_steps(self.config, name, self.span.since is not None, first)
         for name, count in self.config.counts.items():
-            yield from count_steps(name, count)
+            yield from count_steps(name, count, self.span.since)
         for name in self.config.labels:
-            yield label_step(self.config, name)
+            yield label_step(self.config, name, self.span.since)
 
     def _requests(self) -> Iterator[Step | Explode | Check]:
         requests = self.config.requests
