@@ -5,7 +5,7 @@ Shape suffixes: B requests; K keys; R rows of a field.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -190,6 +190,13 @@ class Checks:
         array = array_of(values)
         if not _is_finite(array):
             self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
+
+    def labels(self, labels_CT: Tensor, targets: Sequence[int]) -> None:
+        """Refuse labels that are not from 0 to 1, and targets, in the given columns, that are not finite."""
+        array = array_of(labels_CT)
+        is_target = np.isin(np.arange(array.shape[1]), targets)
+        self._refuse("labels", array, np.isfinite(array) | ~is_target, True, "a finite number")
+        self._refuse("labels", array, ((array >= 0) & (array <= 1)) | is_target, True, "a number from 0 to 1")
 
     def between(self, name: str, values: Tensor, low: float, high: float, expected: str) -> None:
         """Refuse numbers of candidates [C, columns] below or above two others.
