@@ -280,11 +280,17 @@ def train_by_hand(case: dict[str, Any]) -> dict[str, Any]:
     return {"losses": found, "weights": module.state_dict()}
 
 
+def train_all(folder: Path) -> None:
+    records = [train_by_hand(case) for case in CASES]
+    if dist.get_rank() == 0:
+        torch.save(records, folder / f"{dist.get_world_size()}.pt")
+
+
 def test_any_number_of_ranks_has_the_losses_and_the_weights_of_one(tmp_path: Path) -> None:
     with process_group():
         expected = [train_by_hand(case) for case in CASES]
+    torchrun(3, "tests.modules.test_losses", str(tmp_path))
     for ranks in (2, 3):
-        torchrun(ranks, "tests.modules.test_losses", str(tmp_path))
         for one, other in zip(expected, torch.load(tmp_path / f"{ranks}.pt"), strict=True):
             assert other["losses"] == pytest.approx(one["losses"], rel=1e-6)
             assert len(set(one["losses"])) == 3
@@ -361,18 +367,19 @@ def test_a_run_is_trained_stopped_resumed_and_evaluated_with_any_losses(
     stopped = cut_back(whole, 4, tmp_path / "stopped")
     train.main(arguments(data, stopped, *options, "--resume=true"))
     assert losses(stopped) == losses(whole)
-    found = {}
-    for run in (whole, stopped):
-        evaluate.main(["--run_folder", str(run)])
-        assert list(quality(run)["tasks"]["plays"]) == ["mse"]
-        saved = FileSystemReader(run / "checkpoints" / "step-000000006").read_metadata()
-        assert "model/loss.log_variances" in saved.state_dict_metadata
-        found[run] = quality(run)["tasks"]
-    assert found[whole] == found[stopped]
-    assert 0 < found[whole]["plays"]["mse"] < 100
-    model, config, _ = load_model(str(whole))
+    saved = FileSystemReader(stopped / "checkpoints" / "step-000000006").read_metadata()
+    assert "model/loss.log_variances" in saved.state_dict_metadata
+    evaluate.main(["--run_folder", str(stopped)])
+    metrics = quality(stopped)["tasks"]
+    assert list(metrics["plays"]) == ["mse"]
+    assert 0 < metrics["plays"]["mse"] < 100
+    assert metrics["liked"].keys() == metrics["bought"].keys() >= {"auc", "ne"}
+    (model, config, _), (undisturbed, *_) = load_model(str(stopped)), load_model(str(whole))
     assert config.loss.weighting == "uncertainty"
+    # What is served and exported.
     assert not [name for name in model.state_dict() if "log_variances" in name]
+    expected = undisturbed.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     other = LOSS.replace("uncertainty", "fixed")
     with pytest.raises(SystemExit):
         train.main(arguments(data, whole, other, "--resume=true"))
@@ -394,7 +401,12 @@ def test_a_run_from_before_there_were_losses_has_the_default(tmp_path: Path) -> 
 
 
 if __name__ == "__main__":
+    folder = Path(sys.argv[1])
     with process_group():
-        records = [train_by_hand(case) for case in CASES]
-        if dist.get_rank() == 0:
-            torch.save(records, Path(sys.argv[1]) / f"{dist.get_world_size()}.pt")
+        rank = dist.get_rank()
+        train_all(folder)
+    if rank < 2:
+        # Two of them again, by themselves.
+        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+        train_all(folder)
+        dist.destroy_process_group()
