@@ -50,7 +50,7 @@ class RequestBatch(Pipelineable):
         weights: float [C], or None: of each candidate's share of the loss.
         layout: whose the keys of `sequences` and `dense_sequences` are. Of keys that it does not name, `candidate_item`
             is the candidates', and the others are of events: with `history_item` of one history, without of one each.
-        targets: columns of `labels` that may be any finite number; the others are from 0 to 1.
+        targets: bool [T], or None: which columns of `labels` may be any finite number; the others are from 0 to 1.
 
     Example::
 
@@ -72,7 +72,7 @@ class RequestBatch(Pipelineable):
     num_ids: Mapping[str, JaggedTensor] = field(default_factory=dict)
     weights: Tensor | None = None
     layout: Layout | None = None
-    targets: tuple[int, ...] = ()
+    targets: Tensor | None = None
 
     @classmethod
     def from_requests(
@@ -151,7 +151,7 @@ class RequestBatch(Pipelineable):
             num_ids=num_ids,
             weights=rows.weights(),
             layout=schema.layout,
-            targets=schema.targets,
+            targets=_targets_of(schema),
         )
         if validate:
             batch.validate(schema.table_sizes, source=source, first_row=first_row)
@@ -254,7 +254,7 @@ class RequestBatch(Pipelineable):
             num_ids=lists.num_ids,
             weights=None if weights is None else impressions.weights(weights),
             layout=layout,
-            targets=() if schema is None else schema.targets,
+            targets=None if schema is None else _targets_of(schema),
         )
 
     @staticmethod
@@ -331,7 +331,7 @@ class RequestBatch(Pipelineable):
 
     def _map(self, function: Callable[[Any], Any]) -> RequestBatch:
         def mapped(value: Any) -> Any:
-            if value is None or isinstance(value, (Layout, tuple)):
+            if value is None or isinstance(value, Layout):
                 return value
             if isinstance(value, Mapping):
                 return {key: mapped(one) for key, one in value.items()}
@@ -521,6 +521,10 @@ class RequestBatch(Pipelineable):
         if self.weights is not None:
             checks.between("weights", self.weights[:, None], 0, _GREATEST, "a finite number, 0 or more")
         return self
+
+
+def _targets_of(schema: RequestSchema) -> Tensor | None:
+    return torch.tensor([t in schema.targets for t in range(len(schema.labels))]) if schema.targets else None
 
 
 def _shallow_copies(jagged: Mapping[str, JaggedTensor]) -> dict[str, JaggedTensor]:

@@ -5,7 +5,7 @@ Shape suffixes: B requests; K keys; R rows of a field.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -191,10 +191,15 @@ class Checks:
         if not _is_finite(array):
             self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
 
-    def labels(self, labels_CT: Tensor, targets: Sequence[int]) -> None:
-        """Refuse labels that are not from 0 to 1, and targets, in the given columns, that are not finite."""
+    def labels(self, labels_CT: Tensor, targets_T: Tensor | None) -> None:
+        """Refuse labels that are not from 0 to 1, and targets that are not finite.
+
+        Args:
+            labels_CT: of the candidates.
+            targets_T: bool, which of them are targets; none if None.
+        """
         array = array_of(labels_CT)
-        is_target = np.isin(np.arange(array.shape[1]), targets)
+        is_target = np.array(False) if targets_T is None else array_of(targets_T)
         self._refuse("labels", array, np.isfinite(array) | ~is_target, True, "a finite number")
         self._refuse("labels", array, ((array >= 0) & (array <= 1)) | is_target, True, "a number from 0 to 1")
 
