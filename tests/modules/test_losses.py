@@ -21,14 +21,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import SCHEMA, make_requests
 from tests.launch import torchrun
 from tests.training.test_training import arguments, cut_back, losses, quality
-from torchrec_amort import AmortizedDLRMTrain, Feature, InputError, RequestBatch, RequestSchema
-from torchrec_amort.apps import evaluate, train
+from torchrec_amort import (
+    AmortizedDLRMTrain,
+    Feature,
+    InputError,
+    ModelConfig,
+    RequestBatch,
+    RequestSchema,
+    build_model,
+)
+from torchrec_amort.apps import compare, evaluate, train
+from torchrec_amort.bench.replay import Log
+from torchrec_amort.bench.speed import ways_to_train
 from torchrec_amort.config import load_config
+from torchrec_amort.data.sample import drawn_requests
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.modules.losses import REGRESSIONS, LossConfig, TaskLossConfig, TaskLosses
 from torchrec_amort.training.loop import GlobalBatchTrain
 from torchrec_amort.training.processes import process_group, sum_over_ranks
 from torchrec_amort.training.run import TrainConfig, load_model
+from torchrec_amort.training.sharding import OptimizerConfig, shard
 
 # One task of each kind, which is named after it; targets stand among labels.
 KINDS: tuple[Any, ...] = ("binary", "squared", "pairwise", "poisson", "listwise", "huber", "joint")
@@ -399,6 +411,32 @@ def test_impressions_are_refused_before_a_run_starts(tmp_path: Path, capsys: pyt
     told = capsys.readouterr().err
     assert "train: each of 60 requests has 1 candidate, but loss.tasks.liked.kind joint compares those of a" in told
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_comparisons_of_labels_refuse_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_plays(tmp_path / "data")
+    with pytest.raises(SystemExit):
+        compare.main([f"--data={data}", f"--out={tmp_path / 'compared'}"])
+    assert "'plays' is a target, and compare compares labels from 0 to 1: give it data" in capsys.readouterr().err
+    with pytest.raises(InputError, match="'plays' is a target, and pilot compares"):
+        Log.of(drawn_requests(str(data), "test", 5, seed=0), RequestSchema.load(data))
+
+
+@pytest.mark.parametrize(
+    ("config", "is_of_requests"),
+    [
+        (LossConfig(), False),
+        (LossConfig(mean_over="requests"), True),
+        (LossConfig(tasks={"liked": TaskLossConfig(kind="joint")}), True),
+    ],
+)
+def test_steps_by_impressions_are_timed_where_they_are_the_same(config: LossConfig, is_of_requests: bool) -> None:
+    sizes = ModelConfig(embedding_dim=8, history_length=8)
+    batch = RequestBatch.from_requests(make_requests([(2, 3)]), SCHEMA)
+    with process_group() as device:
+        train = GlobalBatchTrain(build_model(SCHEMA, sizes), loss=TaskLosses(config, SCHEMA))
+        model = shard(train, device=device, optimizer=OptimizerConfig(), batch_size=1)
+        assert ("impressions" in ways_to_train(model, batch)) != is_of_requests
 
 
 def test_a_run_from_before_there_were_losses_has_the_default(tmp_path: Path) -> None:
