@@ -75,7 +75,7 @@ def pointwise(kind: str, x: float, y: float) -> float:
     if kind == "huber":
         return 0.5 * (x - y) ** 2 if abs(x - y) < 0.7 else 0.7 * (abs(x - y) - 0.35)
     if kind == "poisson":
-        return math.exp(x) - y * x
+        return math.exp(x) - y * x + math.lgamma(y + 1)
     return -y * math.log(1 / (1 + math.exp(-x))) - (1 - y) * math.log(1 / (1 + math.exp(x)))
 
 
@@ -164,6 +164,13 @@ def test_logits_of_any_size_have_finite_losses(kind: str) -> None:
     assert float(loss.detach()) > 1e4
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+def test_likely_counts_have_no_loss_below_zero() -> None:
+    # Else a learned variance would go to zero, and the loss to minus infinity.
+    counts = torch.tensor([0.1, 1.0, 20.0, 500.0])[:, None]
+    loss, _ = losses_of("poisson", weighting="uncertainty")(counts.log(), counts, None, torch.tensor([4]))
+    assert float(loss.detach()) > 0
 
 
 class Largest(TorchDispatchMode):

@@ -329,14 +329,14 @@ def _of_candidates(
 
 
 def _poisson(logits_C: Tensor, counts_C: Tensor) -> Tensor:
-    """Negative log likelihood of counts, less what does not depend on the logits."""
+    """Negative log likelihood of counts, whole: without its constant it could be negative, and a variance vanish."""
     if (counts_C < 0).any():
         candidate = int((counts_C < 0).nonzero()[0])
         raise InputError(
             f"batch: candidate {candidate} has target {float(counts_C[candidate])}, but loss.tasks kind poisson is of "
             "counts, 0 or more: give another kind"
         )
-    return F.poisson_nll_loss(logits_C, counts_C, reduction="none")
+    return logits_C.exp() - counts_C * logits_C + torch.lgamma(counts_C + 1)
 
 
 def _pairwise(logits_C: Tensor, labels_C: Tensor, weights_C: Tensor | None, num_candidates_B: Tensor) -> Samples:
