@@ -23,7 +23,7 @@ from torchrec_amort.grouping import Impressions, Keys, first_rows, whole_numbers
 from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, taken
 from torchrec_amort.lists import Layout, Lists
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import Content, RequestSchema, refuse_missing
+from torchrec_amort.schema import KINDS_OF_LABELS, Content, RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)
@@ -50,6 +50,7 @@ class RequestBatch(Pipelineable):
         weights: float [C], or None: of each candidate's share of the loss.
         layout: whose the keys of `sequences` and `dense_sequences` are. Of keys that it does not name, `candidate_item`
             is the candidates', and the others are of events: with `history_item` of one history, without of one each.
+        targets: bool [T], or None: which columns of `labels` may be any finite number; the others are from 0 to 1.
 
     Example::
 
@@ -71,6 +72,7 @@ class RequestBatch(Pipelineable):
     num_ids: Mapping[str, JaggedTensor] = field(default_factory=dict)
     weights: Tensor | None = None
     layout: Layout | None = None
+    targets: Tensor | None = None
 
     @classmethod
     def from_requests(
@@ -133,7 +135,8 @@ class RequestBatch(Pipelineable):
                 an id, a time after the year 2200), lists of one request differ in length, or what `validate` refuses.
         """
         rows = Rows(table, schema, source, first_row)
-        labels = [f for f in schema.of("candidate", "label") if f.source in table.column_names]
+        labels = schema.of("candidate", *KINDS_OF_LABELS)
+        has_labels = any(f.source in table.column_names for f in labels)
         sequences, num_ids = rows.sequences()
         batch = cls(
             request_dense=rows.dense("request"),
@@ -142,12 +145,13 @@ class RequestBatch(Pipelineable):
             candidate_sparse=rows.sparse("candidate"),
             sequences=sequences,
             num_candidates=torch.tensor(rows.num_candidates, dtype=torch.int64),
-            labels=rows.stack(schema.of("candidate", "label")) if labels else None,
+            labels=rows.stack(labels) if has_labels else None,
             users=torch.from_numpy(rows.scalars("user").copy()) if "user" in table.column_names else None,
             dense_sequences=rows.dense_sequences(),
             num_ids=num_ids,
             weights=rows.weights(),
             layout=schema.layout,
+            targets=_targets_of(schema),
         )
         if validate:
             batch.validate(schema.table_sizes, source=source, first_row=first_row)
@@ -250,6 +254,7 @@ class RequestBatch(Pipelineable):
             num_ids=lists.num_ids,
             weights=None if weights is None else impressions.weights(weights),
             layout=layout,
+            targets=None if schema is None else _targets_of(schema),
         )
 
     @staticmethod
@@ -512,10 +517,14 @@ class RequestBatch(Pipelineable):
         checks.finite("request_dense", self.request_dense, False)
         checks.finite("candidate_dense", self.candidate_dense, True)
         if self.labels is not None:
-            checks.between("labels", self.labels, 0, 1, "a number from 0 to 1")
+            checks.labels(self.labels, self.targets)
         if self.weights is not None:
             checks.between("weights", self.weights[:, None], 0, _GREATEST, "a finite number, 0 or more")
         return self
+
+
+def _targets_of(schema: RequestSchema) -> Tensor | None:
+    return torch.tensor([t in schema.targets for t in range(len(schema.labels))]) if schema.targets else None
 
 
 def _shallow_copies(jagged: Mapping[str, JaggedTensor]) -> dict[str, JaggedTensor]:

@@ -191,6 +191,18 @@ class Checks:
         if not _is_finite(array):
             self._refuse(name, array, np.isfinite(array), per_candidate, "a finite number")
 
+    def labels(self, labels_CT: Tensor, targets_T: Tensor | None) -> None:
+        """Refuse labels that are not from 0 to 1, and targets that are not finite.
+
+        Args:
+            labels_CT: of the candidates.
+            targets_T: bool, which of them are targets; none if None.
+        """
+        array = array_of(labels_CT)
+        is_target = np.array(False) if targets_T is None else array_of(targets_T)
+        self._refuse("labels", array, np.isfinite(array) | ~is_target, True, "a finite number")
+        self._refuse("labels", array, ((array >= 0) & (array <= 1)) | is_target, True, "a number from 0 to 1")
+
     def between(self, name: str, values: Tensor, low: float, high: float, expected: str) -> None:
         """Refuse numbers of candidates [C, columns] below or above two others.
 

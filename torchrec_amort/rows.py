@@ -14,7 +14,7 @@ from torchrec_amort.columns import typed_table
 from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import hash_ids, ids_of_text
 from torchrec_amort.lists import sums
-from torchrec_amort.schema import ANY_ID, KINDS_OF_TIMES, Feature, RequestSchema, Side, refuse_missing
+from torchrec_amort.schema import ANY_ID, KINDS_OF_LABELS, KINDS_OF_TIMES, Feature, RequestSchema, Side, refuse_missing
 
 
 class Rows:
@@ -35,7 +35,7 @@ class Rows:
         self.schema = schema
         self.source = source
         self.first_row = first_row
-        labels = {f.source for f in schema.of("candidate", "label")}
+        labels = {f.source for f in schema.of("candidate", *KINDS_OF_LABELS)}
         weights = {f.source for f in schema.features if f.kind == "weight"}
         scoring = not labels & set(table.column_names)
         needed = [f.source for f in schema.features if not (scoring and f.source in labels | weights)]

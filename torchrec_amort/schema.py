@@ -23,18 +23,22 @@ FORMAT_VERSION = 2
 SCHEMA_FILE = "schema.json"
 
 Side = Literal["request", "candidate", "event"]
-Kind = Literal["id", "ids", "item", "dense", "count", "vector", "age", "gap", "weight", "label"]
+Kind = Literal["id", "ids", "item", "dense", "count", "vector", "age", "gap", "weight", "label", "target"]
 VocabularyKind = Literal["refuse", "unknown", "hash", "file", "managed"]
 Content = Literal["id", "text", "time", "number"]
 
 # What may stand on which side.
 KINDS_OF_SIDE: dict[str, tuple[str, ...]] = {
     "request": ("id", "ids", "dense", "count", "vector", "age", "weight"),
-    "candidate": ("item", "id", "ids", "dense", "count", "vector", "age", "weight", "label"),
+    "candidate": ("item", "id", "ids", "dense", "count", "vector", "age", "weight", "label", "target"),
     "event": ("item", "id", "ids", "dense", "count", "vector", "age", "gap"),
 }
 KINDS_OF_IDS = ("id", "ids", "item")
 KINDS_OF_TIMES = ("age", "gap")
+# What a model is trained to predict.
+KINDS_OF_LABELS: tuple[Kind, ...] = ("label", "target")
+# What a model does not read.
+KINDS_NOT_READ: tuple[Kind, ...] = (*KINDS_OF_LABELS, "weight")
 # Vocabularies of text: others take numbers for rows.
 _VOCABULARIES_OF_TEXT = ("hash", "file", "managed")
 
@@ -67,9 +71,9 @@ class Feature:
         kind: what its column has for each request, candidate or event: `id` (one id), `ids` (a list of ids, whose
             vectors are averaged), `dense` (a number), `count` (a number of 0 or more, read as log2(1 + it)), `vector`
             (a list of `size` numbers), `age` (a time, read as the seconds from then to the request), `gap` (an event's
-            time, read as the seconds from the event before; 0 for the first), `label` (a number from 0 to 1), `weight`
-            (of the request's or the candidate's share of the loss, 0 or more) or `item` (the same as `id` with
-            `table="item"`).
+            time, read as the seconds from the event before; 0 for the first), `label` (a number from 0 to 1), `target`
+            (a label that may be any number, such as seconds watched), `weight` (of the request's or the candidate's
+            share of the loss, 0 or more) or `item` (the same as `id` with `table="item"`).
         table_size: number of rows of the embedding table; ids run from 0 to `table_size - 1`. For ids, and for times
             that are looked up: s seconds are row s.bit_length(), of `AGE_BUCKETS`. Times without one are the number
             log2(1 + s).
@@ -162,7 +166,7 @@ class Feature:
     @property
     def num_inputs(self) -> int:
         """Numbers that the model reads of it as they are; 0 if it is looked up, and of labels and weights."""
-        if self.kind in ("label", "weight") or self.is_looked_up:
+        if self.kind in KINDS_NOT_READ or self.is_looked_up:
             return 0
         return self.size or 1
 
@@ -255,7 +259,7 @@ class RequestSchema:
         names = [feature.name for feature in self.features]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"schema {self.dataset!r}: feature {twice[0]!r} is there twice; rename one")
-        if not any(feature.kind not in ("label", "weight") for feature in self.of("candidate")):
+        if not any(feature.kind not in KINDS_NOT_READ for feature in self.of("candidate")):
             raise InputError(f"schema {self.dataset!r}: no feature of the candidate: it needs one, to be told apart")
         for side in ("request", "candidate"):
             if len(weights := self.of(side, "weight")) > 1:
@@ -340,8 +344,28 @@ class RequestSchema:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the labels, which are the T tasks."""
-        return tuple(f.name for f in self.of("candidate", "label"))
+        """Names of the labels, which are the T tasks, targets among them."""
+        return tuple(f.name for f in self.of("candidate", *KINDS_OF_LABELS))
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Places, among the T tasks, of the labels that are targets and may be any number."""
+        return tuple(t for t, f in enumerate(self.of("candidate", *KINDS_OF_LABELS)) if f.kind == "target")
+
+    def refuse_targets(self, command: str) -> None:
+        """Refuse labels that are any number, where all are compared by how they rank candidates.
+
+        Args:
+            command: that compares them, for the error message.
+
+        Raises:
+            InputError: the schema has targets.
+        """
+        if self.targets:
+            raise InputError(
+                f"schema {self.dataset!r}: {self.labels[self.targets[0]]!r} is a target, and {command} compares labels "
+                "from 0 to 1: give it data without targets"
+            )
 
     @cached_property
     def histories(self) -> dict[str, tuple[Feature, ...]]:
@@ -600,7 +624,7 @@ def _unusual(config: Feature | TableConfig, defaults: Mapping[str, Any]) -> dict
 
 
 def _counted(features: Iterable[Feature]) -> str:
-    inputs = [feature for feature in features if feature.kind not in ("label", "weight")]
+    inputs = [feature for feature in features if feature.kind not in KINDS_NOT_READ]
     return next((feature for feature in inputs if feature.kind == "item"), inputs[0]).source
 
 

@@ -10,6 +10,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from torchrec_amort import ModelConfig, RequestBatch, build_model
 from torchrec_amort.models.build import ENCODERS, Encoder
+from torchrec_amort.modules.losses import LossConfig, TaskLossConfig, TaskLosses
 from torchrec_amort.training.loop import GlobalBatchTrain
 from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
 
@@ -23,8 +24,10 @@ def one_rank() -> Iterator[None]:
 
 def make_model(history: Encoder, summary: bool) -> ShardedModel:
     config = ModelConfig(embedding_dim=8, history_length=MAX_HISTORY, history=history, history_summary=summary)
+    tasks = {"liked": TaskLossConfig(kind="listwise"), "bought": TaskLossConfig(kind="pairwise")}
+    loss = TaskLosses(LossConfig(tasks=tasks, weighting="uncertainty"), SCHEMA)
     return shard(
-        GlobalBatchTrain(build_model(SCHEMA, config, seed=0)),
+        GlobalBatchTrain(build_model(SCHEMA, config, seed=0), loss=loss),
         device=torch.device("cpu"),
         optimizer=OptimizerConfig(),
         batch_size=3,

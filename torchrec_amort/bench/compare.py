@@ -89,6 +89,7 @@ def run_comparison(config: CompareConfig) -> None:
     """
     arms = _arms(config)
     schema = RequestSchema.load(config.data)
+    schema.refuse_targets("compare")
     longest = max(_longest(setting, schema) for settings in arms.values() for setting in settings)
     # Refused, if it is, before hours of training.
     requests = requests_to_score(config.data, config.speed, longest)

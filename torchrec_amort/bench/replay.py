@@ -51,6 +51,7 @@ class Log:
         Raises:
             InputError: a label is neither 0 nor 1.
         """
+        schema.refuse_targets("pilot")
         num_candidates = pc.list_value_length(requests[schema.candidate_column]).to_numpy()
         labels = [pc.list_flatten(requests[name]).to_numpy() for name in schema.labels]
         for name, values in zip(schema.labels, labels, strict=True):

@@ -19,6 +19,7 @@ from torchrec_amort.data.sample import sample_requests
 from torchrec_amort.jobs.train import read_train_split, sharded_model
 from torchrec_amort.models.build import build_model
 from torchrec_amort.models.ranker import Ranker, encoders_of
+from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.training.processes import is_first
@@ -128,7 +129,8 @@ def ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callabl
     ways: dict[str, Callable[[], object]] = {"requests": partial(_step, model, batch)}
     ranker = _of(model)
     encoders = encoders_of(ranker)
-    if encoders and ranker.is_amortizable:
+    loss = next(module for module in model.module.modules() if isinstance(module, TaskLosses))
+    if encoders and ranker.is_amortizable and not loss.is_of_requests:
         ways["impressions"] = partial(_step, model, batch.to_impressions())
     if any(hasattr(encoder, "backend") for encoder in encoders):
         ways["padded"] = partial(_step, model, batch, "padded")

@@ -13,7 +13,7 @@ from torchrec_amort.columns import typed_table
 from torchrec_amort.data.reader import Piece, read_piece, row_groups
 from torchrec_amort.data.splits import lists_of
 from torchrec_amort.errors import InputError
-from torchrec_amort.schema import Feature, RequestSchema
+from torchrec_amort.schema import KINDS_NOT_READ, Feature, RequestSchema
 from torchrec_amort.stores import Location, location
 
 
@@ -45,7 +45,7 @@ def sample_requests(
     schema = RequestSchema.load(folder)
     table = pa.concat_tables(read_piece(piece, schema) for piece in _pieces(folder, split, schema)).combine_chunks()
     random = np.random.default_rng(seed)
-    features = [f for f in schema.features if f.kind not in ("label", "weight")]
+    features = [f for f in schema.features if f.kind not in KINDS_NOT_READ]
     pools = {f.source: pc.list_flatten(table[f.source]).combine_chunks() for f in features if f.side == "candidate"}
     long_enough = np.arange(table.num_rows)
     if columns := list(schema.event_columns.values()):
@@ -154,7 +154,7 @@ def random_requests(
     users = random.integers(2**40, size=len(num_events))
     columns: dict[str, Any] = {"request_id": np.arange(len(num_events)), "time": np.full(len(num_events), _NOW)}
     for feature in schema.features:
-        if feature.kind in ("label", "weight") or feature.source in columns:
+        if feature.kind in KINDS_NOT_READ or feature.source in columns:
             continue
         entries = _random_entries(feature, int(np.sum(lengths[feature.side])), random)
         columns[feature.source] = entries if feature.side == "request" else lists_of(lengths[feature.side], entries)

@@ -17,6 +17,7 @@ from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
+from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
@@ -117,8 +118,9 @@ def predict_split(
         history_length=trained.model.history_lengths(read, history_length),
         schema=read,
     )
+    ranker = build_model(schema.without_pretrained(), trained.model)
     model = shard(
-        GlobalBatchTrain(build_model(schema.without_pretrained(), trained.model), trained.loop.precision),
+        GlobalBatchTrain(ranker, trained.loop.precision, TaskLosses(trained.loss, schema)),
         device=device,
         optimizer=trained.optimizer,
         batch_size=batch_size,
@@ -128,9 +130,13 @@ def predict_split(
     return predict(model, DataLoader(dataset, batch_size=None), device), checkpoint
 
 
+# Metrics of a task that are told on the screen.
+_SHOWN = {"auc": "AUC", "gauc": "GAUC", "request_auc": "AUC of requests", "ne": "NE", "mse": "mean squared error"}
+
+
 def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, seconds: float) -> None:
     trained, data, schema = load_run(config.run_folder, config.data)
-    tasks = predictions.metrics(schema.labels)
+    tasks = predictions.metrics(schema.labels, trained.loss)
     read = schema.without(trained.model.leave_out)
     unknown = unknown_ids(data, config.split, read)
     results = {
@@ -155,11 +161,10 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
     write_json(path, results)
     track(config.run_folder, results)
     for task, values in tasks.items():
-        within = f"AUC of requests {values['request_auc']:.4f}, " if "request_auc" in values else ""
+        told = ", ".join(f"{shown} {values[name]:.4f}" for name, shown in _SHOWN.items() if name in values)
         print(
             f"{config.run_folder} on {location(data) / config.split} ({predictions.num_requests:,} requests, "
-            f"{len(predictions.labels):,} candidates), {task}: AUC {values['auc']:.4f}, "
-            f"GAUC {values['gauc']:.4f}, {within}NE {values['ne']:.4f}"
+            f"{len(predictions.labels):,} candidates), {task}: {told}"
         )
     print(f"unknown ids: {unknown_in_words(unknown)}")
     print(f"written to {path}")

@@ -19,6 +19,7 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.build import build_model
+from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
@@ -111,6 +112,11 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
                 f"{run}: its checkpoint is of a run with {name}={value}, the config says {other}, which are other "
                 "batches: use the same, or choose another run folder"
             )
+    if (weighting := saved.loss.weighting) != config.loss.weighting:
+        raise InputError(
+            f"{run}: its checkpoint is of a run with loss.weighting={weighting}, the config says "
+            f"{config.loss.weighting}, which has other weights: use the same, or choose another run folder"
+        )
     for name, value in asdict(saved.model).items():
         if value != getattr(config.model, name):
             raise InputError(
@@ -151,6 +157,8 @@ def sharded_model(
     """The model, its tables spread over all ranks: untrained; if a checkpoint is to be loaded, with any weights."""
     world_size = dist.get_world_size()
     counts = read_counts(config.data)[TRAIN]
+    loss = TaskLosses(config.loss, schema)
+    loss.refuse_impressions(counts["requests"], counts["candidates"], str(location(config.data) / TRAIN))
     read = schema.without(config.model.leave_out)
     lengths = config.model.history_lengths(read)
     events = {feature.name: float(lengths[feature.history]) for feature in read.of("event")}
@@ -160,7 +168,7 @@ def sharded_model(
     if not is_resumed:
         measure_numbers(model, _some_batches(config.data, read), read)
     return shard(
-        GlobalBatchTrain(model, config.loop.precision),
+        GlobalBatchTrain(model, config.loop.precision, loss),
         device=device,
         optimizer=config.optimizer,
         batch_size=-(-config.batch_size // world_size),

@@ -6,7 +6,6 @@ I dense inputs; T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +24,8 @@ from torchrec_amort.models.sharded import refuse_tables_without_optimizer
 from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.losses import BatchLoss, FunctionLoss, Loss
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
-
-# Of logits and labels, float [C, T] each: a scalar; [C, T] with `reduction="none"`, where candidates have weights.
-Loss = Callable[..., Tensor]
 
 # The only history.
 HISTORY = "history"
@@ -232,17 +229,18 @@ class AmortizedDLRMTrain(nn.Module):
         model: the ranker to train, an AmortizedDLRM or any other.
         loss: of logits and labels, float [C, T] each; a scalar. Their mean binary cross entropy unless given. Where
             the batch has weights, it is called with `reduction="none"`, as PyTorch's own losses are, and the mean is
-            that of weight times loss.
+            that of weight times loss. Or a `BatchLoss`, as `TaskLosses` is.
 
     Example::
 
         loss, (detached_loss, logits_CT, labels_CT) = AmortizedDLRMTrain(model)(batch)
     """
 
-    def __init__(self, model: Ranker, loss: Loss = F.binary_cross_entropy_with_logits) -> None:
+    def __init__(self, model: Ranker, loss: Loss | BatchLoss = F.binary_cross_entropy_with_logits) -> None:
         super().__init__()
         self.model = model
-        self.loss = _Loss(loss)
+        # A module: pipelines trace what they train, but call a module that has no tables.
+        self.loss = loss if isinstance(loss, BatchLoss) else FunctionLoss(loss)
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Score the batch and compare with its labels.
@@ -261,23 +259,5 @@ class AmortizedDLRMTrain(nn.Module):
         if self.training and torch.is_grad_enabled():
             refuse_tables_without_optimizer(self.model)
         logits_CT = self.model(batch)
-        loss = self.loss(logits_CT.float(), batch.labels, batch.weights)
-        return loss, (loss.detach(), logits_CT.detach(), batch.labels.detach())
-
-
-class _Loss(nn.Module):
-    """A loss as a module: pipelines trace what they train, but call a module that has no tables.
-
-    Args:
-        loss: a function.
-    """
-
-    def __init__(self, loss: Loss) -> None:
-        super().__init__()
-        self._loss = loss
-
-    def forward(self, logits_CT: Tensor, labels_CT: Tensor, weights_C: Tensor | None) -> Tensor:
-        if weights_C is None:
-            return self._loss(logits_CT, labels_CT)
-        losses_CT = self._loss(logits_CT, labels_CT, reduction="none")
-        return (losses_CT * weights_C.unsqueeze(1)).mean()
+        loss, detached = self.loss(logits_CT.float(), batch.labels, batch.weights, batch.num_candidates)
+        return loss, (detached, logits_CT.detach(), batch.labels.detach())

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,8 +21,9 @@ from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import new_file
 from torchrec_amort.lock import FolderLock
-from torchrec_amort.models.dlrm import AmortizedDLRMTrain, Loss
+from torchrec_amort.models.dlrm import AmortizedDLRMTrain
 from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.modules.losses import REGRESSIONS, BatchLoss, Loss, LossConfig
 from torchrec_amort.progress import progress
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
 from torchrec_amort.training.metrics import (
@@ -32,6 +32,7 @@ from torchrec_amort.training.metrics import (
     calibration,
     grouped_auc,
     log_loss,
+    mean_squared_error,
     ndcg_of_requests,
     normalized_entropy,
 )
@@ -48,9 +49,6 @@ from torchrec_amort.training.sharding import ShardedModel
 Precision = Literal["float32", "bfloat16"]
 # Steps between two times that ranks ask each other whether one of them was told to stop.
 AGREE_EVERY = 10
-
-# Tracing, by which a pipeline finds the sharded modules, does not look into it.
-torch.fx.wrap("sum_over_ranks")
 
 
 @dataclass(kw_only=True)
@@ -86,34 +84,33 @@ class LoopConfig:
 
 
 class GlobalBatchTrain(AmortizedDLRMTrain):
-    """AmortizedDLRMTrain whose gradients, averaged over ranks, are those of the global batch's mean loss.
+    """AmortizedDLRMTrain whose gradients, averaged over ranks, are those of the global batch's loss.
 
-    Ranks differ in their numbers of candidates; the mean of their means would weigh candidates unequally.
-    The loss it returns first is this rank's share; the detached one is the global batch's mean.
+    Ranks differ in their numbers of candidates, pairs and requests; the mean of their means would weigh these
+    unequally.
+    The loss it returns first is this rank's share; the detached one is the global batch's loss.
 
     Args:
         model: the ranker to train.
         precision: of the forward and backward pass.
-        loss: a mean over candidates; see `AmortizedDLRMTrain`.
+        loss: see `AmortizedDLRMTrain`; a function is a mean over candidates.
     """
 
     def __init__(
-        self, model: Ranker, precision: Precision = "float32", loss: Loss = F.binary_cross_entropy_with_logits
+        self,
+        model: Ranker,
+        precision: Precision = "float32",
+        loss: Loss | BatchLoss = F.binary_cross_entropy_with_logits,
     ) -> None:
         super().__init__(model, loss)
+        self.loss.over_ranks = sum_over_ranks
         self.autocast = precision == "bfloat16"
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """See `AmortizedDLRMTrain.forward`; all ranks call it together."""
         device = next(self.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            loss, (detached, logits_CT, labels_CT) = super().forward(batch)
-        candidates = labels_CT.shape[0]
-        total_loss, total_candidates = sum_over_ranks(
-            torch.stack([detached.double() * candidates, detached.new_tensor(candidates).double()])
-        )
-        share = dist.get_world_size() * candidates / total_candidates
-        return loss * share.to(loss.dtype), (total_loss / total_candidates, logits_CT, labels_CT)
+            return super().forward(batch)
 
 
 @dataclass
@@ -163,7 +160,7 @@ def train(
     device = model.module.device
     dataset: Any = data.dataset
     steps_per_epoch = len(dataset)
-    report = Report(run, dataset.schema.labels, dataset.batch_size, device)
+    report = Report(run, dataset.schema.labels, dataset.batch_size, device, dataset.schema.targets)
     position = load_checkpoint(run, model, report) if resume else Position()
     report.forget_after(position.total_steps)
     pipeline = _pipeline(model, device)
@@ -259,15 +256,29 @@ class Predictions:
         with new_file(path) as temporary:
             np.savez(temporary, **vars(self))
 
-    def metrics(self, tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    def metrics(self, tasks: tuple[str, ...], loss: LossConfig | None = None) -> dict[str, dict[str, float]]:
         """AUC, GAUC, NE, log loss, calibration and positive rate of each task, and its ranking within requests.
 
-        `request_auc` and `ndcg` are means over the requests with both labels; left out if there is none.
+        `request_auc` and `ndcg` are means over the requests with both labels; left out if there is none. Tasks
+        whose loss is of targets have `mse`, the mean squared error, alone.
+
+        Args:
+            tasks: names of the T labels.
+            loss: that was trained with; the default if None.
 
         Raises:
             InputError: a task has labels of one kind only.
         """
-        return {task: self._metrics(task, self.logits[:, t], self.labels[:, t]) for t, task in enumerate(tasks)}
+        values = {}
+        for t, task in enumerate(tasks):
+            logits, labels = self.logits[:, t], self.labels[:, t]
+            kind = (loss or LossConfig()).of(task).kind
+            if kind in REGRESSIONS:
+                predicted = np.exp(logits.astype(np.float64)) if kind == "poisson" else logits
+                values[task] = {"mse": mean_squared_error(predicted, labels)}
+            else:
+                values[task] = self._metrics(task, logits, labels)
+        return values
 
     def _metrics(self, task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         try:

@@ -142,6 +142,11 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(probabilities(logits).sum() / labels.sum(dtype=np.float64))
 
 
+def mean_squared_error(predicted: np.ndarray, targets: np.ndarray) -> float:
+    """Mean of the squared differences of predictions and targets, [R] each."""
+    return float(np.mean(np.square(predicted.astype(np.float64) - targets)))
+
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """The logistic function of each logit: float64 [R]."""
     return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))

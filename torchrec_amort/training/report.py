@@ -30,12 +30,16 @@ class Report:
         tasks: names of the T labels.
         batch_size: requests in a global batch.
         device: of this rank.
+        targets: places of tasks that have no NE, as their labels are any number.
     """
 
-    def __init__(self, run: Path, tasks: tuple[str, ...], batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, run: Path, tasks: tuple[str, ...], batch_size: int, device: torch.device, targets: tuple[int, ...] = ()
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - of the extra `train`
 
-        self._tasks, self._device, self._file = tasks, device, run / METRICS_FILE
+        self._tasks = {task: t for t, task in enumerate(tasks) if t not in targets}
+        self._device, self._file = device, run / METRICS_FILE
         self._tensorboard = SummaryWriter(str(run / "tensorboard")) if is_first() else None
         self._ne = NEMetric(
             world_size=dist.get_world_size(),
@@ -43,7 +47,7 @@ class Report:
             batch_size=batch_size,
             # Only the whole time between two reports is read, but a window must hold a batch.
             window_size=batch_size * dist.get_world_size(),
-            tasks=[RecTaskInfo(name=task, label_name=task, prediction_name=task) for task in tasks],
+            tasks=[RecTaskInfo(name=task, label_name=task, prediction_name=task) for task in self._tasks],
             compute_on_all_ranks=True,
         ).to(device)
         self.candidates = 0
@@ -66,7 +70,7 @@ class Report:
         """Take in a step.
 
         Args:
-            loss: the global batch's mean.
+            loss: of the global batch.
             logits_CT: of this rank's candidates.
             labels_CT: theirs.
             waited: seconds that this rank waited for its batch.
@@ -77,9 +81,9 @@ class Report:
         self.candidates += labels_CT.shape[0]
         predictions = torch.sigmoid(logits_CT.double())
         self._ne.update(
-            predictions={task: predictions[:, t] for t, task in enumerate(self._tasks)},
-            labels={task: labels_CT[:, t] for t, task in enumerate(self._tasks)},
-            weights={task: torch.ones_like(labels_CT[:, t]) for t, task in enumerate(self._tasks)},
+            predictions={task: predictions[:, t] for task, t in self._tasks.items()},
+            labels={task: labels_CT[:, t] for task, t in self._tasks.items()},
+            weights={task: torch.ones_like(labels_CT[:, t]) for task, t in self._tasks.items()},
         )
 
     def state(self) -> dict[str, Tensor]:

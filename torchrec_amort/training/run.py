@@ -9,6 +9,7 @@ from torchrec_amort.config import load_config
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRMTrain
 from torchrec_amort.models.ranker import Ranker
+from torchrec_amort.modules.losses import LossConfig, TaskLosses
 from torchrec_amort.schema import RequestSchema, TableConfig
 from torchrec_amort.stores import local_path
 from torchrec_amort.training.checkpoint import load_weights
@@ -24,6 +25,7 @@ class TrainConfig:
         data: prepared data folder, on this machine or a store.
         run_folder: folder of this machine for config, plan, checkpoints, metrics and TensorBoard events.
         model: size and kind of the model.
+        loss: what is minimized.
         optimizer: learning rates.
         loop: how long and how.
         sharding: how tables are spread over ranks.
@@ -43,6 +45,7 @@ class TrainConfig:
     data: str
     run_folder: str
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -105,5 +108,5 @@ def load_model(run_folder: str) -> tuple[Ranker, TrainConfig, RequestSchema]:
     """
     trained, schema = load_config(run_folder, TrainConfig, "train"), RequestSchema.load(run_folder)
     model = build_model(schema.without_pretrained(), trained.model)
-    load_weights(run_folder, AmortizedDLRMTrain(model))
+    load_weights(run_folder, AmortizedDLRMTrain(model, TaskLosses(trained.loss, schema)))
     return model.eval(), trained, schema
