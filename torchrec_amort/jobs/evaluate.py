@@ -21,6 +21,7 @@ from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.run import load_run
 from torchrec_amort.training.sharding import shard
 
@@ -120,7 +121,8 @@ def predict_split(
     model = shard(
         GlobalBatchTrain(build_model(schema.without_pretrained(), trained.model), trained.loop.precision),
         device=device,
-        optimizer=trained.optimizer,
+        # Nothing is stepped; what trained it need not run on this device.
+        optimizer=OptimizerConfig(),
         batch_size=batch_size,
         sharding=trained.sharding,
     ).module

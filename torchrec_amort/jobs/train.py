@@ -111,6 +111,12 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
                 f"{run}: its checkpoint is of a run with {name}={value}, the config says {other}, which are other "
                 "batches: use the same, or choose another run folder"
             )
+    for name in ("table_optimizer", "dense_optimizer"):
+        if (value := getattr(saved.optimizer, name)) != (other := getattr(config.optimizer, name)):
+            raise InputError(
+                f"{run}: its checkpoint has the state of optimizer.{name}={value}, the config says {other}: use the "
+                "same, or choose another run folder"
+            )
     for name, value in asdict(saved.model).items():
         if value != getattr(config.model, name):
             raise InputError(

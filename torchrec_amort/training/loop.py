@@ -185,6 +185,7 @@ def train(
             dataset.set_position(epoch=position.epoch, step=position.step)
             batches = _Batches(data)
             for step in range(position.step, steps_per_epoch):
+                model.before_step(position.total_steps + 1)
                 loss, logits_CT, labels_CT = pipeline.progress(batches)
                 report.add(loss, logits_CT, labels_CT, batches.waited())
                 bar.update()

@@ -13,7 +13,8 @@ from torchrec_amort.schema import RequestSchema, TableConfig
 from torchrec_amort.stores import local_path
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.loop import LoopConfig
-from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig
+from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.sharding import ShardingConfig
 
 
 @dataclass(kw_only=True)
@@ -24,7 +25,7 @@ class TrainConfig:
         data: prepared data folder, on this machine or a store.
         run_folder: folder of this machine for config, plan, checkpoints, metrics and TensorBoard events.
         model: size and kind of the model.
-        optimizer: learning rates.
+        optimizer: how weights are moved.
         loop: how long and how.
         sharding: how tables are spread over ranks.
         batch_size: requests in a global batch, all ranks together.
