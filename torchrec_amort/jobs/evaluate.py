@@ -28,7 +28,7 @@ from torchrec_amort.training.sharding import shard
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """AUC, GAUC, mean AUC of requests and NE of a run's last good checkpoint on a split.
+    """AUC, GAUC, mean AUC of requests and NE of a run's best or, if it did not validate, last checkpoint on a split.
 
     GAUC is of users, weighted by their impressions.
 
@@ -85,7 +85,7 @@ def predict_split(
     batch_size: int = 256,
     history_length: int | None = None,
 ) -> tuple[Predictions | None, Path]:
-    """Score a split by a run's last good checkpoint. All ranks call it together.
+    """Score a split by the checkpoint of a run that `load_weights` takes. All ranks call it together.
 
     Args:
         run_folder: folder of a training run.

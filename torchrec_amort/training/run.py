@@ -93,7 +93,7 @@ def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, Reque
 
 
 def load_model(run_folder: str) -> tuple[Ranker, TrainConfig, RequestSchema]:
-    """A run's model with the weights of its last checkpoint, for inference in this process.
+    """A run's model with the weights of its best checkpoint if it validated, else of the last one, for inference.
 
     Args:
         run_folder: folder of a training run.
