@@ -122,10 +122,24 @@ def test_validations_do_not_change_what_is_learned_whatever_pipeline_reads_ahead
     assert values(tmp_path / "ahead") == values(stopped)
 
 
-def test_the_average_is_what_is_validated_by_any_metric(data_folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    options = ["--loop.average_decay=0.8", "--loop.validate_every=10", "--loop.validate_metric=request_auc"]
-    train.main(arguments(data_folder, run, *options))
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_validates_between_the_batches_that_its_pipeline_has_sent(data_folder: Path, tmp_path: Path) -> None:
+    for name, options in (("plain", []), ("validated", ["--loop.validate_every=5"])):
+        train.main(arguments(data_folder, tmp_path / name, *options))
+    assert losses(tmp_path / "validated") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert list(values(tmp_path / "validated")) == [5, 10, 15, 20, 25]
+
+
+def test_the_average_is_what_is_validated_by_any_metric_with_the_ids_that_it_knows(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    options = ["--loop.average_decay=0.8", "--tables.item={rows: 20, vocabulary: managed}"]
+    options += ["--model.eviction_interval=4"]
+    train.main(arguments(data_folder, plain, *options))
+    train.main(arguments(data_folder, run, *options, "--loop.validate_every=10", "--loop.validate_metric=request_auc"))
+    assert losses(run) == losses(plain)
     found = values(run, "request_auc")
     assert list(found) == [10, 20]
     assert result(run)["best_value"] == max(found.values())
@@ -148,9 +162,9 @@ def test_validations_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.C
         ("--loop.validate_every=1", "bought: none of "),
     ):
         assert message in refused(capsys, train.main, arguments(data, run, option))
-    write_requests(data, SCHEMA, {"train": [make_table(24)], "test": [make_table(3)]})
-    line = refused(capsys, train.main, arguments(data, tmp_path / "other", "--loop.validate_every=1"))
-    assert "data/validation" in line
+    write_requests(tmp_path / "no_validation", SCHEMA, {"train": [make_table(24)]})
+    command = arguments(tmp_path / "no_validation", tmp_path / "other", "--loop.validate_every=1")
+    assert "no_validation/validation: " in refused(capsys, train.main, command)
 
 
 def test_a_run_does_not_go_on_by_another_metric(

@@ -26,6 +26,7 @@ from tests.training.test_training import (
     cut_back,
     losses,
     refused,
+    up_to,
     weights,
 )
 from torchrec_amort.apps import train
@@ -368,12 +369,13 @@ def test_a_schedule_goes_on_where_it_was(step: int, data_folder: Path, scheduled
 def test_schedules_groups_and_clipping_are_the_same_on_1_2_and_3_ranks(
     data_folder: Path, scheduled: Path, tmp_path: Path
 ) -> None:
-    torchrun(2, "train", *arguments(data_folder, tmp_path / "two", *SCHEDULED))
-    three = cut_back(tmp_path / "two", 2, tmp_path / "three")
-    torchrun(3, "train", *arguments(data_folder, three, *SCHEDULED, "--resume=true"))
-    for run in (tmp_path / "two", three):
-        assert losses(run) == pytest.approx(losses(scheduled), rel=ROUNDING)
-        assert validated(run) == pytest.approx(validated(scheduled), rel=ROUNDING)
+    torchrun(2, "train", *arguments(data_folder, tmp_path / "two", *SCHEDULED, "--loop.checkpoint_every=3"))
+    three = cut_back(tmp_path / "two", 3, tmp_path / "three")
+    torchrun(3, "train", *arguments(data_folder, three, *SCHEDULED, "--loop.epochs=1", "--resume=true"))
+    for run, last in ((tmp_path / "two", 12), (three, 6)):
+        for found, expected in ((losses(run), losses(scheduled)), (validated(run), validated(scheduled))):
+            assert max(found) == last
+            assert found == pytest.approx(up_to(last, expected), rel=ROUNDING)
 
 
 def test_a_run_does_not_go_on_by_another_optimizer(
