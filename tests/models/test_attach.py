@@ -31,8 +31,9 @@ from torchrec_amort import (
 )
 from torchrec_amort.models.attach import AttachedDLRM
 from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.processes import gather_on_first, process_group
-from torchrec_amort.training.sharding import OptimizerConfig, shard
+from torchrec_amort.training.sharding import shard
 
 KINDS = ["dot", "dcn"]
 NUM_ITEMS = 30

@@ -28,7 +28,8 @@ from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.ranker import ModelRanker
 from torchrec_amort.modules.rivals import TargetAttention
 from torchrec_amort.training.loop import GlobalBatchTrain
-from torchrec_amort.training.sharding import OptimizerConfig, shard
+from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.sharding import shard
 
 
 def make_model(name: str = "DLRM", is_weighted: bool = False, seed: int = 0) -> nn.Module:

@@ -38,9 +38,10 @@ from torchrec_amort.data.sample import drawn_requests
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.modules.losses import REGRESSIONS, LossConfig, TaskLossConfig, TaskLosses
 from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.processes import process_group, sum_over_ranks
 from torchrec_amort.training.run import TrainConfig, load_model
-from torchrec_amort.training.sharding import OptimizerConfig, shard
+from torchrec_amort.training.sharding import shard
 
 # One task of each kind, which is named after it; targets stand among labels.
 KINDS: tuple[Any, ...] = ("binary", "squared", "pairwise", "poisson", "listwise", "huber", "joint")

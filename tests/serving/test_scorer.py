@@ -35,7 +35,8 @@ from torchrec_amort.models.build import ENCODERS
 from torchrec_amort.serving.lookup import BagLookup
 from torchrec_amort.serving.rollout import Rollout, score_impressions
 from torchrec_amort.serving.service import ScoringService
-from torchrec_amort.training.sharding import OptimizerConfig, shard
+from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.sharding import shard
 
 shapes = st.lists(st.tuples(st.integers(0, MAX_HISTORY), st.integers(1, 5)), min_size=1, max_size=4)
 seeds = st.integers(0, 2**20)

@@ -26,7 +26,8 @@ from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from tests.models.test_attach import SIZES, attach, make_batch, make_dlrm
 from torchrec_amort import AmortizedDLRMTrain, ModelConfig, RequestBatch, build_model
 from torchrec_amort.models.tables import tables_of
-from torchrec_amort.training.sharding import OptimizerConfig, shard
+from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.sharding import shard
 
 CPU = torch.device("cpu")
 # TorchRec changes what it is given: a copy for each call.

@@ -22,8 +22,9 @@ from torchrec_amort.apps import evaluate, train
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.run import load_model
-from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
+from torchrec_amort.training.sharding import ShardedModel, shard
 
 # 40 items compete for 18 rows, in 10 steps of an epoch.
 MORE = ["--tables.item={rows: 20, vocabulary: managed}", "--model.eviction_interval=5", "--loop.average_decay=0.9"]

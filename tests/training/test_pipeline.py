@@ -12,7 +12,8 @@ from torchrec_amort import ModelConfig, RequestBatch, build_model
 from torchrec_amort.models.build import ENCODERS, Encoder
 from torchrec_amort.modules.losses import LossConfig, TaskLossConfig, TaskLosses
 from torchrec_amort.training.loop import GlobalBatchTrain
-from torchrec_amort.training.sharding import OptimizerConfig, ShardedModel, shard
+from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.sharding import ShardedModel, shard
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from tests.training.every_way import WAYS, train_every_way
 from tests.training.test_training import ROUNDING
 from torchrec_amort.errors import InputError
 from torchrec_amort.training import sharding as sharding_module
-from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig, TableSharding, shard
+from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.sharding import ShardingConfig, TableSharding, shard
 
 ROWS, DIM = 6, 4
 

@@ -18,8 +18,9 @@ from torchrec_amort.models.ranker import ModelRanker
 from torchrec_amort.modules.events import Numbers
 from torchrec_amort.training.loop import GlobalBatchTrain
 from torchrec_amort.training.numbers import measure_numbers
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.run import load_model
-from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig, ShardingWay, TableSharding, shard
+from torchrec_amort.training.sharding import ShardingConfig, ShardingWay, TableSharding, shard
 
 __all__ = ["one_rank"]
 

@@ -44,10 +44,10 @@ from torchrec_amort.models.ranker import ModelRanker, Ranker, evaluating
 from torchrec_amort.models.tables import tables_of
 from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_weights
 from torchrec_amort.training.loop import GlobalBatchTrain
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.processes import gather_on_first, process_group
 from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import (
-    OptimizerConfig,
     ShardedModel,
     ShardingConfig,
     ShardingWay,

@@ -17,7 +17,9 @@ from torchrec_amort.training.run import load_model
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """Write a run's last checkpoint as a package: compiled phases, tables, manifest with versions and checksums.
+    """Write a run as a package: compiled phases, tables, manifest with versions and checksums.
+
+    The weights are those of its best checkpoint if it validated, else of the last one.
 
     Args:
         run_folder: folder of a training run.

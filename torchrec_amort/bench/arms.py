@@ -27,7 +27,7 @@ class ArmConfig:
     """One arm of a pilot.
 
     Args:
-        run_folder: folder of the training run whose last good checkpoint is served.
+        run_folder: folder of the training run whose best or, if it did not validate, last checkpoint is served.
         serving: `amortized`: by the scorer; `model`: by the model itself, request by request, which is the only way
             for encoders that cannot be amortized; `impressions`: by the model, each candidate a request of its own, as
             an ordinary DLRM scores.

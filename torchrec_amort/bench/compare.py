@@ -25,9 +25,9 @@ from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.bootstrap import UserWeightedMetrics, paired_differences
 from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import LoopConfig
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.processes import is_first, process_group
 from torchrec_amort.training.run import TrainConfig
-from torchrec_amort.training.sharding import OptimizerConfig
 
 META = torch.device("meta")
 
@@ -48,7 +48,7 @@ class CompareConfig:
         seeds: of initial weights and of the order of the data.
         grid: settings that each arm tries on the validation split: fields and their values.
         model: what all arms have in common.
-        optimizer: learning rates.
+        optimizer: how weights are moved.
         loop: the budget: how long to train.
         batch_size: requests in a global batch, all ranks together.
         unknown_rate: as for `train`.

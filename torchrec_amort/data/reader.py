@@ -71,6 +71,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         num_lanes: lanes that the requests are dealt to.
         shuffle_rows: requests that are shuffled at once, and dealt by their work, all lanes together.
         balance_work: whether batches have equal work, and not equal numbers of requests. Needs a seed.
+        max_requests: read the first ones of the split alone; all if None.
 
     Raises:
         InputError: the folder, split or a file is missing or damaged, a column is missing, the schema reads other
@@ -99,6 +100,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         num_lanes: int = 12,
         shuffle_rows: int = 65_536,
         balance_work: bool = False,
+        max_requests: int | None = None,
     ) -> None:
         folder = location(folder)
         prepared = RequestSchema.load(folder)
@@ -112,6 +114,8 @@ class RequestDataset(IterableDataset[RequestBatch]):
         if balance_work and seed is None:
             raise InputError("balance_work: the order of batches of equal work is drawn at random: give a seed")
         self._row_groups = row_groups(folder / split, self.schema)
+        if max_requests is not None:
+            self._row_groups = list(_cut(self._row_groups, 0, max_requests))
         num_requests = sum(piece.num_rows for piece in self._row_groups)
         if num_requests == 0:
             raise InputError(_empty(folder, split))

@@ -22,13 +22,14 @@ from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
+from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.run import load_run
 from torchrec_amort.training.sharding import shard
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """AUC, GAUC, mean AUC of requests and NE of a run's last good checkpoint on a split.
+    """AUC, GAUC, mean AUC of requests and NE of a run's best or, if it did not validate, last checkpoint on a split.
 
     GAUC is of users, weighted by their impressions.
 
@@ -85,7 +86,7 @@ def predict_split(
     batch_size: int = 256,
     history_length: int | None = None,
 ) -> tuple[Predictions | None, Path]:
-    """Score a split by a run's last good checkpoint. All ranks call it together.
+    """Score a split by the checkpoint of a run that `load_weights` takes. All ranks call it together.
 
     Args:
         run_folder: folder of a training run.
@@ -122,7 +123,8 @@ def predict_split(
     model = shard(
         GlobalBatchTrain(ranker, trained.loop.precision, TaskLosses(trained.loss, schema)),
         device=device,
-        optimizer=trained.optimizer,
+        # Nothing is stepped; what trained it need not run on this device.
+        optimizer=OptimizerConfig(),
         batch_size=batch_size,
         sharding=trained.sharding,
     ).module

@@ -25,7 +25,7 @@ from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
 from torchrec_amort.training.lock import run_lock
-from torchrec_amort.training.loop import GlobalBatchTrain, TrainResult, train
+from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, TrainResult, train
 from torchrec_amort.training.numbers import measure_numbers
 from torchrec_amort.training.processes import ignore_stop_signals, is_first
 from torchrec_amort.training.run import TrainConfig, schema_of
@@ -52,6 +52,7 @@ def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | 
     resume = _refuse_or_resume(config, run, device)
     schema = RequestSchema.load(run) if resume else schema_of(config)
     dataset = read_train_split(config, schema)
+    validation = _validation_requests(config, schema)
     model = sharded_model(config, schema, device, is_resumed=resume)
     # No rank may write before all have looked at what is there.
     dist.barrier()
@@ -69,12 +70,12 @@ def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | 
         generator=torch.Generator(),
         worker_init_fn=ignore_stop_signals,
     )
-    result = train(model, data, config.loop, run, resume=resume, lock=lock)
+    result = train(model, data, config.loop, run, validation=validation, loss=config.loss, resume=resume, lock=lock)
     if is_first():
-        _write_result(run, result, device)
+        _write_result(run, config.loop, result, device)
 
 
-def _write_result(run: Path, result: TrainResult, device: torch.device) -> None:
+def _write_result(run: Path, config: LoopConfig, result: TrainResult, device: torch.device) -> None:
     """Leave what the training did in `train.json`, on the screen, and with the job's TorchX trackers."""
     speed = result.candidates / max(result.seconds, 1e-9)
     results = {
@@ -89,6 +90,9 @@ def _write_result(run: Path, result: TrainResult, device: torch.device) -> None:
     write_json(run / "train.json", results)
     track(run, results)
     last = f"loss {result.losses[-1]:.4f}, " if result.losses else ""
+    if result.best_checkpoint is not None:
+        ended = ", and no better one was found" if result.stopped_early else ""
+        print(f"{run}: {result.best_checkpoint} is the best{ended}: {config.validate_metric} {result.best_value:.4f}")
     print(
         f"{run}: {result.steps} steps, {last}{speed:,.0f} candidates/s on {dist.get_world_size()} ranks of "
         f"{torch.get_num_threads()} threads ({device.type}), {result.seconds:.0f} s; checkpoints in {run / CHECKPOINTS}"
@@ -117,6 +121,18 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
             f"{run}: its checkpoint is of a run with loss.weighting={weighting}, the config says "
             f"{config.loss.weighting}, which has other weights: use the same, or choose another run folder"
         )
+    for name in ("validate_metric", "validate_requests") if saved.loop.validate_every is not None else ():
+        if (value := getattr(saved.loop, name)) != (other := getattr(config.loop, name)):
+            raise InputError(
+                f"{run}: its best model is that of loop.{name}={value}, the config says {other}: use the same, or "
+                "choose another run folder"
+            )
+    for name in ("table_optimizer", "dense_optimizer"):
+        if (value := getattr(saved.optimizer, name)) != (other := getattr(config.optimizer, name)):
+            raise InputError(
+                f"{run}: its checkpoint has the state of optimizer.{name}={value}, the config says {other}: use the "
+                "same, or choose another run folder"
+            )
     for name, value in asdict(saved.model).items():
         if value != getattr(config.model, name):
             raise InputError(
@@ -149,6 +165,25 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
         schema=read,
         balance_work=config.balance_work,
     )
+
+
+def _validation_requests(config: TrainConfig, schema: RequestSchema) -> DataLoader[RequestBatch] | None:
+    """This rank's part of the requests that are validated on, if the config wants that."""
+    if config.loop.validate_every is None:
+        return None
+    read = schema.without(config.model.leave_out)
+    dataset = RequestDataset(
+        config.data,
+        "validation",
+        batch_size=config.batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        history_length=config.model.history_lengths(read),
+        schema=read,
+        max_requests=config.loop.validate_requests,
+    )
+    # Of its own: what dropout draws must not depend on validations.
+    return DataLoader(dataset, batch_size=None, generator=torch.Generator())
 
 
 def sharded_model(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,6 +92,22 @@ class WeightAverage:
                 average.lerp_(current, 1 - decay)
             else:
                 average.copy_(current)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The module has the averaged weights within the context, and its own ones again after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, current in zip(_local_tensors(self.weights), self._current, strict=True):
+            own = current.clone()
+            current.copy_(average)
+            average.copy_(own)
 
 
 def _local_tensors(weights: Mapping[str, Any]) -> list[Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,6 +34,7 @@ from torchrec_amort.training.sharding import ShardedModel
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
+BEST = "best.json"
 READ_BYTES = 2**20
 
 Result = TypeVar("Result")
@@ -48,6 +50,32 @@ class Position:
     total_steps: int = 0
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best model that validations of a run have found.
+
+    Args:
+        step: it was made with; 0 before the first validation.
+        value: of the metric.
+        since: validations after it.
+    """
+
+    step: int = 0
+    value: float = math.nan
+    since: int = 0
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of its checkpoint."""
+        return _name(self.step)
+
+    def after(self, step: int, value: float, *, more_is_better: bool) -> Best:
+        """The best one after a validation."""
+        if not self.step or (value > self.value if more_is_better else value < self.value):
+            return Best(step, value)
+        return replace(self, since=self.since + 1)
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints in the background. All ranks make and call it together.
 
@@ -56,7 +84,7 @@ class CheckpointWriter:
 
     Args:
         run: the run's folder.
-        keep: how many checkpoints stay, the latest ones.
+        keep: how many checkpoints stay, the latest ones; that of the best model stays besides.
         lock: of the run's folder, on rank 0; once it is lost, no checkpoint is written any more.
 
     Example::
@@ -83,19 +111,20 @@ class CheckpointWriter:
             self.wait()
         self._thread.shutdown()
 
-    def save(self, model: ShardedModel, position: Position, report: Report) -> None:
+    def save(self, model: ShardedModel, position: Position, report: Report, best: Best | None = None) -> None:
         """Start to write a checkpoint; waits for the one before.
 
         Args:
             model: weights, their average if there is one, and optimizers' states.
             position: where its training is.
             report: what has not been reported yet.
+            best: what its validations have found, if there were any.
 
         Raises:
             InputError: the one before could not be written, or the run's folder is not this job's any more.
         """
         self.wait()
-        final = self._folder / f"step-{position.total_steps:09d}"
+        final = self._folder / _name(position.total_steps)
         temporary = self._folder / f".{final.name}.tmp"
         self._raise_together(self._make_room(temporary))
         # Of what each rank has a copy, any one's may be written.
@@ -114,7 +143,9 @@ class CheckpointWriter:
             planner=DefaultSavePlanner(flatten_state_dict=False),
             async_stager=BlockingAsyncStager(),
         )
-        self._writing = self._thread.submit(self._finish, cast("Future[object]", saved), temporary, final)
+        self._writing = self._thread.submit(
+            self._finish, cast("Future[object]", saved), temporary, final, best or Best()
+        )
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written has its name.
@@ -152,13 +183,15 @@ class CheckpointWriter:
                 "make room or choose another folder, then go on from the last one with --resume true"
             ) from error
 
-    def _finish(self, saved: Future[object], temporary: Path, final: Path) -> None:
+    def _finish(self, saved: Future[object], temporary: Path, final: Path, best: Best) -> None:
         """Once all ranks have written, the rest is the first one's work."""
         if not self._is_first:
             saved.result()
             return
         try:
             saved.result()
+            if best.step:
+                write_json(temporary / BEST, asdict(best))
             write_json(temporary / CHECKSUMS, {path.name: _checksum(path) for path in sorted(temporary.iterdir())})
             if self._lock is not None:
                 self._lock.refuse_lost()
@@ -169,11 +202,11 @@ class CheckpointWriter:
         # Later ones were skipped for damage; their steps are made anew.
         kept = [folder for folder in _newest_first(self._folder) if folder.name <= final.name][: self._keep]
         for folder in self._folder.iterdir():
-            if folder not in kept:
+            if folder not in kept and folder.name != best.checkpoint:
                 shutil.rmtree(folder)
 
 
-def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> Position:
+def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> tuple[Position, Best]:
     """Take up all that a run's last good checkpoint has, saved by any number of ranks.
 
     A managed table goes on on the same number of ranks only.
@@ -186,7 +219,7 @@ def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> Pos
         report: gets what had not been reported yet.
 
     Returns:
-        Position: from where to go on.
+        tuple: from where to go on, and the best model until then.
 
     Raises:
         InputError: there is no checkpoint, or none that is whole and of this model.
@@ -203,18 +236,22 @@ def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> Pos
         wanted = {key: value for key, value in others.items() if key in saved or not key.startswith("random/")}
         _load(folder, model.module, wanted)
 
-    _last_good(run, load)
+    folders = _newest_first(local_path(run) / CHECKPOINTS)
+    _, folder = _first_good(run, folders, load)
     model.module.fused_optimizer.load_state_dict(
         {**model.module.fused_optimizer.state_dict(), "state": state["table_optimizer"]}
     )
     model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": state["dense_optimizer"]})
     report.load_state(unreported)
     _set_random_state(random)
-    return Position(**{name: int(value) for name, value in position.items()})
+    return Position(**{name: int(value) for name, value in position.items()}), _best(folder)
 
 
 def load_weights(run: str | Path, model: nn.Module) -> Path:
-    """Load the weights of a run's last good checkpoint, averaged if it has an average, into a model, sharded or not.
+    """Load the weights of a run into a model, sharded or not, averaged if there is an average.
+
+    They are those of the best checkpoint if the run validated, else of the last one; of the last good one if that is
+    damaged.
 
     Args:
         run: the run's folder.
@@ -231,7 +268,7 @@ def load_weights(run: str | Path, model: nn.Module) -> Path:
         is_averaged = any(key.startswith("average/") for key in _saved_keys(folder))
         _load(folder, model, {}, "average" if is_averaged else "model")
 
-    return _last_good(run, load)[1]
+    return _first_good(run, _best_first(_newest_first(local_path(run) / CHECKPOINTS)), load)[1]
 
 
 def has_checkpoint(run: str | Path) -> bool:
@@ -243,9 +280,32 @@ def _newest_first(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob("step-*"), reverse=True)
 
 
-def _last_good(run: str | Path, load: Callable[[Path], Result]) -> tuple[Result, Path]:
-    """What `load` makes of the newest checkpoint that it does not refuse, and that checkpoint."""
-    folders = _newest_first(local_path(run) / CHECKPOINTS)
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _best(folder: Path) -> Best:
+    """The best model when a checkpoint was written."""
+    path = folder / BEST
+    return Best(**json.loads(path.read_text())) if path.exists() else Best()
+
+
+def _best_first(newest_first: list[Path]) -> list[Path]:
+    """Checkpoints in the order in which to take them for use."""
+    for folder in newest_first:
+        try:
+            best = _best(folder)
+        except (OSError, ValueError, TypeError):
+            continue  # damaged, as whoever loads it is told
+        if not best.step:
+            break
+        first = folder.with_name(best.checkpoint)
+        return [first, *(other for other in newest_first if other != first)]
+    return newest_first
+
+
+def _first_good(run: str | Path, folders: Sequence[Path], load: Callable[[Path], Result]) -> tuple[Result, Path]:
+    """What `load` makes of the first checkpoint that it does not refuse, and that checkpoint."""
     if not folders:
         raise InputError(f"{run}: no checkpoint in {CHECKPOINTS}/: train first, or give another run")
     errors: list[InputError] = []

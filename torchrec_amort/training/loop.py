@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,8 +27,10 @@ from torchrec_amort.models.dlrm import AmortizedDLRMTrain
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.modules.losses import REGRESSIONS, BatchLoss, Loss, LossConfig
 from torchrec_amort.progress import progress
-from torchrec_amort.training.checkpoint import CheckpointWriter, Position, load_checkpoint
+from torchrec_amort.training.checkpoint import Best, CheckpointWriter, Position, load_checkpoint
 from torchrec_amort.training.metrics import (
+    MORE_IS_BETTER,
+    Metric,
     auc,
     auc_of_requests,
     calibration,
@@ -61,8 +65,13 @@ class LoopConfig:
         average_decay: keep a moving average of all weights, tables too, that decays by this much a step, and
             evaluate with it; no average unless given.
         log_every: steps between two reports.
-        checkpoint_every: steps between two checkpoints; there is one after each epoch in any case.
-        keep_checkpoints: how many checkpoints stay, the latest ones.
+        checkpoint_every: steps between two checkpoints; there is one after each epoch in any case, and one of each
+            model that is the best so far.
+        keep_checkpoints: how many checkpoints stay, the latest ones; that of the best model stays besides.
+        validate_every: steps between two validations; none unless given.
+        validate_requests: how many requests of the validation split a validation scores, the first ones.
+        validate_metric: by which models are compared: its mean over the tasks that have it.
+        patience: validations without a better model that end the training; it goes on to its last step unless given.
     """
 
     epochs: int = 2
@@ -71,16 +80,30 @@ class LoopConfig:
     log_every: int = 50
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    validate_every: int | None = None
+    validate_requests: int = 10_000
+    validate_metric: Metric = "ne"
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         refuse_out_of_bounds(
             self,
             {
-                AT_LEAST_ONE: ("epochs", "log_every", "checkpoint_every", "keep_checkpoints"),
+                AT_LEAST_ONE: (
+                    "epochs",
+                    "log_every",
+                    "checkpoint_every",
+                    "keep_checkpoints",
+                    "validate_every",
+                    "validate_requests",
+                    "patience",
+                ),
                 BELOW_ONE: ("average_decay",),
             },
             "loop.",
         )
+        if self.patience is not None and self.validate_every is None:
+            raise InputError(f"loop.patience is {self.patience}, but nothing is validated: give loop.validate_every")
 
 
 class GlobalBatchTrain(AmortizedDLRMTrain):
@@ -119,15 +142,21 @@ class TrainResult:
 
     Args:
         steps: steps made, those before a resume included.
-        seconds: of this process' training, checkpoints included.
+        seconds: of this process' training, checkpoints and validations included.
         candidates: trained on in that time, all ranks together.
         losses: the mean loss of each report's steps in this process, nats.
+        best_checkpoint: name of the best model's checkpoint, if the run validated.
+        best_value: of the metric that it validated by.
+        stopped_early: whether it ended since no better model was found.
     """
 
     steps: int = 0
     seconds: float = 0.0
     candidates: int = 0
     losses: list[float] = field(default_factory=list)
+    best_checkpoint: str | None = None
+    best_value: float | None = None
+    stopped_early: bool = False
 
 
 def train(
@@ -136,6 +165,8 @@ def train(
     config: LoopConfig,
     run: Path,
     *,
+    validation: DataLoader[RequestBatch] | None = None,
+    loss: LossConfig | None = None,
     resume: bool = False,
     lock: FolderLock | None = None,
 ) -> TrainResult:
@@ -146,6 +177,8 @@ def train(
         data: over a `RequestDataset`.
         config: how long and how.
         run: folder for `metrics.jsonl`, TensorBoard events and checkpoints.
+        validation: over a `RequestDataset` of what a validation scores, if there is to be any.
+        loss: that the model has, which says what a validation measures; the default if None.
         resume: go on from the run's last good checkpoint.
         lock: of the run's folder, on rank 0; once it is lost, no checkpoint is written any more.
 
@@ -154,14 +187,14 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite.
-        InputError: a checkpoint could not be loaded or written.
+        InputError: a checkpoint could not be loaded or written, or what is validated has no such metric.
         Stopped: a rank was asked to stop; there is a checkpoint of where it was.
     """
     device = model.module.device
     dataset: Any = data.dataset
     steps_per_epoch = len(dataset)
     report = Report(run, dataset.schema.labels, dataset.batch_size, device, dataset.schema.targets)
-    position = load_checkpoint(run, model, report) if resume else Position()
+    position, best = load_checkpoint(run, model, report) if resume else (Position(), Best())
     report.forget_after(position.total_steps)
     pipeline = _pipeline(model, device)
     result = TrainResult()
@@ -178,10 +211,11 @@ def train(
             disable=not is_first(),
         ) as bar,
     ):
-        while position.epoch < config.epochs:
+        while position.epoch < config.epochs and not _is_exhausted(best, config):
             dataset.set_position(epoch=position.epoch, step=position.step)
             batches = _Batches(data)
             for step in range(position.step, steps_per_epoch):
+                model.before_step(position.total_steps + 1)
                 loss, logits_CT, labels_CT = pipeline.progress(batches)
                 report.add(loss, logits_CT, labels_CT, batches.waited())
                 bar.update()
@@ -190,20 +224,74 @@ def train(
                 ended = step + 1 == steps_per_epoch
                 if ended:
                     position = Position(position.epoch + 1, 0, position.total_steps)
-                if ended or position.total_steps % config.log_every == 0:
-                    result.losses.append(report.write(position.total_steps, bar))
+                found: dict[str, float] = {}
+                if validation is not None and position.total_steps % (config.validate_every or math.inf) == 0:
+                    with report.paused():
+                        value = _validate(model, pipeline, validation, config.validate_metric, loss)
+                    best = best.after(
+                        position.total_steps, value, more_is_better=MORE_IS_BETTER[config.validate_metric]
+                    )
+                    found = {f"validation/{config.validate_metric}": value}
+                if ended or found or position.total_steps % config.log_every == 0:
+                    result.losses.append(report.write(position.total_steps, bar, found))
                 stop = requests.of_any_rank() if position.total_steps % AGREE_EVERY == 0 else None
-                if ended or stop or position.total_steps % (config.checkpoint_every or math.inf) == 0:
-                    checkpoints.save(model, position, report)
+                is_best, is_exhausted = best.step == position.total_steps, _is_exhausted(best, config)
+                is_due = position.total_steps % (config.checkpoint_every or math.inf) == 0
+                if ended or stop or is_due or is_best or is_exhausted:
+                    checkpoints.save(model, position, report, best)
                 if stop:
                     checkpoints.wait()
                     raise Stopped(stop, f"{run}: stopped after step {position.total_steps}, which has a checkpoint")
+                if is_exhausted:
+                    break
             pipeline.reset()
     result.seconds = time.perf_counter() - started
     result.steps = position.total_steps
+    if best.step:
+        result.best_checkpoint, result.best_value = best.checkpoint, best.value
+        result.stopped_early = _is_exhausted(best, config)
     result.candidates = int(sum_over_ranks(torch.tensor([report.candidates], device=device)))
     report.close()
     return result
+
+
+def _is_exhausted(best: Best, config: LoopConfig) -> bool:
+    """Whether training ends since validations found no better model for long enough."""
+    return config.patience is not None and best.since >= config.patience
+
+
+def _validate(
+    model: ShardedModel,
+    pipeline: TrainPipeline[RequestBatch, Any],
+    data: DataLoader[RequestBatch],
+    metric: Metric,
+    loss: LossConfig | None,
+) -> float:
+    """The metric of the weights that a checkpoint of now would be used with, the same on every rank."""
+    # What a checkpoint gets.
+    model.broadcast_buffers()
+    # Between two steps: a pipelined module takes lookups of its pipeline only.
+    is_ahead = isinstance(pipeline, TrainPipelineSparseDist)
+    if is_ahead:
+        pipeline.detach()
+    with nullcontext() if model.average is None else model.average.in_place():
+        predictions = predict(model.module, data, model.module.device, shows_progress=False)
+    if is_ahead:
+        pipeline.attach()
+    model.module.train()
+    dataset: Any = data.dataset
+    found: list[float | InputError | None] = [None]
+    if predictions is not None:
+        try:
+            tasks = predictions.metrics(dataset.schema.labels, loss).values()
+            values = [task[metric] for task in tasks if metric in task]
+            found = [float(np.mean(values)) if values else InputError(f"loop.validate_metric: no task has {metric}")]
+        except InputError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return cast(float, found[0])
 
 
 def _pipeline(model: ShardedModel, device: torch.device) -> TrainPipeline[RequestBatch, Any]:
@@ -303,13 +391,16 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(module: torch.nn.Module, data: DataLoader[RequestBatch], device: torch.device) -> Predictions | None:
+def predict(
+    module: torch.nn.Module, data: DataLoader[RequestBatch], device: torch.device, *, shows_progress: bool = True
+) -> Predictions | None:
     """Score every candidate of a split. All ranks call it together.
 
     Args:
         module: a sharded `AmortizedDLRMTrain`.
         data: over a `RequestDataset`.
         device: of this rank.
+        shows_progress: whether the first rank shows a line of it.
 
     Returns:
         Predictions: of all ranks, on rank 0; None on the others.
@@ -317,7 +408,9 @@ def predict(module: torch.nn.Module, data: DataLoader[RequestBatch], device: tor
     module.eval()
     mine: list[tuple[np.ndarray, ...]] = []
     dataset: Any = data.dataset
-    with progress(total=len(dataset), desc="evaluate", unit="steps", disable=not is_first()) as bar:
+    with progress(
+        total=len(dataset), desc="evaluate", unit="steps", disable=not (shows_progress and is_first())
+    ) as bar:
         for batch in data:
             _, (_, logits_CT, labels_CT) = module(batch.to(device))
             users_C = batch.users.repeat_interleave(batch.num_candidates)

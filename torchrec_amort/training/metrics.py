@@ -6,7 +6,21 @@ same; a report needs ties counted as half, and users weighted by their impressio
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
+
+# Those that say which of two models is better, and whether it is the one with more of it.
+Metric = Literal["ne", "log_loss", "mse", "auc", "gauc", "request_auc", "ndcg"]
+MORE_IS_BETTER: dict[Metric, bool] = {
+    "ne": False,
+    "log_loss": False,
+    "mse": False,
+    "auc": True,
+    "gauc": True,
+    "request_auc": True,
+    "ndcg": True,
+}
 
 
 def normalized_entropy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,20 @@ class Report:
         share = float(is_first())
         self._ne.load_state_dict({name: state[f"ne/{name}"] * share for name in self._ne.state_dict()})
 
-    def write(self, total_steps: int, bar: tqdm[Any]) -> float:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within the context is no time of training."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
+
+    def write(self, total_steps: int, bar: tqdm[Any], validation: Mapping[str, float] | None = None) -> float:
         """Report, and start anew.
+
+        Args:
+            total_steps: made in all.
+            bar: the line of progress.
+            validation: what a validation after these steps has found.
 
         Returns:
             float: the mean loss.
@@ -121,6 +134,7 @@ class Report:
             task, metric = name.split("-", 1)[1].split("|")
             if metric == "lifetime_ne":
                 record[f"ne/{task}"] = float(value)
+        record |= validation or {}
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(
                 f"step {total_steps}: the loss is {record['loss']}: lower the learning rates, or look at the data"
@@ -131,7 +145,9 @@ class Report:
             with self._file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         shown = {"loss": f"{record['loss']:.4f}", "cand/s": f"{record['candidates_per_second']:.0f}"}
-        bar.set_postfix(shown | {k: f"{v:.4f}" for k, v in record.items() if k.startswith("ne/")}, refresh=False)
+        bar.set_postfix(
+            shown | {k: f"{v:.4f}" for k, v in record.items() if k.startswith(("ne/", "validation/"))}, refresh=False
+        )
         self._restart()
         return record["loss"]
 

@@ -14,7 +14,8 @@ from torchrec_amort.schema import RequestSchema, TableConfig
 from torchrec_amort.stores import local_path
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.loop import LoopConfig
-from torchrec_amort.training.sharding import OptimizerConfig, ShardingConfig
+from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.sharding import ShardingConfig
 
 
 @dataclass(kw_only=True)
@@ -26,7 +27,7 @@ class TrainConfig:
         run_folder: folder of this machine for config, plan, checkpoints, metrics and TensorBoard events.
         model: size and kind of the model.
         loss: what is minimized.
-        optimizer: learning rates.
+        optimizer: how weights are moved.
         loop: how long and how.
         sharding: how tables are spread over ranks.
         batch_size: requests in a global batch, all ranks together.
@@ -95,7 +96,7 @@ def load_run(run_folder: str, data: str | None) -> tuple[TrainConfig, str, Reque
 
 
 def load_model(run_folder: str) -> tuple[Ranker, TrainConfig, RequestSchema]:
-    """A run's model with the weights of its last checkpoint, for inference in this process.
+    """A run's model with the weights of its best checkpoint if it validated, else of the last one, for inference.
 
     Args:
         run_folder: folder of a training run.

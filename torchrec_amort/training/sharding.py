@@ -21,15 +21,21 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.distributed.types import ShardedModule as TorchRecShardedModule
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
+from torchrec_amort.bounds import AT_LEAST_ONE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError
 from torchrec_amort.models.managed import MAP, TABLE, ManagedCollection, ManagedCollectionSharder
 from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.training.average import TableDecay, WeightAverage
+from torchrec_amort.training.optimizers import (
+    LearningRates,
+    OptimizerConfig,
+    copied_table_optimizer,
+    dense_optimizer,
+    fuse_table_optimizer,
+)
 
 ShardingWay = Literal[
     "table_wise",
@@ -82,32 +88,6 @@ class ShardingConfig:
     wire: Wire = "float32"
 
 
-@dataclass(kw_only=True)
-class OptimizerConfig:
-    """How weights are moved.
-
-    Args:
-        table_lr: learning rate of the fused row-wise Adagrad of the embedding tables.
-        table_eps: its epsilon.
-        table_weight_decay: share by which all rows of the tables shrink in a step.
-        dense_lr: learning rate of the AdamW of all other weights.
-        weight_decay: weight decay of that AdamW.
-    """
-
-    table_lr: float = 0.05
-    table_eps: float = 1e-8
-    table_weight_decay: float = 0.0
-    dense_lr: float = 2e-3
-    weight_decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        refuse_out_of_bounds(
-            self,
-            {NOT_NEGATIVE: ("table_lr", "table_eps", "dense_lr", "weight_decay"), BELOW_ONE: ("table_weight_decay",)},
-            "optimizer.",
-        )
-
-
 @dataclass(frozen=True)
 class ShardedModel:
     """A model whose tables are spread over all ranks, and what moves its weights.
@@ -116,6 +96,7 @@ class ShardedModel:
         module: the DistributedModelParallel.
         plan: where each table went.
         optimizer: steps the weights that are not tables; tables are stepped in backward.
+        rates: of both optimizers, as their schedules have them.
         decay: of the tables.
         average: of the weights over the steps of training, if wanted.
     """
@@ -123,8 +104,13 @@ class ShardedModel:
     module: DistributedModelParallel
     plan: ShardingPlan
     optimizer: KeyedOptimizer
+    rates: LearningRates
     decay: TableDecay
     average: WeightAverage | None
+
+    def before_step(self, step: int) -> None:
+        """Do what precedes a step, the first one being 1: set the learning rates."""
+        self.rates.set(step)
 
     def after_step(self, step: int) -> None:
         """Do what follows a step, the first one being 1: shrink the tables, move the average."""
@@ -165,12 +151,12 @@ def shard(
 ) -> ShardedModel:
     """Spread the tables of a model over the ranks of the default process group, weights unchanged.
 
-    The tables get row-wise Adagrad, fused with their lookup unless they are data-parallel, all other weights AdamW.
+    The tables get an optimizer, fused with their lookup unless they are data-parallel, all other weights another one.
 
     Args:
         model: unsharded, the same on every rank.
         device: of this rank.
-        optimizer: learning rates.
+        optimizer: how weights are moved.
         batch_size: requests in a rank's batch, for the planner's estimates.
         sharding: what the planner may do; the defaults if None.
         ids_per_request: ids that a request looks up in a table on average, for the planner's estimates;
@@ -182,8 +168,8 @@ def shard(
         ShardedModel: of this rank.
 
     Raises:
-        InputError: a table that is named does not exist, the device does nothing of what is allowed for it, or it is
-            cached and to be decayed or averaged.
+        InputError: a table that is named does not exist, the device does nothing of what is allowed for it, it is
+            cached and to be decayed or averaged, its optimizer is none of the device, or a group has no weight.
         ValueError: two tables are one.
     """
     refuse_tied_tables(model)
@@ -208,10 +194,7 @@ def shard(
     _refuse_cached(plan, [option for option, value in moved_beside.items() if value])
     copies = _data_parallel(plan, tables)
     moved = {name: parameter for name, parameter in tables.items() if name.rsplit(".", 2)[1] not in frozen}
-    adagrad = {"lr": optimizer.table_lr, "eps": optimizer.table_eps}
-    apply_optimizer_in_backward(
-        RowWiseAdagrad, [parameter for name, parameter in moved.items() if name not in copies], adagrad
-    )
+    fuse_table_optimizer([parameter for name, parameter in moved.items() if name not in copies], optimizer, device)
     # fbgemm's tables have an optimizer in any case.
     kept = [parameter for name, parameter in tables.items() if name not in moved and name not in copies]
     apply_optimizer_in_backward(torch.optim.SGD, kept, {"lr": 0.0})
@@ -219,10 +202,19 @@ def shard(
     module = DistributedModelParallel(model, device=device, plan=plan, sharders=list(sharders.values()))
     # TorchRec draws the shards of an EmbeddingBagCollection anew, on each rank for itself.
     module.load_state_dict({**module.state_dict(), **weights})
+    weights_beside = dict(in_backward_optimizer_filter(module.named_parameters()))
+    dense = dense_optimizer({name: weight for name, weight in weights_beside.items() if name not in copies}, optimizer)
+    scheduled = [(module.fused_optimizer, optimizer.table_schedule), (dense, optimizer.dense_schedule)]
+    stepped = dense
+    if moved_copies := {name: weight for name, weight in weights_beside.items() if name in copies & moved.keys()}:
+        of_copies = copied_table_optimizer(moved_copies, optimizer)
+        scheduled.append((of_copies, optimizer.table_schedule))
+        stepped = CombinedOptimizer([dense, of_copies])
     return ShardedModel(
         module,
         plan,
-        _optimizer(module, optimizer, copies, copies & moved.keys()),
+        stepped,
+        LearningRates(scheduled),
         TableDecay(module, moved, optimizer.table_weight_decay),
         None if average_decay is None else WeightAverage(module, average_decay),
     )
@@ -323,20 +315,3 @@ def _data_parallel(plan: ShardingPlan, tables: Iterable[str]) -> set[str]:
         if plan.plan[path.removesuffix(TABLE)][table].sharding_type == ShardingType.DATA_PARALLEL.value:
             copies.add(key)
     return copies
-
-
-def _optimizer(module: nn.Module, config: OptimizerConfig, copies: set[str], moved: set[str]) -> KeyedOptimizer:
-    """Steps all weights that are not stepped in backward, and of the copied tables those that are moved."""
-    weights = dict(in_backward_optimizer_filter(module.named_parameters()))
-    dense = {name: weight for name, weight in weights.items() if name not in copies}
-    adamw = KeyedOptimizerWrapper(
-        dense,
-        lambda parameters: torch.optim.AdamW(parameters, lr=config.dense_lr, weight_decay=config.weight_decay),
-    )
-    if not moved:
-        return adamw
-    adagrad = KeyedOptimizerWrapper(
-        {name: weights[name] for name in moved},
-        lambda parameters: RowWiseAdagrad(parameters, lr=config.table_lr, eps=config.table_eps),
-    )
-    return CombinedOptimizer([adamw, adagrad])
