@@ -216,8 +216,8 @@ def train(
             batches = _Batches(data)
             for step in range(position.step, steps_per_epoch):
                 model.before_step(position.total_steps + 1)
-                loss, logits_CT, labels_CT = pipeline.progress(batches)
-                report.add(loss, logits_CT, labels_CT, batches.waited())
+                step_loss, logits_CT, labels_CT = pipeline.progress(batches)
+                report.add(step_loss, logits_CT, labels_CT, batches.waited())
                 bar.update()
                 position = Position(position.epoch, step + 1, position.total_steps + 1)
                 model.after_step(position.total_steps)
