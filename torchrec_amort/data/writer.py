@@ -113,15 +113,18 @@ class WrittenSplit:
     files: list[str]
 
 
-def write_counts(folder: Path, written: Mapping[str, WrittenSplit]) -> None:
-    """Write `counts.json`, which makes the files that it names requests of the folder.
+def write_counts(folder: Path, written: Mapping[str, WrittenSplit], *, names_files: bool = False) -> None:
+    """Write `counts.json`.
 
     Args:
         folder: a prepared one.
         written: all of its splits.
+        names_files: name the files, too: these and no others are then the requests of the folder.
     """
     train = written[TRAIN].counts.ids if TRAIN in written else None
-    counts = {split: {**one.counts.record(train), "files": one.files} for split, one in written.items()}
+    counts = {split: one.counts.record(train) for split, one in written.items()}
+    if names_files:
+        counts = {split: {**record, "files": written[split].files} for split, record in counts.items()}
     write_json(folder / COUNTS_FILE, counts)
 
 
@@ -140,13 +143,11 @@ def _write_split(
         writer: pq.ParquetWriter | None = None
         for table in of_sizes(_typed(tables, schema, folder.name, columns), itertools.cycle(_group_sizes())):
             RequestBatch.from_arrow(table, schema, source=folder.name, first_row=counts.requests)
-            # In one piece, however it was given: the same requests are the same file.
-            written = table.select(columns).combine_chunks()
             if writer is None or counts.requests % ROWS_PER_FILE == 0:
                 files.close()
                 names.append(f"part-{first_file + len(names):05d}.parquet")
-                writer = files.enter_context(pq.ParquetWriter(folder / names[-1], written.schema))
-            writer.write_table(written)
+                writer = files.enter_context(pq.ParquetWriter(folder / names[-1], table.select(columns).schema))
+            writer.write_table(table.select(columns))
             counts.add(table)
     return names
 

@@ -100,7 +100,7 @@ class BuiltFolder:
         folder = BuiltFolder(self.path, [*self.builds, record], self.schema)
         if histories.files:
             save_histories(self.path, folder._events())
-        write_counts(self.path, folder._counted())
+        write_counts(self.path, folder._counted(), names_files=True)
 
     def _counted(self) -> dict[str, WrittenSplit]:
         """All splits, as all builds have counted them."""
@@ -170,7 +170,7 @@ def make_folder(
         _save(temporary, 1, written, record)
         if histories.files:
             save_histories(temporary, {history: [file] for history, file in record["events"].items()})
-        write_counts(temporary, written)
+        write_counts(temporary, written, names_files=True)
 
 
 def _save(path: Path, number: int, written: Mapping[str, WrittenSplit], record: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +29,8 @@ from torchrec_amort.data.builder.tables import refuse_other_types
 from torchrec_amort.data.counts import COUNTS_FILE
 from torchrec_amort.data.events import StoredHistories, write_events
 from torchrec_amort.data.parquet import visible_files
-from torchrec_amort.data.writer import WrittenSplit, write_splits
+from torchrec_amort.data.tables import of_sizes
+from torchrec_amort.data.writer import ROWS_PER_GROUP, WrittenSplit, write_splits
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import is_there, refuse_existing
 from torchrec_amort.hashing import Vocabulary
@@ -254,12 +256,19 @@ def _write(
     }
     if plan.span.since is not None:
         splits = {split: tables for i, (split, tables) in enumerate(splits.items()) if i in sizes}
+    # Cut anew, whatever the engine gave at a time: the same requests are the same files.
+    splits = {split: _in_pieces(tables) for split, tables in splits.items()}
     histories = StoredHistories({name: [file] for name, file in files.items()} if config.pointers else {})
     (work / "requests").mkdir()
     written = write_splits(
         work / "requests", schema, splits, histories=histories, first_files=first_files, is_finer=True
     )
     return written, histories
+
+
+def _in_pieces(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    for table in of_sizes(tables, itertools.repeat(ROWS_PER_GROUP)):
+        yield table.combine_chunks()
 
 
 def _shown(what: str, total: int, unit: str, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
