@@ -105,6 +105,7 @@ def _not_run() -> dict[str, str]:
         "models.graft.old_optimizer_state_dict": RANKS,
         "stores.Stored": STORE,
         "training.lock.run_lock": TRAINING,
+        "training.optimizers.LearningRates": TRAINING,
         "training.processes.StopRequests": "ends when the process is told to stop",
     }
     reasons = {f"torchrec_amort.{name}": reason for name, reason in names.items()}

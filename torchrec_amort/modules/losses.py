@@ -213,7 +213,7 @@ class TaskLosses(BatchLoss):
 
     Example::
 
-        config = LossConfig(tasks={"click": TaskLossConfig(kind="joint"), "seconds": TaskLossConfig(kind="huber")})
+        config = LossConfig(tasks={"liked": TaskLossConfig(kind="joint")})
         train = AmortizedDLRMTrain(model, TaskLosses(config, schema))
     """
 
