@@ -150,6 +150,27 @@ def test_what_would_not_be_one_build_is_refused(
     assert read_counts(begun.out)["validation"]["requests"] == 1
 
 
+def test_an_action_is_that_of_an_impression_which_is_built_later(tmp_path: Path) -> None:
+    write_logs(tmp_path, [], [("ann", 11, 2), ("zoe", 40, 1)], [("ann", 9, [2]), ("ann", 10, [2])], {})
+    config = config_of(tmp_path)
+    build(replace(config, until=at(10)))
+    build(replace(config, since=at(10)))
+    labels = pq.read_table(tmp_path / "out" / "train", columns=["bought", "caused"]).to_pylist()
+    labels += pq.read_table(tmp_path / "out" / "validation", columns=["bought", "caused"]).to_pylist()
+    assert labels == [{"bought": [1.0], "caused": [0.0]}, {"bought": [1.0], "caused": [1.0]}]
+
+
+@pytest.mark.parametrize("left", [[], ["train.parquet"]])
+def test_a_build_that_left_no_record_goes(begun: BuildConfig, left: list[str]) -> None:
+    folder = Path(begun.out) / "builds" / "0002"
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    build(begun)
+    assert (folder / "build.json").is_file()
+    assert read_counts(begun.out)["validation"]["requests"] == 1
+
+
 def test_labels_whose_time_was_not_up_are_not_built_on(tmp_path: Path) -> None:
     write_logs(tmp_path, [], [("ann", 6, 3)], [("ann", 5, [2, 3]), ("ann", 12, [1])], {})
     build(replace(config_of(tmp_path), until=at(10)))

@@ -126,21 +126,27 @@ def acted(name: str, place: int) -> str:
     return quoted(f"__acted_{place}_{name}")
 
 
-def label_step(config: BuildConfig, name: str, since: int | None) -> Step:
+def label_step(config: BuildConfig, name: str, shown: str, time: str, since: int | None) -> Step:
     """Whether an action followed, by candidates' keys and time.
 
     Args:
         config: what is built.
         name: of the label.
-        since: the instant of the first request, if there are earlier ones: actions before it are not read.
+        shown: all impressions, those of requests that are not made, too: an action may be one of theirs.
+        time: column of when they were.
+        since: the instant of the first request, if there are earlier ones: what is before it is not read.
     """
     label = config.labels[name]
     conditions = [f"({label.where})"] if label.where else []
     if since is not None:
         conditions.append(f"__time >= {since}")
-    partition = ", ".join(["__user", *(acted(name, place) for place in range(len(label.keys)))])
+    keys = [acted(name, place) for place in range(len(label.keys))]
+    partition = ", ".join(["__user", *keys])
+    columns = [f"{quoted(mine)} AS {key}" for mine, key in zip(label.keys, keys, strict=True)]
+    recent = whether(f"{time} >= {since}" if since is not None else None)
     merged = (
-        f"SELECT DISTINCT {partition}, __time AS __at, 0 AS __is_action FROM rows UNION ALL "
+        f"SELECT DISTINCT {', '.join(['__user', *columns])}, {time} AS __at, 0 AS __is_action FROM {shown}{recent} "
+        "UNION ALL "
         f"SELECT {', '.join(['__user', *map(expression, label.keys.values())])}, __time, 1 "
         f"FROM {table_of(label.source)}{whether(' AND '.join(conditions))}"
     )

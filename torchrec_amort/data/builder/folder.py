@@ -48,7 +48,8 @@ class BuiltFolder:
             InputError: there is none, or it cannot be read.
         """
         schema, counts = RequestSchema.load(path), read_counts(path)
-        builds = [_record(folder / REPORT_FILE) for folder in sorted((path / BUILDS_FOLDER).glob("[0-9]*"))]
+        # The record of a build is the last that it writes there.
+        builds = [_record(file) for file in sorted((path / BUILDS_FOLDER).glob(f"*/{REPORT_FILE}"))]
         named = {(split, file) for split, count in counts.items() for file in count.get("files", [])}
         done = [build for build in builds if {tuple(file) for file in build["files"]} <= named]
         if not done:

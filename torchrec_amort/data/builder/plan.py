@@ -64,6 +64,9 @@ class Plan:
         self.config, self.span, self._instant = config, span, instant
         # When a request was, of a row of its source.
         self._time = "__time" if config.requests.gap is None else "__begin"
+        self._shown = table_of(config.requests.source)
+        if config.requests.gap is not None:
+            self._shown += " JOIN begins ON __user = __whose AND __time = __at"
         self._columns = [quoted(name) for name in config.requests.id] or ["__user", self._time]
         self._ids = [f"__id{place}" for place in range(len(self._columns))]
 
@@ -89,14 +92,12 @@ class Plan:
         for name, count in self.config.counts.items():
             yield from count_steps(name, count, self.span.since)
         for name in self.config.labels:
-            yield label_step(self.config, name, self.span.since)
+            yield label_step(self.config, name, self._shown, self._time, self.span.since)
 
     def _requests(self) -> Iterator[Step | Explode | Check]:
-        requests = self.config.requests
-        source = table_of(requests.source)
+        requests, source = self.config.requests, self._shown
         if requests.gap is not None:
             yield self._begins(requests.gap)
-            source += " JOIN begins ON __user = __whose AND __time = __at"
         if self.span.since is not None:
             between = f"{self._time} >= {self.span.end} AND {self._time} < {self.span.since}"
             yield Check(
