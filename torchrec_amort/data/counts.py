@@ -63,9 +63,10 @@ class IdCounts:
         parts = []
         for name, column in self._columns.items():
             ids, counts = column.counted()
-            counted = pa.array([*counts.astype(np.int64), column.nulls], pa.int64())
-            names = pa.array([name]).take(pa.array(np.zeros(len(counted), np.int64)))
-            parts.append(pa.table({"column": names, "id": pa.array([*ids, None], pa.int64()), "count": counted}))
+            counted = pa.array(np.append(counts, column.nulls).astype(np.int64))
+            with_null = pa.concat_arrays([pa.array(ids, pa.int64()), pa.nulls(1, pa.int64())])
+            names = pa.repeat(pa.scalar(name), len(counted))
+            parts.append(pa.table({"column": names, "id": with_null, "count": counted}))
         return pa.concat_tables(parts or [_COUNTED.empty_table()])
 
     def add_counted(self, table: pa.Table) -> None:

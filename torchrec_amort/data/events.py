@@ -160,7 +160,8 @@ class StoredHistories:
         Returns:
             dict: of each history, the new file's name there.
         """
-        (folder / EVENTS_FOLDER).mkdir(exist_ok=True)
+        if self.files:
+            (folder / EVENTS_FOLDER).mkdir(exist_ok=True)
         names = {}
         for place, (history, (file,)) in enumerate(self.files.items()):
             names[history] = f"{EVENTS_FOLDER}/{place}-{number:04d}.parquet"

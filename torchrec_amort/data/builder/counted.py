@@ -13,9 +13,11 @@ from torchrec_amort.data.builder.steps import (
     MICROSECONDS,
     MICROSECONDS_PER_HOUR,
     Step,
+    at_least,
     expression,
     quoted,
     table_of,
+    up_to_now,
     whether,
 )
 from torchrec_amort.errors import InputError
@@ -31,6 +33,12 @@ UNIT = 2**12
 def weight(tick: int) -> int:
     """What counts at a tick of its block, in units of what counts at the block's begin."""
     return round(UNIT * 2 ** (tick / TICKS))
+
+
+def weights_step() -> Step:
+    """The weights of the ticks of a block, which all decayed counts read."""
+    weights = ", ".join(f"({place}, {weight(place)})" for place in range(BLOCK))
+    return Step("weights", f"SELECT * FROM (VALUES {weights}) AS w(__place, __weight)", True)
 
 
 def by(name: str) -> str:
@@ -66,10 +74,7 @@ def count_steps(name: str, count: CountConfig, since: int | None) -> Iterator[St
     span = None if count.hours is None else round(count.hours * MICROSECONDS_PER_HOUR)
     tick = None if count.half_life is None else max(1, round(count.half_life * MICROSECONDS_PER_HOUR / TICKS))
     oldest = span if tick is None else 2 * BLOCK * tick
-    conditions = [f"({count.where})"] if count.where else []
-    if since is not None and oldest is not None:
-        conditions.append(f"__available >= {since - oldest}")
-    log += whether(" AND ".join(conditions))
+    log += whether(count.where, at_least("__available", None if since is None or oldest is None else since - oldest))
     if tick is not None:
         yield from _decayed(name, asked, log, tick)
         return
@@ -91,8 +96,6 @@ def count_steps(name: str, count: CountConfig, since: int | None) -> Iterator[St
 
 def _decayed(name: str, asked: str, log: str, tick: int) -> Iterator[Step]:
     key = by(name)
-    weights = ", ".join(f"({place}, {weight(place)})" for place in range(BLOCK))
-    yield Step(f"weights_{name}", f"SELECT * FROM (VALUES {weights}) AS w(__place, __weight)", True)
     place = f"(__at // {tick}) % {BLOCK}"
     block = f"__at // {tick * BLOCK}"
     both = f"SELECT {key}, __time AS __at, 0 AS __is_event FROM ({asked}) AS a UNION ALL "
@@ -101,12 +104,12 @@ def _decayed(name: str, asked: str, log: str, tick: int) -> Iterator[Step]:
     yield Step(
         f"weighed_{name}",
         f"SELECT p.{key}, p.__at, p.__is_event, p.__block, CAST(w.__weight AS BIGINT) AS __weight FROM ({placed}) AS p "
-        f"JOIN {quoted(f'weights_{name}')} AS w ON p.__place = w.__place",
+        "JOIN weights AS w ON p.__place = w.__place",
         True,
     )
     weighed = quoted(f"weighed_{name}")
-    window = f"PARTITION BY {key}, __block ORDER BY __at, __is_event ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW"
-    now = f"SELECT *, sum(__is_event * __weight) OVER ({window}) AS __sum FROM {weighed}"
+    window = up_to_now(f"{key}, __block")
+    now = f"SELECT *, sum(__is_event * __weight) OVER {window} AS __sum FROM {weighed}"
     past = (
         f"SELECT {key}, __block + 1 AS __block, sum(__weight) AS __sum FROM {weighed} WHERE __is_event = 1 "
         f"GROUP BY {key}, __block"
@@ -137,19 +140,13 @@ def label_step(config: BuildConfig, name: str, shown: str, time: str, since: int
         since: the instant of the first request, if there are earlier ones: what is before it is not read.
     """
     label = config.labels[name]
-    conditions = [f"({label.where})"] if label.where else []
-    if since is not None:
-        conditions.append(f"__time >= {since}")
     keys = [acted(name, place) for place in range(len(label.keys))]
     partition = ", ".join(["__user", *keys])
     columns = [f"{quoted(mine)} AS {key}" for mine, key in zip(label.keys, keys, strict=True)]
-    recent = whether(f"{time} >= {since}" if since is not None else None)
-    merged = (
-        f"SELECT DISTINCT {', '.join(['__user', *columns])}, {time} AS __at, 0 AS __is_action FROM {shown}{recent} "
-        "UNION ALL "
-        f"SELECT {', '.join(['__user', *map(expression, label.keys.values())])}, __time, 1 "
-        f"FROM {table_of(label.source)}{whether(' AND '.join(conditions))}"
-    )
+    of_impressions, of_actions = whether(at_least(time, since)), whether(label.where, at_least("__time", since))
+    impressions = f"SELECT DISTINCT {', '.join(['__user', *columns])}, {time} AS __at, 0 AS __is_action FROM {shown}"
+    actions = f"SELECT {', '.join(['__user', *map(expression, label.keys.values())])}, __time, 1"
+    merged = f"{impressions}{of_impressions} UNION ALL {actions} FROM {table_of(label.source)}{of_actions}"
     over = f"OVER (PARTITION BY {partition} ORDER BY __at, __is_action"
     following = (
         f"min(CASE WHEN __is_action = 1 THEN __at END) {over} ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"

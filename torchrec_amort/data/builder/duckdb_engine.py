@@ -58,8 +58,9 @@ class DuckDB:
         for part, paths in files.items():
             named = [self._stores.named(path) for path in map(location, paths)]
             label = f", {text(part)} AS part" if part else ""
-            reader = csv_reader(source, named)
-            if not any(map(is_csv, named)):
+            if any(map(is_csv, named)):
+                reader = csv_reader(source, named)
+            else:
                 reader = f"read_parquet([{', '.join(map(text, named))}], union_by_name = true)"
             parts.append(f"SELECT *{label} FROM {reader}")
         self.run(Step(name, " UNION ALL BY NAME ".join(parts)))

@@ -164,14 +164,8 @@ def make_folder(
         overwrite: replace a folder that is there.
     """
     with new_folder(path, overwrite) as temporary:
-        for folder in parts.iterdir():
-            folder.rename(temporary / folder.name)
         schema.save(temporary)
-        record = {**record, "files": _names(written), "events": histories.save(temporary)}
-        _save(temporary, 1, written, record)
-        if histories.files:
-            save_histories(temporary, {history: [file] for history, file in record["events"].items()})
-        write_counts(temporary, written, names_files=True)
+        BuiltFolder(temporary, [], schema).append(parts, written, histories, record)
 
 
 def _save(path: Path, number: int, written: Mapping[str, WrittenSplit], record: Mapping[str, Any]) -> None:

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torchrec_amort.data.builder.config import BuildConfig, EventsConfig, FeatureConfig
-from torchrec_amort.data.builder.steps import MICROSECONDS, Step, expression, key_of, quoted, table_of, whether
+from torchrec_amort.data.builder.steps import (
+    MICROSECONDS,
+    Step,
+    expression,
+    key_of,
+    quoted,
+    table_of,
+    up_to_now,
+    whether,
+)
 
 
 def keys_of(config: BuildConfig, name: str) -> list[str]:
@@ -72,9 +81,8 @@ def history_steps(config: BuildConfig, name: str, is_appended: bool, first: int)
 
 
 def seen(merged: str, partition: str) -> str:
-    """Of each row of a merged log, how many events came before: of one instant, the rows that ask come first."""
-    window = f"PARTITION BY {partition} ORDER BY __at, __is_event ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW"
-    return f"SELECT *, CAST(sum(__is_event) OVER ({window}) AS BIGINT) AS __seen FROM ({merged}) AS a"
+    """Of each row of a merged log, how many events came before."""
+    return f"SELECT *, CAST(sum(__is_event) OVER {up_to_now(partition)} AS BIGINT) AS __seen FROM ({merged}) AS a"
 
 
 def _part(config: BuildConfig, name: str, part: EventsConfig, place: int, is_appended: bool) -> str:
@@ -85,10 +93,8 @@ def _part(config: BuildConfig, name: str, part: EventsConfig, place: int, is_app
         own_time = f"__time // {MICROSECONDS}" if feature.kind in ("age", "gap") else quoted(feature_name)
         given = part.columns.get(feature_name) or feature.of
         columns.append(f"{expression(given) if given else own_time} AS {quoted(feature_name)}")
-    conditions = [f"({part.where})"] if part.where else []
-    if is_appended:
-        conditions.append("__user IN (SELECT __user FROM requests)")
-    return f"SELECT {', '.join(columns)} FROM {table_of(part.source)}{whether(' AND '.join(conditions))}"
+    wanted = whether(part.where, "__user IN (SELECT __user FROM requests)" if is_appended else None)
+    return f"SELECT {', '.join(columns)} FROM {table_of(part.source)}{wanted}"
 
 
 def events(config: BuildConfig, name: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torchrec_amort.data.builder.config import BuildConfig, FeatureConfig
-from torchrec_amort.data.builder.counted import acted, by, count_steps, counted_by, label_step
+from torchrec_amort.data.builder.counted import acted, by, count_steps, counted_by, label_step, weights_step
 from torchrec_amort.data.builder.histories import event_features, history_steps
 from torchrec_amort.data.builder.sources import source_steps
 from torchrec_amort.data.builder.steps import (
@@ -20,6 +20,7 @@ from torchrec_amort.data.builder.steps import (
     Explode,
     Instant,
     Step,
+    at_least,
     expression,
     key_of,
     quoted,
@@ -89,6 +90,8 @@ class Plan:
         for name in self.config.histories:
             first = self.span.num_events.get(name, 0)
             yield from history_steps(self.config, name, self.span.since is not None, first)
+        if any(count.half_life is not None for count in self.config.counts.values()):
+            yield weights_step()
         for name, count in self.config.counts.items():
             yield from count_steps(name, count, self.span.since)
         for name in self.config.labels:
@@ -164,9 +167,9 @@ class Plan:
         for name, feature in {**self.features("request"), **self.features("candidate")}.items():
             columns.append(f"{expression(feature.of or name)} AS {quoted(name)}")
         columns += [f"{quoted(name)} AS __order{place}" for place, name in enumerate(self.config.requests.order)]
-        bounds = {">=": self.span.since, "<": self.span.until}
-        of_span = " AND ".join(f"{self._time} {sign} {bound}" for sign, bound in bounds.items() if bound is not None)
-        return Step("rows", f"SELECT {', '.join(columns)} FROM {source}{whether(of_span)}", True)
+        until = None if self.span.until is None else f"{self._time} < {self.span.until}"
+        of_span = whether(at_least(self._time, self.span.since), until)
+        return Step("rows", f"SELECT {', '.join(columns)} FROM {source}{of_span}", True)
 
     @property
     def _of_requests(self) -> dict[str, str]:

@@ -90,6 +90,17 @@ def key_of(name: str) -> str:
     return quoted(f"__on_{name}")
 
 
-def whether(condition: str | None) -> str:
-    """A WHERE clause, if there is a condition."""
-    return f" WHERE {condition}" if condition else ""
+def whether(*conditions: str | None) -> str:
+    """A WHERE clause of the conditions that there are."""
+    given = [f"({condition})" for condition in conditions if condition]
+    return f" WHERE {' AND '.join(given)}" if given else ""
+
+
+def at_least(column: str, bound: int | None) -> str | None:
+    """The condition that a column is not below a bound, if there is one."""
+    return None if bound is None else f"{column} >= {bound}"
+
+
+def up_to_now(partition: str) -> str:
+    """The window of what a row of a merged log comes after, itself included: of one instant, what asks comes first."""
+    return f"(PARTITION BY {partition} ORDER BY __at, __is_event ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW)"
