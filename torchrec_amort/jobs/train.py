@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,10 +100,6 @@ def _write_result(run: Path, config: LoopConfig, result: TrainResult, device: to
     )
 
 
-# What says which requests a step has: with another, a run would go on among other batches than it left.
-_OF_BATCHES = ("batch_size", "balance_work", "seed")
-
-
 def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> bool:
     """Whether the run goes on; refuses to mix it with another run, another model or other batches."""
     if not ((run / CONFIG_FILE).exists() and has_checkpoint(run)):
@@ -110,35 +107,16 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
     if not config.resume and not is_restart_of(run, device):
         raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
     saved = load_config(run, TrainConfig, "train")
-    for name in _OF_BATCHES:
-        if (value := getattr(saved, name)) != (other := getattr(config, name)):
-            raise InputError(
-                f"{run}: its checkpoint is of a run with {name}={value}, the config says {other}, which are other "
-                "batches: use the same, or choose another run folder"
-            )
-    if (weighting := saved.loss.weighting) != config.loss.weighting:
-        raise InputError(
-            f"{run}: its checkpoint is of a run with loss.weighting={weighting}, the config says "
-            f"{config.loss.weighting}, which has other weights: use the same, or choose another run folder"
-        )
-    for name in ("validate_metric", "validate_requests") if saved.loop.validate_every is not None else ():
-        if (value := getattr(saved.loop, name)) != (other := getattr(config.loop, name)):
-            raise InputError(
-                f"{run}: its best model is that of loop.{name}={value}, the config says {other}: use the same, or "
-                "choose another run folder"
-            )
-    for name in ("table_optimizer", "dense_optimizer"):
-        if (value := getattr(saved.optimizer, name)) != (other := getattr(config.optimizer, name)):
-            raise InputError(
-                f"{run}: its checkpoint has the state of optimizer.{name}={value}, the config says {other}: use the "
-                "same, or choose another run folder"
-            )
-    for name, value in asdict(saved.model).items():
-        if value != getattr(config.model, name):
-            raise InputError(
-                f"{run}: its checkpoint is of a model with model.{name}={value}, the config says "
-                f"{getattr(config.model, name)}: use the same, or choose another run folder"
-            )
+    of_run, of_model = "its checkpoint is of a run with", "its checkpoint is of a model with model."
+    batches = ("batch_size", "balance_work", "seed")
+    _refuse_other(run, saved, config, batches, f"{of_run} ", ", which are other batches")
+    _refuse_other(run, saved.loss, config.loss, ("weighting",), f"{of_run} loss.", ", which has other weights")
+    if saved.loop.validate_every is not None:
+        names = ("validate_metric", "validate_requests")
+        _refuse_other(run, saved.loop, config.loop, names, "its best model is that of loop.")
+    names = ("table_optimizer", "dense_optimizer")
+    _refuse_other(run, saved.optimizer, config.optimizer, names, "its checkpoint has the state of optimizer.")
+    _refuse_other(run, saved.model, config.model, [field.name for field in fields(saved.model)], of_model)
     if saved.tables != config.tables:
         of_checkpoint, of_config = (
             {name: table.record() for name, table in tables.items()} for tables in (saved.tables, config.tables)
@@ -148,6 +126,15 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
             "same, or choose another run folder"
         )
     return True
+
+
+def _refuse_other(run: Path, saved: Any, given: Any, names: Iterable[str], told: str, why: str = "") -> None:
+    """Refuse to go on with other values of some options than those of the run."""
+    for name in names:
+        if (value := getattr(saved, name)) != (other := getattr(given, name)):
+            raise InputError(
+                f"{run}: {told}{name}={value}, the config says {other}{why}: use the same, or choose another run folder"
+            )
 
 
 def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDataset:
