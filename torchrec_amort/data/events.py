@@ -129,6 +129,11 @@ class StoredHistories:
 
     def __init__(self, files: Mapping[str, Sequence[str | Location]]) -> None:
         self.files = {history: tuple(map(location, of_history)) for history, of_history in files.items()}
+        # Asked once: a store would be waited for at every use.
+        self._versions: dict[Location, str] = {}
+        for file in itertools.chain.from_iterable(self.files.values()):
+            with _reading(file):
+                self._versions[file] = _version(file)
 
     @classmethod
     def load(cls, folder: str | Location) -> StoredHistories:
@@ -170,7 +175,8 @@ class StoredHistories:
 
     def written(self, names: Sequence[str]) -> list[str]:
         """The columns that files of requests have, for those of a table of requests."""
-        of_events = {name for files in self.files.values() for name in _columns(files[0])}
+        firsts = [files[0] for files in self.files.values()]
+        of_events = {name for file in firsts for name in _columns_as_of(file, self._versions[file])}
         kept = [name for name in names if name not in of_events]
         return [*kept, *(column for history in self.files for column in pointers(history))]
 
@@ -184,7 +190,7 @@ class StoredHistories:
         columns = {name: table[name] for name in names if name in table.column_names}
         for history, files in self.files.items():
             starts, stops = (table[column].to_numpy() for column in pointers(history))
-            events = _opened(files)
+            events = _opened_as_of(files, tuple(self._versions[file] for file in files))
             columns |= events.lists([name for name in events.columns if name in names], starts, stops)
         return pa.table({name: columns[name] for name in names})
 
@@ -194,29 +200,16 @@ def save_histories(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
     write_json(folder / EVENTS_FILE, {history: list(names) for history, names in files.items()})
 
 
-def _opened(files: tuple[Location, ...]) -> Events:
-    """The events of files, opened once in each process unless others have taken their names."""
-    versions = []
-    for file in files:
-        with _reading(file):
-            versions.append(_version(file))
-    return _opened_as_of(files, tuple(versions))
-
-
 @lru_cache(maxsize=64)
 def _opened_as_of(files: tuple[Location, ...], versions: tuple[str, ...]) -> Events:
+    """The events of files, opened once in each process unless others have taken their names."""
     return Events(files)
-
-
-def _columns(file: Location) -> list[str]:
-    """Names of a file's columns, which are read without its events."""
-    with _reading(file):
-        return _columns_as_of(file, _version(file))
 
 
 @lru_cache(maxsize=64)
 def _columns_as_of(file: Location, version: str) -> list[str]:
-    with open_parquet(file) as opened:
+    """Names of a file's columns, which are read without its events."""
+    with _reading(file), open_parquet(file) as opened:
         return list(opened.schema_arrow.names)
 
 
