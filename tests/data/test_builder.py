@@ -364,6 +364,7 @@ def test_the_report_tells_what_may_be_wrong(tmp_path: Path) -> None:
             "feature 'who' of kind 'id' needs a table_size",
         ),
         (lambda c: replace(c, memory="much"), "memory is 'much'"),
+        (lambda c: replace(c, memory="1KB"), "Out of Memory Error: [^\n]*: raise memory, or lower threads$"),
         (
             lambda c: replace(c, counts={"clicks_so_far": CountConfig(source="clicks", by={})}),
             "counts.clicks_so_far.by names 0 columns",

@@ -132,6 +132,7 @@ def begun(tmp_path: Path) -> BuildConfig:
     ("change", "message"),
     [
         (lambda c: replace(c, since=at(9)), "since is .*, but there are requests until 2023-11-14T22:13:30.* already"),
+        (lambda c: replace(c, out=f"{c.out} of nowhere"), "no such folder, so there is nothing to go on from"),
         (lambda c: replace(c, since=at(13)), "since: 2 candidates are after the last request that is there"),
         (lambda c: replace(c, since=at(30)), "since: 3 candidates are after"),
         (lambda c: replace(c, counts={}), "since: counts is {}, but the folder was built with"),

@@ -137,4 +137,6 @@ class _Stores(AbstractFileSystem):
 def _told(error: Exception) -> str:
     """What DuckDB says, without the plan's own SQL, which it marks, and without the lines of Python that refused."""
     told = str(error).partition("\nLINE ")[0].rpartition(f"{InputError.__name__}: ")[2]
-    return " ".join(told.split())
+    # Its advice is on settings that are not given here.
+    told = " ".join(told.partition("\nPossible solutions")[0].split())
+    return f"{told}: raise memory, or lower threads" if isinstance(error, duckdb.OutOfMemoryException) else told

@@ -47,6 +47,8 @@ class BuiltFolder:
         Raises:
             InputError: there is none, or it cannot be read.
         """
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder, so there is nothing to go on from: build it without since")
         schema, counts = RequestSchema.load(path), read_counts(path)
         # The record of a build is the last that it writes there.
         builds = [_record(file) for file in sorted((path / BUILDS_FOLDER).glob(f"*/{REPORT_FILE}"))]
