@@ -11,6 +11,7 @@ from torchrec_amort import AmortizedHistoryArch, HistoryEncoder
 from torchrec_amort.modules.compression import HistoryCompression
 from torchrec_amort.modules.history import AmortizedHistoryLayer
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
+from torchrec_amort.modules.similarity import HistoryMatches, HistorySimilarity
 
 
 def encode(encoder: HistoryEncoder, events: list[Tensor], candidate: Tensor) -> Tensor:
@@ -35,8 +36,30 @@ def encode(encoder: HistoryEncoder, events: list[Tensor], candidate: Tensor) -> 
         return _norm(encoder.output_norm, rows[-1])
     if isinstance(encoder, Concatenation):
         return _concatenation(encoder, events, candidate)
+    if isinstance(encoder, HistorySimilarity | HistoryMatches):
+        return _compared(encoder, events, candidate)
     assert isinstance(encoder, AmortizedHistoryArch)
     return _append_cross(encoder, events, candidate)
+
+
+def _compared(encoder: HistorySimilarity | HistoryMatches, events: list[Tensor], candidate: Tensor) -> Tensor:
+    windows = [events[max(0, len(events) - window) :] for window in (*encoder.windows, len(events))]
+    if isinstance(encoder, HistorySimilarity):
+        numbers = [
+            _mean_product(encoder.num_heads, head, window, candidate)
+            for window in windows
+            for head in range(encoder.num_heads)
+        ]
+    else:
+        counts = [sum(event.tolist() == candidate.tolist() for event in window) for window in windows]
+        numbers = [math.log(1 + count) for count in counts] + [float(count > 0) for count in counts]
+    return _linear(encoder.vectors, torch.tensor(numbers, dtype=candidate.dtype))
+
+
+def _mean_product(num_heads: int, head: int, events: list[Tensor], candidate: Tensor) -> float:
+    dim = candidate.numel() // num_heads
+    entries = range(head * dim, (head + 1) * dim)
+    return sum(sum((event[d] * candidate[d]).item() for d in entries) for event in events) / max(1, len(events))
 
 
 def _target_attention(encoder: TargetAttention, events: list[Tensor], candidate: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def test_one_word_chooses_the_encoder_and_training_moves_all_of_it(word: Encoder
         loss.backward()
         optimizer.step()
     still = [n for n, w in model.named_parameters() if torch.equal(w, before[n])]
-    assert still == []
+    # Whether two rows are the same is no matter of degree: their tables are not trained by it.
+    assert all(name.startswith("history_embedding_collection") == (word == "matches") for name in still)
+    assert bool(still) == (word == "matches")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from tests.oracle import encode
 from torchrec_amort import AmortizedHistoryArch, HistoryEncoder
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
+from torchrec_amort.modules.similarity import HistoryMatches, HistorySimilarity
 
 DIM = 8
 LIMIT = 9
@@ -34,6 +35,8 @@ AMORTIZABLE: dict[str, Callable[[], HistoryEncoder]] = {
     ),
     "mean_pooling": lambda: MeanPooling(DIM),
     "target_attention": lambda: TargetAttention(DIM),
+    "similarity": lambda: HistorySimilarity(DIM, num_heads=2, windows=(1, 4), num_vectors=2),
+    "matches": lambda: HistoryMatches(DIM, windows=(1, 4)),
 }
 NOT_AMORTIZABLE: dict[str, Callable[[], HistoryEncoder]] = {
     "append_self": lambda: AppendSelfAttention(DIM, num_layers=2, num_heads=2),
@@ -51,11 +54,14 @@ def make_encoder(name: str, seed: int = 0) -> HistoryEncoder:
     return encoder
 
 
+# As rows of a table: events and candidates of one id have the same.
+_ITEMS = torch.randn(12, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def make_rows(lengths: list[int], seed: int) -> JaggedTensor:
-    """Random rows, as many for each request as wanted."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(sum(lengths), DIM, generator=generator, dtype=torch.float64)
-    return JaggedTensor(values, lengths=torch.tensor(lengths))
+    """Rows of random items, as many for each request as wanted."""
+    items = torch.randint(len(_ITEMS), (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return JaggedTensor(_ITEMS[items], lengths=torch.tensor(lengths))
 
 
 def make_both(sizes: list[tuple[int, int]], seed: int) -> tuple[JaggedTensor, JaggedTensor]:

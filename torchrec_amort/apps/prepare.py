@@ -38,6 +38,7 @@ class PrepareConfig:
             clicked, what was viewed long and all that was shown.
         history_of: of ebnerd: `own`, which is the default, or `another user`, a control: each user has the events of
             one other user, all else equal.
+        views: of ebnerd: a second history, of all articles that were in the user's view.
         news: of mind: its news.tsv; that beside behaviors.tsv, if there is one, unless given.
         vectors: of mind: Parquet of columns id and vector; hashed bags of the news' words unless given.
     """
@@ -48,6 +49,7 @@ class PrepareConfig:
     history_length: int | None = None
     histories: kuairand.Histories | None = None
     history_of: HistoryOf | None = None
+    views: bool | None = None
     news: str | None = None
     vectors: str | None = None
 

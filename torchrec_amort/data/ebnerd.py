@@ -2,7 +2,8 @@
 
 A request is one row of `behaviors.parquet`: the articles in view, and which of them were clicked. Its history is what
 the user had read before: the user's row of `history.parquet`, then what the user clicked in earlier requests of the
-split. All features are of what was known before the request's second.
+split. All features are of what was known before the request's second. A second history may tell which articles were in
+the user's view before, clicked or not.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import pyarrow as pa
 
 from torchrec_amort.data.ebnerd_counters import VECTOR_SIZE, Embedding, embed_readers
 from torchrec_amort.data.ebnerd_features import (
+    ATTRIBUTES,
     DEVICES,
     OF_CANDIDATE,
-    OF_EVENT,
     OF_REQUEST,
     POPULARITY,
     HistoryOf,
@@ -29,7 +30,7 @@ from torchrec_amort.data.ebnerd_files import READ_TIME_BOUNDS, SCROLL_BOUNDS, Ar
 from torchrec_amort.data.splits import REQUESTS_PER_TABLE, lists_of, split_tables, vectors_of
 from torchrec_amort.data.writer import write_requests
 from torchrec_amort.errors import InputError
-from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema
+from torchrec_amort.schema import AGE_BUCKETS, Feature, RequestSchema, TableConfig
 from torchrec_amort.stores import local_path
 
 HISTORY_LENGTH = 100
@@ -37,6 +38,8 @@ HISTORY_LENGTH = 100
 VALIDATION_START = 1_684_911_600
 # Of standardized features, on both sides.
 CLIP = 6.0
+# Name of the table with a row for each article, known to train or not.
+KEYS = "article_key"
 
 
 def prepare(
@@ -46,6 +49,7 @@ def prepare(
     history_length: int = HISTORY_LENGTH,
     overwrite: bool = False,
     history_of: HistoryOf = "own",
+    views: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Write EB-NeRD as request-level Parquet.
 
@@ -56,6 +60,7 @@ def prepare(
         overwrite: replace a folder that is there.
         history_of: `another user` gives each user the events of one other user of the split before the same second,
             all else equal: what a model gains by it is not of the user's own history.
+        views: whether requests have a second history, of all articles that were in the user's view, clicked or not.
 
     Returns:
         dict: requests, candidates and users of each split.
@@ -71,26 +76,35 @@ def prepare(
         raise InputError("ebnerd: no source: get EB-NeRD from https://recsys.eb.dk and give its folder with --source")
     if history_of not in get_args(HistoryOf):
         raise InputError(f"history_of is {history_of!r}, not one of {', '.join(map(repr, get_args(HistoryOf)))}")
-    schema, tables = split_requests(*read_folder(local_path(source)), history_length, history_of)
+    schema, tables = split_requests(*read_folder(local_path(source)), history_length, history_of, views)
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 
-def make_schema(num_articles: int) -> RequestSchema:
+def make_schema(num_articles: int, num_keys: int, views: bool = False) -> RequestSchema:
     """What the requests are made of; id 0 stands for an article that few users of train had read.
 
     Args:
         num_articles: how many articles have a row of the table.
+        num_keys: how many there are in all. Each has a row that is never trained in a second table, which tells
+            whether two are the same.
+        views: whether they have the second history.
 
     Returns:
-        RequestSchema: with a table of one row more.
+        RequestSchema: with a table of one row more than `num_articles`.
 
     Example::
 
-        make_schema(num_articles=2525)
+        make_schema(num_articles=2525, num_keys=11_777)
     """
     article: dict[str, Any] = {"table": "article", "table_size": num_articles + 1, "vocabulary": "unknown"}
     vector: dict[str, Any] = {"table": "reader_vector", "size": VECTOR_SIZE}
+    attributes: dict[str, Any] = {"table": "attributes", "size": len(ATTRIBUTES)}
+    key: dict[str, Any] = {"table": KEYS, "table_size": num_keys}
     clicks: dict[str, Any] = {"history": "clicks"}
+    of_views = (
+        Feature("viewed_key", "event", "id", **key, history="views"),
+        Feature("viewed_time", "event", "age", table_size=AGE_BUCKETS, history="views"),
+    )
     return RequestSchema(
         dataset="ebnerd",
         features=(
@@ -99,15 +113,20 @@ def make_schema(num_articles: int) -> RequestSchema:
             *(Feature(name, "candidate", "dense") for name in OF_CANDIDATE),
             Feature("candidate_article", "candidate", "id", **article),
             Feature("candidate_vector", "candidate", "vector", **vector),
+            Feature("candidate_attributes", "candidate", "vector", **attributes),
+            Feature("candidate_key", "candidate", "id", **key),
             Feature("clicked_article", "event", "id", **article, **clicks),
             Feature("clicked_vector", "event", "vector", **vector, **clicks),
-            *(Feature(name, "event", "dense", **clicks) for name in OF_EVENT),
+            Feature("clicked_attributes", "event", "vector", **attributes, **clicks),
+            Feature("clicked_key", "event", "id", **key, **clicks),
             Feature("clicked_in_week", "event", "id", table_size=2, **clicks),
             Feature("clicked_read_time", "event", "id", table_size=len(READ_TIME_BOUNDS) + 2, **clicks),
             Feature("clicked_scroll", "event", "id", table_size=len(SCROLL_BOUNDS) + 2, **clicks),
             Feature("clicked_time", "event", "age", table_size=AGE_BUCKETS, **clicks),
+            *(of_views if views else ()),
             Feature("clicked", "candidate", "label"),
         ),
+        tables={KEYS: TableConfig(trains=False)},
     )
 
 
@@ -130,6 +149,7 @@ def split_requests(
     validation: Split,
     history_length: int = HISTORY_LENGTH,
     history_of: HistoryOf = "own",
+    views: bool = False,
 ) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
     """Make features of the requests; the last day of train is for validation, and the published validation for test.
 
@@ -139,6 +159,7 @@ def split_requests(
         validation: the published split.
         history_length: events that are kept of each history, the latest ones.
         history_of: whose events they are.
+        views: whether they have the second history.
 
     Returns:
         tuple: the schema, whose table has a row for each article that 5 users or more of train had read, and for each
@@ -168,16 +189,19 @@ def split_requests(
     row_of_article = np.zeros(len(articles.ids), dtype=np.int64)
     row_of_article[of_train.article] = np.arange(1, len(of_train.article) + 1)
 
+    schema = make_schema(len(of_train.article), len(articles.ids), views)
+
     def columns(start: int, stop: int) -> dict[str, Any]:
         before = num_train if start >= num_train else 0
-        return _columns(known[before > 0], start - before, stop - before, history_length, scales, row_of_article)
+        rows = (known[before > 0], start - before, stop - before, history_length)
+        made = _columns(*rows, scales, row_of_article)
+        return made | _views(*rows) if views else made
 
     bounds = {
         "train": (0, num_fit),
         "validation": (num_fit, num_train),
         "test": (num_train, num_train + len(validation.time)),
     }
-    schema = make_schema(len(of_train.article))
     return schema, split_tables(bounds, schema, columns)
 
 
@@ -219,16 +243,21 @@ def _columns(
     num_events, places = known.histories(begin, end, history_length)
     of_events, event_vectors = known.of_events(places)
     shown = slice(split.bounds[begin], split.bounds[end])
-    candidates = {name: scales[name].of(values) for name, values in of_candidates.items()} | {
+    scaled = {name: scales[name].of(values) for name, values in of_candidates.items()}
+    candidates = scaled | {
         # As it is, for around a mean float32 would make one of many small counts.
         POPULARITY: of_candidates[POPULARITY].astype(np.float32),
         "candidate_article": row_of_article[split.candidate[shown]],
         "candidate_vector": vectors_of(candidate_vectors),
+        "candidate_attributes": vectors_of(np.stack([scaled[name] for name in ATTRIBUTES], 1)),
+        "candidate_key": split.candidate[shown],
         "clicked": split.clicked[shown].astype(np.float32),
     }
-    clicks = {name: scales[OF_EVENT[name]].of(values) for name, values in of_events.items()} | {
+    clicks = {
         "clicked_article": row_of_article[events.article[places]],
         "clicked_vector": vectors_of(event_vectors),
+        "clicked_attributes": vectors_of(np.stack([scales[name].of(values) for name, values in of_events.items()], 1)),
+        "clicked_key": events.article[places],
         "clicked_in_week": (events.time[places] >= split.start).astype(np.int64),
         "clicked_read_time": events.read_time[places],
         "clicked_scroll": events.scroll[places],
@@ -243,3 +272,8 @@ def _columns(
         **{name: lists_of(num_candidates, values) for name, values in candidates.items()},
         **{name: lists_of(num_events, values) for name, values in clicks.items()},
     }
+
+
+def _views(known: KnownBefore, begin: int, end: int, history_length: int) -> dict[str, Any]:
+    num_views, article, time = known.views(begin, end, history_length)
+    return {"viewed_key": lists_of(num_views, article), "viewed_time": lists_of(num_views, time)}

@@ -29,8 +29,8 @@ COMPARED = (
 OF_CANDIDATE = (
     *COMPARED, "is_new", "id_rank", "length_missing", "premium", *(f"{name}_less_mean" for name in COMPARED)
 )  # fmt: skip
-# Dense features of events, and the candidate's features of which they have the scale.
-OF_EVENT = {"clicked_premium": "premium", "clicked_length": "article_length", "clicked_readers": "readers"}
+# What is told of an article, of an event's as of a candidate's.
+ATTRIBUTES = ("premium", "article_length", "readers")
 
 _SEED_OF_OTHER_USERS = 0
 
@@ -73,18 +73,28 @@ class KnownBefore:
         num_earlier = np.searchsorted(split.time, split.time)
         newest_earlier = np.append(-1, np.maximum.accumulate(newest))[num_earlier]
         self._newest_id = articles.ids[np.maximum(newest, newest_earlier)]
-        self._bounds_of_user = np.searchsorted(events.user, np.arange(len(split.user_ids) + 1))
         self._num_of_history = np.append(0, np.cumsum(events.time < start))
-        self._own = self._history(split.user)
-        of_others = other_users(len(split.user_ids)) if history_of == "another user" else None
-        self._shown = self._own if of_others is None else self._history(of_others[split.user])
+        self._own = self._before(events.user, events.time, split.user)
+        user = split.user
+        if history_of == "another user":
+            user = other_users(len(split.user_ids))[split.user]
+        self._clicked = self._before(events.user, events.time, user)
+        user_shown = np.repeat(split.user, np.diff(split.bounds))
+        order = np.lexsort((split.candidate, time_shown, user_shown))
+        self._views = split.candidate[order], time_shown[order]
+        self._viewed = self._before(user_shown[order], time_shown[order], user)
 
-    def _history(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the events of a user for each request start, and where those before the request stop."""
-        events, time = self.split.events, self.split.time
-        span = max(events.time.max(initial=0), time[-1]) + 1
-        stop = np.searchsorted(events.user * span + events.time, user * span + time)
-        return self._bounds_of_user[user], stop
+    def _before(self, users: np.ndarray, times: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the rows of a user for each request start, and where those before the request stop.
+
+        Args:
+            users: of rows, in order.
+            times: of them, in order for each user.
+            user: of each request.
+        """
+        span = max(times.max(initial=0), self.split.time[-1]) + 1
+        rows = users * span + times
+        return np.searchsorted(rows, user * span), np.searchsorted(rows, user * span + self.split.time)
 
     def of_requests(self, begin: int, end: int) -> dict[str, np.ndarray]:
         """The dense features of requests, float64, as they are before they are standardized."""
@@ -128,7 +138,7 @@ class KnownBefore:
         return dict(zip(OF_CANDIDATE, values, strict=True)), vectors
 
     def of_events(self, places: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The dense features of events, float64, and their vectors, float32 [N, 32].
+        """The attributes of events' articles, float64, and their vectors, float32 [N, 32].
 
         Readers are those before the event itself; for an event before the split, those before the split.
         """
@@ -136,13 +146,29 @@ class KnownBefore:
         article = events.article[places]
         num_readers, vectors = self._readers.at(article, events.time[places])
         values = (self._articles.premium[article], np.log1p(self._articles.length[article]), np.log1p(num_readers))
-        return dict(zip(OF_EVENT, values, strict=True)), vectors
+        return dict(zip(ATTRIBUTES, values, strict=True)), vectors
 
     def histories(self, begin: int, end: int, history_length: int) -> tuple[np.ndarray, np.ndarray]:
         """The length of each request's history, and the places of its events, the latest ones, oldest first."""
-        first, stop = (places[begin:end] for places in self._shown)
-        first = np.maximum(first, stop - history_length)
-        return stop - first, ranges(first, stop)[1]
+        return _latest(self._clicked, begin, end, history_length)
+
+    def views(self, begin: int, end: int, history_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How many articles were in the user's view before each request; these articles, and the seconds of it.
+
+        The latest ones are kept, oldest first; those of one second in order of their ids.
+        """
+        num_views, places = _latest(self._viewed, begin, end, history_length)
+        article, time = self._views
+        return num_views, article[places], time[places]
+
+
+def _latest(
+    rows: tuple[np.ndarray, np.ndarray], begin: int, end: int, history_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many rows of each request are kept, and their places, of those from where to where it has them."""
+    first, stop = (places[begin:end] for places in rows)
+    first = np.maximum(first, stop - history_length)
+    return stop - first, ranges(first, stop)[1]
 
 
 def other_users(num_users: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
+from torchrec_amort.modules.similarity import WINDOWS, HistoryMatches, HistorySimilarity
 from torchrec_amort.modules.tower import CANDIDATE_ITEM
 from torchrec_amort.schema import HISTORY, RequestSchema
 
@@ -37,6 +38,8 @@ Encoder = Literal[
     "append_cross",
     "append_cross_causal",
     "concatenation",
+    "similarity",
+    "matches",
 ]
 ENCODERS = get_args(Encoder)
 
@@ -47,6 +50,8 @@ class TowerConfig:
 
     Args:
         history: that it reads; the one of its own name unless given.
+        features: of the history's events that it reads, all unless given. Candidates read it by those of their features
+            that share a table with these.
         encoder: as `ModelConfig.history`, but `none`.
         length: as `history_length`; towers of one history have the same.
         layers: as `history_layers`.
@@ -57,10 +62,12 @@ class TowerConfig:
         summary: as `history_summary`.
         recent_events: as the model's.
         summary_tokens: as the model's.
+        windows: as `history_windows`.
         combine: as the model's.
     """
 
     history: str | None = None
+    features: list[str] | None = None
     encoder: Encoder | None = None
     length: int | None = None
     layers: int | None = None
@@ -71,13 +78,17 @@ class TowerConfig:
     summary: bool | None = None
     recent_events: int | None = None
     summary_tokens: int | None = None
+    windows: list[int] | None = None
     combine: Literal["sum", "concatenate"] | None = None
 
 
 # Fields of the model that a tower's have another name than.
 _OF_MODEL = {
     "encoder": "history",
-    **{name: f"history_{name}" for name in ("length", "layers", "heads", "feedforward_dim", "vectors", "summary")},
+    **{
+        name: f"history_{name}"
+        for name in ("length", "layers", "heads", "feedforward_dim", "vectors", "summary", "windows")
+    },
 }
 
 
@@ -92,7 +103,8 @@ class ModelConfig:
         embedding_dim: D, of tables that have no other width, of slots and of history encoders.
         history: the history encoder. Candidates appended to the history, with cross-attention to it: `append_cross`,
             or `append_cross_causal` if events read older ones only; with a candidate that reads itself, too:
-            `append_candidate_self`; `mean_pooling`; `target_attention`. These encode a history once per request.
+            `append_candidate_self`; `mean_pooling`; `target_attention`; how alike a candidate is to latest and all
+            events: `similarity`; whether it is among them: `matches`. These encode a history once per request.
             Those that cannot: `append_self` (events read the candidate), `concatenation` (a candidate beside every
             event). `none` is the control.
         towers: of data with several histories, or for several towers of one: what each tower is, by its name. A tower
@@ -103,9 +115,12 @@ class ModelConfig:
         history_layers: layers of the history encoder.
         history_heads: its attention heads.
         history_feedforward_dim: width of its feed-forward networks; twice `embedding_dim` unless given.
+        history_windows: numbers of latest events that `similarity` and `matches` look at, beside all of them.
         positions: how an encoder knows the order of events: `recency` (a learned vector for each place, counted from
-            the latest event), `rotary` (append_cross and its kin only) or `none`.
-        history_vectors: vectors that append_cross and its kin make of each candidate, each a slot of the interaction.
+            the latest event), `rotary` (append_cross and its kin only) or `none`, as `similarity` and `matches` always
+            have it.
+        history_vectors: vectors that append_cross and its kin, `similarity` and `matches` make of each candidate, each
+            a slot of the interaction.
         history_summary: append_cross and its kin add the mean of the encoded events as one slot more.
         recent_events: append_cross and its kin keep these latest events, and make `summary_tokens` rows of the older
             ones; all events are kept unless given.
@@ -129,6 +144,7 @@ class ModelConfig:
     history_layers: int = 2
     history_heads: int = 2
     history_feedforward_dim: int | None = None
+    history_windows: list[int] = field(default_factory=lambda: list(WINDOWS))
     positions: Literal["recency", "rotary", "none"] = "recency"
     history_vectors: int = 1
     history_summary: bool = False
@@ -173,7 +189,8 @@ class ModelConfig:
                     f"model.towers.{name}: no history {history!r} in data set {schema.dataset!r}, which has "
                     f"{list(schema.histories)}"
                 )
-            own = {key: value for key, value in asdict(tower).items() if value is not None and key != "history"}
+            of_tower = {key: value for key, value in asdict(tower).items() if value is not None}
+            own = {key: value for key, value in of_tower.items() if key not in ("history", "features")}
             changed = replace(self, **{_OF_MODEL.get(key, key): value for key, value in own.items()}, towers={})
             settings[name], length = (history, changed), changed.history_length
             if lengths.setdefault(history, length) != length:
@@ -281,7 +298,10 @@ def _build_with_towers(schema: RequestSchema, config: ModelConfig, device: torch
     settings = config.of_towers(schema)
     towers = {
         name: TowerParts(
-            history, build_encoder(of_tower, device), partial(_event_encoder, config=of_tower, device=device)
+            history,
+            build_encoder(of_tower, device),
+            partial(_event_encoder, config=of_tower, device=device),
+            config.towers[name].features if config.towers else None,
         )
         for name, (history, of_tower) in settings.items()
     }
@@ -385,6 +405,9 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
 
 
 def _event_encoder(features: Sequence[str], config: ModelConfig, device: torch.device | None) -> EventEncoder:
+    if config.history in _COMPARING:
+        # Vectors that candidates are compared with: nothing else may be in them.
+        return EventEncoder(features, config.embedding_dim, device=device)
     places = config.history_length if config.positions == "recency" else None
     return EventEncoder(features, config.embedding_dim, places, config.dropout, device, config.combine)
 
@@ -417,7 +440,11 @@ def build_encoder(config: ModelConfig, device: torch.device | None = None) -> Hi
             recent_events=config.recent_events,
             summary_tokens=config.summary_tokens,
         )
-    _refuse_options_of_append_cross(config)
+    _refuse_options_of_others(config)
+    if config.history == "similarity":
+        return HistorySimilarity(dim, config.history_heads, config.history_windows, config.history_vectors, device)
+    if config.history == "matches":
+        return HistoryMatches(dim, config.history_windows, config.history_vectors, device)
     if config.history == "mean_pooling":
         return MeanPooling(dim)
     if config.history == "target_attention":
@@ -427,18 +454,21 @@ def build_encoder(config: ModelConfig, device: torch.device | None = None) -> Hi
 
 
 _APPEND_CROSS = ("append_cross", "append_cross_causal", "append_candidate_self")
+_COMPARING = ("similarity", "matches")
 
 
 def _transformer(config: ModelConfig) -> tuple[int, int, int, int | None]:
     return config.embedding_dim, config.history_layers, config.history_heads, config.history_feedforward_dim
 
 
-def _refuse_options_of_append_cross(config: ModelConfig) -> None:
+def _refuse_options_of_others(config: ModelConfig) -> None:
+    """Refuse what append_cross and its kin have, and some others have not."""
     given = {
         "positions": config.positions == "rotary",
-        "history_vectors": config.history_vectors != 1,
+        "history_vectors": config.history_vectors != 1 and config.history not in _COMPARING,
         "history_summary": config.history_summary,
         "recent_events": config.recent_events is not None,
+        "combine": config.combine != "sum" and config.history in _COMPARING,
     }
     for option, is_given in given.items():
         if is_given:

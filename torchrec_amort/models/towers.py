@@ -33,11 +33,33 @@ class TowerParts:
         history: that it reads.
         encoder: of it.
         event_encoder: makes the encoder of events of such features.
+        features: of events that it reads; all if None.
     """
 
     history: str
     encoder: HistoryEncoder
     event_encoder: Callable[[list[str]], EventEncoder]
+    features: Sequence[str] | None = None
+
+    def events(self, schema: RequestSchema, tower: str) -> list[Feature]:
+        """The features of events that it reads.
+
+        Args:
+            schema: of the requests.
+            tower: its name, for the error message.
+
+        Raises:
+            InputError: the history has no such feature.
+        """
+        events = {feature.name: feature for feature in schema.histories[self.history]}
+        for name in (chosen := events if self.features is None else self.features):
+            if name not in events:
+                raise InputError(
+                    f"model.towers.{tower}: history {self.history!r} has no feature {name!r}, only {list(events)}"
+                )
+        if not chosen:
+            raise InputError(f"model.towers.{tower}: features are none: name one of {list(events)} at least")
+        return [events[name] for name in chosen]
 
 
 def build_collection(
@@ -76,9 +98,9 @@ def build_collection(
     of_events = {feature.table for feature in schema.of("event") if feature.is_looked_up}
     bags = [f for f in listed if f.side == "request" or (f.side == "candidate" and f.table not in of_events)]
     tables.refuse_managed(bags)
-    histories = {parts.history for parts in towers.values()}
-    of_towers = {f.table for f in listed if f.side == "event" and f.history in histories}
-    others = [f for f in listed if f.table in of_towers and (f.side == "candidate" or f.history in histories)]
+    read = {feature.name: feature.table for name, parts in towers.items() for feature in parts.events(schema, name)}
+    of_towers = set(read.values())
+    others = [f for f in listed if f.name in read or (f.side == "candidate" and f.table in of_towers)]
     sequences = tables.sequences([f for f in listed if f in bags or f in others])
     made = [_tower(name, schema, parts, sequences) for name, parts in towers.items()]
     of_request, of_candidate = (schema.bag_features[side] for side in ("request", "candidate"))
@@ -98,7 +120,7 @@ def _tower(
     parts: TowerParts,
     sequences: Sequence[EmbeddingCollection | SequenceTables],
 ) -> HistoryTower:
-    events = schema.histories[parts.history]
+    events = parts.events(schema, name)
     like = {feature.table: feature.name for feature in reversed(events)}
     listed = [*schema.sequence_features, *schema.dense_sequence_features]
     candidates = [f for f in listed if f.side == "candidate" and f.table in like]

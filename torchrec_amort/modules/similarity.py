@@ -1,0 +1,186 @@
+"""Encoders of how a candidate compares with a history as a whole: how alike it is, and whether it is there already.
+
+Nothing of the candidate itself gets through to their vectors, only how it compares with events. What is new this week
+cannot be learned by heart then, and a table of items that changes every day does no harm.
+
+Shape suffixes: B requests; N history events and C candidates, all requests together; D model dimension; H heads of
+dimension K; W windows of the latest events; S vectors of a candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
+from torchrec_amort.modules.events import recency
+from torchrec_amort.ops.jagged import expand, requests
+
+# Latest events of each window; one more is of all events.
+WINDOWS = (10, 50, 200)
+
+
+def _refuse_windows(windows: Sequence[int]) -> None:
+    if list(windows) != sorted({window for window in windows if window >= 1}):
+        raise ValueError(f"windows are {list(windows)}: give numbers of latest events, 1 or more, in rising order")
+
+
+class HistorySimilarity(AmortizableEncoder):
+    """How alike a candidate is to the user's latest events, to more of them, and to all.
+
+    In each head and window: the product of the candidate's vector with the mean of the events' vectors, which is the
+    mean of its products with them. All that candidates need of a history is one mean for each window, whatever its
+    length. An empty history gives zeros.
+
+    Args:
+        embedding_dim: D, a multiple of `num_heads`.
+        num_heads: H, each of which compares other entries of the vectors.
+        windows: numbers of latest events; all events are one window more.
+        num_vectors: S, vectors that a candidate gets, each a slot of the interaction.
+        device: where to put the weights.
+
+    Raises:
+        ValueError: `embedding_dim` is not a multiple of `num_heads`, `windows` do not rise from 1, or `num_vectors` is
+            below 1.
+
+    Example::
+
+        encoder = HistorySimilarity(embedding_dim=32, windows=(10, 50))
+        vectors_CD = encoder(history, candidates)
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int = 4,
+        windows: Sequence[int] = WINDOWS,
+        num_vectors: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(embedding_dim, num_vectors)
+        if embedding_dim % num_heads:
+            raise ValueError(f"embedding_dim {embedding_dim} is not a multiple of num_heads {num_heads}")
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors is {num_vectors}, not 1 or more")
+        _refuse_windows(windows)
+        self.num_heads, self.windows = num_heads, tuple(windows)
+        num_products = num_heads * (len(windows) + 1)
+        self.vectors = nn.Linear(num_products, num_vectors * embedding_dim, bias=False, device=device)
+
+    def encode_history(self, history: JaggedTensor) -> HistoryState:
+        """Phase one: the mean of each window; see `AmortizableEncoder.encode_history`."""
+        events_ND, lengths_B = history.values(), history.lengths()
+        num_windows = len(self.windows) + 1
+        # Events of the narrowest window that has them; wider ones are sums of these.
+        places_N = requests(lengths_B, events_ND.shape[0]) * num_windows + window_of(events_ND, lengths_B, self.windows)
+        sums = events_ND.new_zeros(lengths_B.shape[0] * num_windows, self.embedding_dim)
+        sums_BWD = sums.index_add(0, places_N, events_ND).unflatten(0, (-1, num_windows)).cumsum(1)
+        widths = [lengths_B.clamp(max=window) for window in self.windows]
+        counts_BW = torch.stack([*widths, lengths_B], 1).clamp(min=1)
+        return HistoryState((), (sums_BWD / counts_BW[:, :, None],), torch.ones_like(lengths_B))
+
+    def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
+        """Phase two: [C, S D]; see `AmortizableEncoder.score_candidates`."""
+        refuse_other_requests(state.lengths.shape[0], candidates.lengths().shape[0])
+        candidates_CHK = candidates.values().unflatten(1, (self.num_heads, -1))
+        means_CWD = expand(state.values[0], candidates.lengths(), candidates_CHK.shape[0])
+        means_CWHK = means_CWD.unflatten(2, (self.num_heads, -1))
+        products_CWH = torch.einsum("chk,cwhk->cwh", candidates_CHK, means_CWHK)
+        vectors_CX: Tensor = self.vectors(products_CWH.flatten(1))
+        return vectors_CX
+
+
+class HistoryMatches(AmortizableEncoder):
+    """How often a candidate is among the user's latest events already, among more of them, and among all.
+
+    An event matches if its vector is the candidate's, entry by entry, as two rows of one table are for one id, trained
+    or not. In each window it is the logarithm of 1 + the number of events that match, and whether one does. A history
+    without a match gives zeros. Ids that share the row of unknown ids match each other: give such an encoder ids with
+    a row each, or hashed into a large table.
+
+    Args:
+        embedding_dim: D.
+        windows: numbers of latest events; all events are one window more.
+        num_vectors: S, vectors that a candidate gets, each a slot of the interaction.
+        device: where to put the weights.
+
+    Raises:
+        ValueError: `windows` do not rise from 1, or `num_vectors` is below 1.
+
+    Example::
+
+        encoder = HistoryMatches(embedding_dim=32, windows=(10, 50))
+        vectors_CD = encoder(history, candidates)
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        windows: Sequence[int] = WINDOWS,
+        num_vectors: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(embedding_dim, num_vectors)
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors is {num_vectors}, not 1 or more")
+        _refuse_windows(windows)
+        self.windows = tuple(windows)
+        self.vectors = nn.Linear(2 * (len(windows) + 1), num_vectors * embedding_dim, bias=False, device=device)
+
+    def encode_history(self, history: JaggedTensor) -> HistoryState:
+        """Phase one: the events themselves; see `AmortizableEncoder.encode_history`."""
+        return HistoryState((), (history.values().unsqueeze(1),), history.lengths())
+
+    def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
+        """Phase two: [C, S D]; see `AmortizableEncoder.score_candidates`."""
+        refuse_other_requests(state.lengths.shape[0], candidates.lengths().shape[0])
+        with torch.no_grad():
+            counts_CW = self._counts(state, candidates).to(candidates.values().dtype)
+        vectors_CX: Tensor = self.vectors(torch.cat([counts_CW.log1p(), counts_CW.clamp(max=1)], 1))
+        return vectors_CX
+
+    def _counts(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
+        """int64 [C, W]: events of each window that match."""
+        events_ND, lengths_B = state.values[0].squeeze(1), state.lengths
+        keys_N, keys_C = _keys(events_ND, lengths_B), _keys(candidates.values(), candidates.lengths())
+        sorted_N, order_N = keys_N.sort()
+        num_windows = len(self.windows) + 1
+        is_of_window_NW = torch.arange(num_windows, device=keys_N.device) >= window_of(
+            events_ND, lengths_B, self.windows
+        ).index_select(0, order_N).unsqueeze(1)
+        below_NW = torch.cat([keys_N.new_zeros(1, num_windows), is_of_window_NW.long().cumsum(0)])
+        first_C, stop_C = (torch.searchsorted(sorted_N, keys_C, right=right) for right in (False, True))
+        return below_NW.index_select(0, stop_C) - below_NW.index_select(0, first_C)
+
+
+def window_of(events_ND: Tensor, lengths_B: Tensor, windows: Sequence[int]) -> Tensor:
+    """int64 [N]: the narrowest window that has each event, `len(windows)` for the one of all.
+
+    Args:
+        events_ND: one row of B per request, oldest event first.
+        lengths_B: their numbers.
+        windows: numbers of latest events, rising.
+    """
+    bounds = torch.tensor(windows, dtype=torch.int64, device=events_ND.device)
+    return torch.bucketize(recency(lengths_B, events_ND.shape[0]), bounds, right=True)
+
+
+# Integers as wide as an entry, by its bytes.
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+# Odd, so that no bit of an entry is lost; another one for each entry, so that their order counts.
+_FACTOR = 0x9E3779B97F4A7C15 - 2**64
+
+
+def _keys(rows_RD: Tensor, lengths_B: Tensor) -> Tensor:
+    """int64 [R]: the same for equal rows of one request, and for others as good as never."""
+    bits_RD = rows_RD.contiguous().view(_BITS[rows_RD.element_size()]).long()
+    key_R = requests(lengths_B, rows_RD.shape[0])
+    for bits_R in bits_RD.unbind(1):
+        # What a linear congruential generator does with each entry put in: the high bits are folded down, for a product
+        # moves bits upwards only.
+        key_R = (key_R ^ bits_R) * _FACTOR
+        key_R = key_R ^ (key_R >> 32)
+    return key_R
