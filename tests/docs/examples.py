@@ -330,7 +330,7 @@ def _of_models() -> dict[str, Any]:
     """Metrics of some seeds of two models."""
     users, random = np.repeat(np.arange(1209), 2), np.random.default_rng(0)
     ours, theirs = (
-        [UserWeightedMetrics(random.random(users.size), np.tile([1.0, 0.0], 1209), users) for _ in range(2)]
+        [UserWeightedMetrics(random.random(users.size), np.tile([1.0, 0.0], 1209), users, users) for _ in range(2)]
         for _ in range(2)
     )
     return {"ours": ours, "theirs": theirs}

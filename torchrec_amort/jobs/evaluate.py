@@ -22,6 +22,7 @@ from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
+from torchrec_amort.training.metrics import NAMES, SHOWN
 from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.run import load_run
 from torchrec_amort.training.sharding import shard
@@ -29,9 +30,9 @@ from torchrec_amort.training.sharding import shard
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """AUC, GAUC, mean AUC of requests and NE of a run's best or, if it did not validate, last checkpoint on a split.
+    """Metrics of a run's best or, if it did not validate, last checkpoint on a split.
 
-    GAUC is of users, weighted by their impressions.
+    GAUC is of users, weighted by their impressions. `docs/training.md` tells what each metric is.
 
     Args:
         run_folder: folder of a training run.
@@ -132,10 +133,6 @@ def predict_split(
     return predict(model, DataLoader(dataset, batch_size=None), device), checkpoint
 
 
-# Metrics of a task that are told on the screen.
-_SHOWN = {"auc": "AUC", "gauc": "GAUC", "request_auc": "AUC of requests", "ne": "NE", "mse": "mean squared error"}
-
-
 def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, seconds: float) -> None:
     trained, data, schema = load_run(config.run_folder, config.data)
     tasks = predictions.metrics(schema.labels, trained.loss)
@@ -163,7 +160,7 @@ def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, s
     write_json(path, results)
     track(config.run_folder, results)
     for task, values in tasks.items():
-        told = ", ".join(f"{shown} {values[name]:.4f}" for name, shown in _SHOWN.items() if name in values)
+        told = ", ".join(f"{NAMES[name]} {values[name]:.4f}" for name in (*SHOWN, "mse") if name in values)
         print(
             f"{config.run_folder} on {location(data) / config.split} ({predictions.num_requests:,} requests, "
             f"{len(predictions.labels):,} candidates), {task}: {told}"

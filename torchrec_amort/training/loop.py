@@ -32,13 +32,10 @@ from torchrec_amort.training.metrics import (
     MORE_IS_BETTER,
     Metric,
     auc,
-    auc_of_requests,
-    calibration,
     grouped_auc,
-    log_loss,
-    mean_squared_error,
-    ndcg_of_requests,
-    normalized_entropy,
+    metrics_of,
+    sums_of_requests,
+    sums_of_targets,
 )
 from torchrec_amort.training.processes import (
     Stopped,
@@ -345,10 +342,9 @@ class Predictions:
             np.savez(temporary, **vars(self))
 
     def metrics(self, tasks: tuple[str, ...], loss: LossConfig | None = None) -> dict[str, dict[str, float]]:
-        """AUC, GAUC, NE, log loss, calibration and positive rate of each task, and its ranking within requests.
+        """AUC and GAUC of each task, and what `metrics_of` tells.
 
-        `request_auc` and `ndcg` are means over the requests with both labels; left out if there is none. Tasks
-        whose loss is of targets have `mse`, the mean squared error, alone.
+        Tasks whose loss is of targets have `mse`, the mean squared error, alone.
 
         Args:
             tasks: names of the T labels.
@@ -363,7 +359,7 @@ class Predictions:
             kind = (loss or LossConfig()).of(task).kind
             if kind in REGRESSIONS:
                 predicted = np.exp(logits.astype(np.float64)) if kind == "poisson" else logits
-                values[task] = {"mse": mean_squared_error(predicted, labels)}
+                values[task] = metrics_of(sums_of_targets(predicted, labels, self.requests))
             else:
                 values[task] = self._metrics(task, logits, labels)
         return values
@@ -373,21 +369,12 @@ class Predictions:
             return {
                 "auc": auc(logits, labels),
                 "gauc": grouped_auc(logits, labels, self.users),
-                "ne": normalized_entropy(logits, labels),
-                "log_loss": log_loss(logits, labels),
-                "calibration": calibration(logits, labels),
-                "positive_rate": float(labels.mean(dtype=np.float64)),
-                **self._within_requests(logits, labels),
+                **metrics_of(sums_of_requests(logits, labels, self.requests)),
             }
         except ValueError as error:
             raise InputError(
                 f"{task}: {one_line(error)}: {self.num_requests:,} requests were scored, evaluate a split of more"
             ) from error
-
-    def _within_requests(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        of_requests = {"request_auc": auc_of_requests, "ndcg": ndcg_of_requests}
-        values = {name: metric(logits, labels, self.requests) for name, metric in of_requests.items()}
-        return {name: float(np.nanmean(each)) for name, each in values.items() if not np.isnan(each).all()}
 
 
 @torch.no_grad()
