@@ -47,7 +47,9 @@ def test_every_arm_is_tuned_on_validation_and_tested_with_every_seed(compared: P
         for seed in (0, 1):
             run = compared / name / f"setting-{best}" / f"seed-{seed}"
             predictions = np.load(run / "predictions-test.npz")
-            assert arm["test"][seed]["bought"]["auc"] == auc(predictions["logits"][:, 1], predictions["labels"][:, 1])
+            expected = auc(predictions["logits"][:, 1], predictions["labels"][:, 1])
+            assert arm["test"][seed]["bought"]["auc"] == pytest.approx(expected, rel=1e-12)
+            assert arm["slices"][seed] == json.loads((run / "evaluate-test.json").read_text())["slices"]
         # Nothing of the test split is looked at before a setting is chosen.
         assert not (compared / name / f"setting-{1 - best}" / "seed-0" / "evaluate-test.json").exists()
 
@@ -91,6 +93,11 @@ def test_a_comparison_goes_on_where_it_stopped_and_takes_no_results_of_another_e
         run = sorted(compared.glob(f"{arm}/*/seed-1"))[0]
         evaluate.main(["--run_folder", str(run), "--split=test", "--history_length=2"])
     (run / "predictions-test.npz").unlink()
+    # As an earlier version left it.
+    earlier = sorted(compared.glob("short/*/seed-1"))[0] / "evaluate-test.json"
+    record = json.loads(earlier.read_text())
+    del record["slices"], record["tasks"]["liked"]["mrr"]
+    earlier.write_text(json.dumps(record))
     compare.main(arguments(data_folder, compared))
     again = {path for path in compared.rglob("train.json") if path.stat().st_mtime_ns != trained[path]}
     assert again == {compared / "short" / "setting-0" / "seed-0" / "train.json"}

@@ -106,6 +106,7 @@ def _not_run() -> dict[str, str]:
         "stores.Stored": STORE,
         "training.lock.run_lock": TRAINING,
         "training.optimizers.LearningRates": TRAINING,
+        "training.predictions.PredictionFile": RANKS,
         "training.processes.StopRequests": "ends when the process is told to stop",
     }
     reasons = {f"torchrec_amort.{name}": reason for name, reason in names.items()}
@@ -214,6 +215,7 @@ def _given() -> dict[str, Any]:
         "logits": scores,
         "labels": labels,
         "users": users,
+        "requests": users,
         "num_users": 10,
     }
 

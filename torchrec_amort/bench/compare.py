@@ -104,7 +104,7 @@ def run_comparison(config: CompareConfig) -> None:
         chosen, tuning = {}, {}
         for name, settings in arms.items():
             tuning[name], chosen[name] = _tune(name, settings, config, device)
-        results = {name: [_results(run, "test", device) for run in _runs(chosen[name], config)] for name in arms}
+        results = {name: [_evaluated(run, "test", device) for run in _runs(chosen[name], config)] for name in arms}
         speed = measure_speed(chosen, requests, config.speed, device)
         if is_first():
             record = {
@@ -117,7 +117,8 @@ def run_comparison(config: CompareConfig) -> None:
                         "setting": _difference(arms[name][0], chosen[name]),
                         "is_amortizable": build_model(schema, chosen[name].model, device=META).is_amortizable,
                         f"validation_{config.choose_by}": tuning[name],
-                        "test": results[name],
+                        "test": [result["tasks"] for result in results[name]],
+                        "slices": [result["slices"] for result in results[name]],
                     }
                     for name in arms
                 },
@@ -204,14 +205,15 @@ def _runs(setting: TrainConfig, config: CompareConfig) -> list[TrainConfig]:
 
 def _mean_over_tasks(run: TrainConfig, metric: Metric, device: torch.device) -> float:
     """The metric on the validation split, of the tasks that have it."""
-    values = [metrics[metric] for metrics in _results(run, "validation", device).values() if metric in metrics]
+    tasks = _evaluated(run, "validation", device)["tasks"].values()
+    values = [metrics[metric] for metrics in tasks if metric in metrics]
     if not values:
         raise InputError(f"choose_by: no task of {run.run_folder} has {metric} on the validation split: choose another")
     return float(np.mean(values))
 
 
-def _results(run: TrainConfig, split: str, device: torch.device) -> dict[str, dict[str, float]]:
-    """Metrics of each task on a split; the run is trained and evaluated if it is not yet."""
+def _evaluated(run: TrainConfig, split: str, device: torch.device) -> dict[str, Any]:
+    """What `evaluate` found on a split; the run is trained and evaluated if it is not yet."""
     folder = Path(run.run_folder)
     if (folder / CONFIG_FILE).exists():
         _refuse_other_config(run)
@@ -223,8 +225,8 @@ def _results(run: TrainConfig, split: str, device: torch.device) -> dict[str, di
         evaluate_run(evaluate, device)
     # All ranks have looked at what is there before the next one writes.
     dist.barrier()
-    tasks: dict[str, dict[str, float]] = json.loads(path.read_text())["tasks"]
-    return tasks
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
 
 
 def _is_evaluated(run: TrainConfig, split: str) -> bool:
@@ -233,6 +235,9 @@ def _is_evaluated(run: TrainConfig, split: str) -> bool:
     if not path.exists() or (split == "test" and not path.with_name("predictions-test.npz").exists()):
         return False
     record = json.loads(path.read_text())
+    # Earlier versions told fewer metrics, and no slices.
+    if "slices" not in record:
+        return False
     return (record["data"], record["history_length"]) == (run.data, _longest(run, RequestSchema.load(run.data)))
 
 
