@@ -129,11 +129,13 @@ def test_every_slicing_adds_up_to_the_whole(data_folder: Path) -> None:
 def test_what_requests_cannot_be_told_apart_by_is_refused(data_folder: Path) -> None:
     large = SCHEMA.with_tables({"user_id": TableConfig(rows=2**16 + 1)})
     lists = RequestSchema("lists", (Feature("genres", "candidate", "ids", table_size=5), SCHEMA.features[-1]))
+    managed = SCHEMA.with_tables({"item": TableConfig(vocabulary="managed")})
     for name, schema, message in (
         ("genre", SCHEMA, r"'genre' is no feature of requests .*\['history_length', 'unknown_candidates', 'user_id', "),
         ("interests", SCHEMA, "'interests' is no feature of requests that the model reads as one id or number"),
         ("user_id", large, "user_id has 65537 ids, and 65536 can be told apart"),
-        ("unknown_candidates", lists, "needs candidates with one id of a table, and genres is ids"),
+        ("unknown_candidates", managed, "and that of candidate_item is managed: leave it out"),
+        ("unknown_candidates", lists, "unknown_candidates needs an item or id of a table, and candidates have none"),
     ):
         with pytest.raises(InputError, match=message):
             slicings([name], schema, str(data_folder), None, batch_size=32)

@@ -83,12 +83,10 @@ def _by_unknown_candidates(
     schema: RequestSchema, data: str, history_length: int | Mapping[str, int] | None, batch_size: int
 ) -> Slicing:
     """By the share of the request's candidates whose row training has not read, or is the unknown id's."""
-    feature = next(iter((*schema.of("candidate", "item"), *schema.of("candidate"))))
-    if feature.kind not in ("id", "item") or feature.vocabulary == "managed":
-        raise InputError(
-            f"slice_by: {UNKNOWN_CANDIDATES} needs candidates with one id of a table, and {feature.name} is "
-            f"{feature.kind} with vocabulary {feature.vocabulary}: leave it out"
-        )
+    feature = next(iter((*schema.of("candidate", "item"), *schema.of("candidate", "id"))), None)
+    if feature is None or feature.vocabulary == "managed":
+        told = "candidates have none" if feature is None else f"that of {feature.name} is managed"
+        raise InputError(f"slice_by: {UNKNOWN_CANDIDATES} needs an item or id of a table, and {told}: leave it out")
     known = _known_rows(feature, schema, data, history_length, batch_size)
     if feature.vocabulary != "refuse":
         known[0] = False
