@@ -11,6 +11,7 @@ from tests.launch import launch, torchrun
 from torchrec_amort.apps import benchmark, cli, evaluate, pilot, prepare, train
 from torchrec_amort.bench.methods import METHODS
 from torchrec_amort.data.counts import unknown_in_words
+from torchrec_amort.training.metrics import MORE_IS_BETTER
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 MODEL = ["--model.embedding_dim=8", "--model.history_length=8"]
@@ -107,17 +108,22 @@ def test_evaluation_with_shorter_histories_keeps_the_latest_events(
 def test_evaluation_says_what_was_measured_and_on_what(
     data_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate.main(["--run_folder", str(trained), "--split=validation"])
+    slices = ["history_length", "unknown_candidates", "user_id", "hour"]
+    evaluate.main(["--run_folder", str(trained), "--split=validation", f"--slice_by=[{','.join(slices)}]"])
     record: dict[str, Any] = json.loads((trained / "evaluate-validation.json").read_text())
     counts = json.loads((data_folder / "counts.json").read_text())["validation"]
     for name in ("requests", "candidates", "users", "unknown_ids"):
         assert record[name] == counts[name]
     assert set(record["tasks"]) == {"liked", "bought"}
-    of_rows = {"auc", "gauc", "ne", "log_loss", "calibration", "positive_rate"}
-    assert set(record["tasks"]["liked"]) == {*of_rows, "request_auc", "ndcg"}
+    assert set(record["tasks"]["liked"]) == {*MORE_IS_BETTER, "calibration", "positive_rate"} - {"mse"}
     shown = capsys.readouterr().out
     assert f"(60 requests, {counts['candidates']} candidates), bought: AUC" in shown
-    assert f"AUC of requests {record['tasks']['bought']['request_auc']:.4f}, NE" in shown
+    bought = record["tasks"]["bought"]
+    assert f"NDCG@10 {bought['ndcg_at_10']:.4f}, MRR {bought['mrr']:.4f}, NE {bought['ne']:.4f}" in shown
+    assert list(record["slices"]) == slices
+    assert sum(one["candidates"] for one in record["slices"]["user_id"]) == counts["candidates"]
+    assert sum(one["candidates"] for one in record["calibration"]["bought"]) == counts["candidates"]
+    assert (trained / "calibration-validation.png").read_bytes().startswith(b"\x89PNG")
     assert f"unknown ids: {unknown_in_words(counts['unknown_ids'])}" in shown
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.launch import torchrun
 from tests.training.test_training import ROUNDING
 from torchrec_amort.apps import compare, evaluate
-from torchrec_amort.training.metrics import auc
+from torchrec_amort.training.metrics import SHOWN, auc
 
 SIZES = ["--model.embedding_dim=8", "--model.history_length=8", "--loop.epochs=1", "--bootstrap_samples=20"]
 SIZES += ["--batch_size=100"]  # 6 steps
@@ -47,7 +47,9 @@ def test_every_arm_is_tuned_on_validation_and_tested_with_every_seed(compared: P
         for seed in (0, 1):
             run = compared / name / f"setting-{best}" / f"seed-{seed}"
             predictions = np.load(run / "predictions-test.npz")
-            assert arm["test"][seed]["bought"]["auc"] == auc(predictions["logits"][:, 1], predictions["labels"][:, 1])
+            expected = auc(predictions["logits"][:, 1], predictions["labels"][:, 1])
+            assert arm["test"][seed]["bought"]["auc"] == pytest.approx(expected, rel=1e-12)
+            assert arm["slices"][seed] == json.loads((run / "evaluate-test.json").read_text())["slices"]
         # Nothing of the test split is looked at before a setting is chosen.
         assert not (compared / name / f"setting-{1 - best}" / "seed-0" / "evaluate-test.json").exists()
 
@@ -55,18 +57,19 @@ def test_every_arm_is_tuned_on_validation_and_tested_with_every_seed(compared: P
 def test_the_table_says_what_the_record_says(compared: Path) -> None:
     record, table = record_of(compared), (compared / "compare.md").read_text()
     assert (compared / "compare.png").read_bytes().startswith(b"\x89PNG")
-    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| concatenation")]
-    assert len(rows) == 3
-    for row, task in zip(rows, ("liked", "bought"), strict=False):
-        values = [run[task]["auc"] for run in record["arms"]["concatenation"]["test"]]
-        assert row[1] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
-        difference = record["differences"][task]["concatenation"]["auc"]
-        others = [run[task]["auc"] for run in record["arms"]["append_cross"]["test"]]
-        assert difference["difference"] == pytest.approx(np.mean(values) - np.mean(others), abs=1e-9)
-        assert row[5].startswith(f"{difference['difference']:+.4f} [")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| concatenation")]
+    assert len(rows) == 5
+    for task, quality, versus in (("liked", *rows[:2]), ("bought", *rows[2:4])):
+        for place, metric in enumerate(SHOWN, 1):
+            arms = [record["arms"][name]["test"] for name in ("concatenation", "append_cross")]
+            values, others = ([run[task][metric] for run in runs] for runs in arms)
+            assert quality[place] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+            difference = record["differences"][task]["concatenation"][metric]
+            assert difference["difference"] == pytest.approx(np.mean(values) - np.mean(others), abs=1e-9)
+            assert versus[place].startswith(f"{difference['difference']:+.4f} [")
     speed = record["speed"]["training"]["concatenation"]
-    assert rows[2][1:3] == [f"{speed['requests']:,.0f}", f"{speed['padded']:,.0f}"]
-    assert (rows[2][3], rows[2][-1]) == ("-", "no |")
+    assert rows[4][1:3] == [f"{speed['requests']:,.0f}", f"{speed['padded']:,.0f}"]
+    assert (rows[4][3], rows[4][-1]) == ("-", "no")
 
 
 def test_speed_is_measured_for_every_way_there_is(compared: Path) -> None:
@@ -90,6 +93,11 @@ def test_a_comparison_goes_on_where_it_stopped_and_takes_no_results_of_another_e
         run = sorted(compared.glob(f"{arm}/*/seed-1"))[0]
         evaluate.main(["--run_folder", str(run), "--split=test", "--history_length=2"])
     (run / "predictions-test.npz").unlink()
+    # As an earlier version left it.
+    earlier = sorted(compared.glob("short/*/seed-1"))[0] / "evaluate-test.json"
+    record = json.loads(earlier.read_text())
+    del record["slices"], record["tasks"]["liked"]["mrr"]
+    earlier.write_text(json.dumps(record))
     compare.main(arguments(data_folder, compared))
     again = {path for path in compared.rglob("train.json") if path.stat().st_mtime_ns != trained[path]}
     assert again == {compared / "short" / "setting-0" / "seed-0" / "train.json"}
@@ -97,11 +105,12 @@ def test_a_comparison_goes_on_where_it_stopped_and_takes_no_results_of_another_e
 
 
 def test_two_ranks_compare_as_one(data_folder: Path, compared: Path, tmp_path: Path) -> None:
-    fewer = ("--encoders=[none,append_cross]", "--variants={}")
+    fewer = ("--encoders=[none,append_cross]", "--variants={}", "--choose_by=mrr")
     torchrun(2, "compare", *arguments(data_folder, tmp_path / "two", *fewer))
     one, two = record_of(compared), record_of(tmp_path / "two")
     assert list(two["arms"]) == ["none", "append_cross"]
     for name, arm in two["arms"].items():
+        assert arm["setting"] == ({"optimizer.dense_lr": 0.01} if np.argmax(arm["validation_mrr"]) else {})
         for mine, other in zip(one["arms"][name]["test"], arm["test"], strict=True):
             assert other["liked"]["ne"] == pytest.approx(mine["liked"]["ne"], rel=ROUNDING)
 
@@ -115,8 +124,13 @@ def test_two_ranks_compare_as_one(data_folder: Path, compared: Path, tmp_path: P
         (["--variants={x: {model.history_length: many}}"], "many"),
         (["--variants={x: {model.history: mean_pooling, model.positions: rotary}}"], "which has no model.positions"),
         (["--seeds=[]"], "one entry at least"),
+        (["--choose_by=mse"], "has mse on the validation split: choose another"),
         (["--speed.history_length=9", "--seeds=[7]"], "0 requests have 9 events or more, not 3"),
         (["--batch_size=5"], "was trained with batch_size=100, the comparison asks for 5"),
+        (
+            ["--loss.tasks={liked: {kind: listwise}}"],
+            "with loss.tasks.liked.kind=None, the comparison asks for listwise",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(

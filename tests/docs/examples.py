@@ -106,6 +106,7 @@ def _not_run() -> dict[str, str]:
         "stores.Stored": STORE,
         "training.lock.run_lock": TRAINING,
         "training.optimizers.LearningRates": TRAINING,
+        "training.predictions.PredictionFile": RANKS,
         "training.processes.StopRequests": "ends when the process is told to stop",
     }
     reasons = {f"torchrec_amort.{name}": reason for name, reason in names.items()}
@@ -214,6 +215,7 @@ def _given() -> dict[str, Any]:
         "logits": scores,
         "labels": labels,
         "users": users,
+        "requests": users,
         "num_users": 10,
     }
 
@@ -330,7 +332,7 @@ def _of_models() -> dict[str, Any]:
     """Metrics of some seeds of two models."""
     users, random = np.repeat(np.arange(1209), 2), np.random.default_rng(0)
     ours, theirs = (
-        [UserWeightedMetrics(random.random(users.size), np.tile([1.0, 0.0], 1209), users) for _ in range(2)]
+        [UserWeightedMetrics(random.random(users.size), np.tile([1.0, 0.0], 1209), users, users) for _ in range(2)]
         for _ in range(2)
     )
     return {"ours": ours, "theirs": theirs}

@@ -159,7 +159,10 @@ def test_validations_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.C
     for option, message in (
         ("--loop.patience=2", "loop.patience is 2, but nothing is validated: give loop.validate_every"),
         ("--loop.validate_every=0", "loop.validate_every is 0: give 1 or more"),
-        ("--loop.validate_every=1", "bought: none of "),
+        (
+            "--loop.validate_every=1",
+            "bought: all 6 labels are 0: AUC and normalized entropy need both kinds: 3 ",
+        ),
     ):
         assert message in refused(capsys, train.main, arguments(data, run, option))
     write_requests(tmp_path / "no_validation", SCHEMA, {"train": [make_table(24)]})

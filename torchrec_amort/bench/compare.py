@@ -21,10 +21,12 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.jobs.evaluate import EvaluateConfig, evaluate_run
 from torchrec_amort.jobs.train import train_run
 from torchrec_amort.models.build import ENCODERS, Encoder, ModelConfig, build_model
+from torchrec_amort.modules.losses import LossConfig
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.training.bootstrap import UserWeightedMetrics, paired_differences
 from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import LoopConfig
+from torchrec_amort.training.metrics import MORE_IS_BETTER, Metric
 from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.processes import is_first, process_group
 from torchrec_amort.training.run import TrainConfig
@@ -36,8 +38,9 @@ META = torch.device("meta")
 class CompareConfig:
     """Train and test several history encoders on one data set, and say how good and how fast each is.
 
-    Each arm tries every setting of `grid` with the first seed; the one with the lowest NE on the validation split, the
-    mean over tasks, is trained with all seeds and tested. A comparison that was stopped goes on where it was.
+    Each arm tries every setting of `grid` with the first seed; the one with the best `choose_by` on the validation
+    split, the mean over tasks, is trained with all seeds and tested. A comparison that was stopped goes on where it
+    was.
 
     Args:
         data: prepared data folder.
@@ -47,7 +50,9 @@ class CompareConfig:
         reference: the arm that the others are compared with.
         seeds: of initial weights and of the order of the data.
         grid: settings that each arm tries on the validation split: fields and their values.
+        choose_by: the metric by which an arm chooses one of them.
         model: what all arms have in common.
+        loss: what is minimized.
         optimizer: how weights are moved.
         loop: the budget: how long to train.
         batch_size: requests in a global batch, all ranks together.
@@ -64,7 +69,9 @@ class CompareConfig:
     reference: str = "append_cross"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     grid: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    choose_by: Metric = "ne"
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     batch_size: int = 32
@@ -97,7 +104,7 @@ def run_comparison(config: CompareConfig) -> None:
         chosen, tuning = {}, {}
         for name, settings in arms.items():
             tuning[name], chosen[name] = _tune(name, settings, config, device)
-        results = {name: [_results(run, "test", device) for run in _runs(chosen[name], config)] for name in arms}
+        results = {name: [_evaluated(run, "test", device) for run in _runs(chosen[name], config)] for name in arms}
         speed = measure_speed(chosen, requests, config.speed, device)
         if is_first():
             record = {
@@ -109,8 +116,9 @@ def run_comparison(config: CompareConfig) -> None:
                     name: {
                         "setting": _difference(arms[name][0], chosen[name]),
                         "is_amortizable": build_model(schema, chosen[name].model, device=META).is_amortizable,
-                        "validation_ne": tuning[name],
-                        "test": results[name],
+                        f"validation_{config.choose_by}": tuning[name],
+                        "test": [result["tasks"] for result in results[name]],
+                        "slices": [result["slices"] for result in results[name]],
                     }
                     for name in arms
                 },
@@ -127,6 +135,7 @@ def _arms(config: CompareConfig) -> dict[str, list[TrainConfig]]:
         data=config.data,
         run_folder=config.out,
         model=config.model,
+        loss=config.loss,
         optimizer=config.optimizer,
         loop=config.loop,
         batch_size=config.batch_size,
@@ -160,7 +169,7 @@ def _longest(config: TrainConfig, schema: RequestSchema) -> int:
 def _difference(first: TrainConfig, other: TrainConfig) -> dict[str, Any]:
     """The fields of the chosen setting that are not those of the arm's first one."""
     flat = [_flat(asdict(config)) for config in (first, other)]
-    return {name: value for name, value in flat[1].items() if value != flat[0][name] and name != "run_folder"}
+    return {name: value for name, value in flat[1].items() if value != flat[0].get(name) and name != "run_folder"}
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,12 +182,12 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _tune(
     name: str, settings: Sequence[TrainConfig], config: CompareConfig, device: torch.device
 ) -> tuple[list[float], TrainConfig]:
-    """NE of each setting on the validation split, the mean over tasks, and the best setting, its folder set."""
+    """The metric of each setting on the validation split, the mean over tasks, and the best setting, its folder set."""
     placed = [_placed(setting, Path(config.out) / name / f"setting-{k}") for k, setting in enumerate(settings)]
     if len(placed) == 1:
         return [], placed[0]
-    entropies = [_mean_ne(_results(_run(setting, config.seeds[0]), "validation", device)) for setting in placed]
-    return entropies, placed[int(np.argmin(entropies))]
+    values = [_mean_over_tasks(_run(setting, config.seeds[0]), config.choose_by, device) for setting in placed]
+    return values, placed[int(np.argmax(values) if MORE_IS_BETTER[config.choose_by] else np.argmin(values))]
 
 
 def _placed(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -194,12 +203,17 @@ def _runs(setting: TrainConfig, config: CompareConfig) -> list[TrainConfig]:
     return [_run(setting, seed) for seed in config.seeds]
 
 
-def _mean_ne(tasks: Mapping[str, Mapping[str, float]]) -> float:
-    return float(np.mean([metrics["ne"] for metrics in tasks.values()]))
+def _mean_over_tasks(run: TrainConfig, metric: Metric, device: torch.device) -> float:
+    """The metric on the validation split, of the tasks that have it."""
+    tasks = _evaluated(run, "validation", device)["tasks"].values()
+    values = [metrics[metric] for metrics in tasks if metric in metrics]
+    if not values:
+        raise InputError(f"choose_by: no task of {run.run_folder} has {metric} on the validation split: choose another")
+    return float(np.mean(values))
 
 
-def _results(run: TrainConfig, split: str, device: torch.device) -> dict[str, dict[str, float]]:
-    """Metrics of each task on a split; the run is trained and evaluated if it is not yet."""
+def _evaluated(run: TrainConfig, split: str, device: torch.device) -> dict[str, Any]:
+    """What `evaluate` found on a split; the run is trained and evaluated if it is not yet."""
     folder = Path(run.run_folder)
     if (folder / CONFIG_FILE).exists():
         _refuse_other_config(run)
@@ -211,8 +225,8 @@ def _results(run: TrainConfig, split: str, device: torch.device) -> dict[str, di
         evaluate_run(evaluate, device)
     # All ranks have looked at what is there before the next one writes.
     dist.barrier()
-    tasks: dict[str, dict[str, float]] = json.loads(path.read_text())["tasks"]
-    return tasks
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
 
 
 def _is_evaluated(run: TrainConfig, split: str) -> bool:
@@ -221,16 +235,20 @@ def _is_evaluated(run: TrainConfig, split: str) -> bool:
     if not path.exists() or (split == "test" and not path.with_name("predictions-test.npz").exists()):
         return False
     record = json.loads(path.read_text())
+    # Earlier versions told fewer metrics, and no slices.
+    if "slices" not in record:
+        return False
     return (record["data"], record["history_length"]) == (run.data, _longest(run, RequestSchema.load(run.data)))
 
 
 def _refuse_other_config(run: TrainConfig) -> None:
     saved, asked = (_flat(asdict(c)) for c in (load_config(run.run_folder, TrainConfig, "train"), run))
-    for name, value in asked.items():
-        if saved[name] != value:
+    # A field of a mapping may be in one of them alone.
+    for name in saved | asked:
+        if saved.get(name) != asked.get(name):
             raise InputError(
-                f"{run.run_folder}: was trained with {name}={saved[name]}, the comparison asks for {value}: "
-                "ask for the same, or choose another --out"
+                f"{run.run_folder}: was trained with {name}={saved.get(name)}, the comparison asks for "
+                f"{asked.get(name)}: ask for the same, or choose another --out"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import new_file, write_json, write_text
+from torchrec_amort.training.metrics import NAMES, SHOWN
 
-METRICS = {"auc": "AUC", "gauc": "GAUC", "request_auc": "AUC of requests", "ne": "NE"}
+# Metrics whose differences have room in the same rows.
+MOST_IN_ROW = 4
 
 
 def write_report(folder: Path, record: dict[str, Any]) -> None:
@@ -45,15 +47,20 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(f"Unknown ids of the test split: {unknown_in_words(record['unknown_ids'])}.")
     for task, differences in _by_task(record).items():
         runs = [run[task] for arm in record["arms"].values() for run in arm["test"]]
-        # Earlier versions did not tell the AUC of requests, and some requests have none.
-        metrics = [metric for metric in METRICS if all(metric in run for run in runs)]
-        names = [METRICS[metric] for metric in metrics]
-        heads = ["encoder", *names, *(f"{name} difference" for name in names)]
-        lines += ["", f"**{task}**", "", _row(*heads), _row(*["---"] * len(heads))]
-        for name, arm in record["arms"].items():
-            quality = [_spread([run[task][metric] for run in arm["test"]]) for metric in metrics]
-            versus = [_interval(differences.get(name, {}).get(metric)) for metric in metrics]
-            lines.append(_row(name, *quality, *versus))
+        # Earlier versions told fewer metrics, and some requests have not all.
+        metrics = [metric for metric in SHOWN if all(metric in run for run in runs)]
+        names = [NAMES[metric] for metric in metrics]
+        quality = {
+            name: [_spread([run[task][metric] for run in arm["test"]]) for metric in metrics]
+            for name, arm in record["arms"].items()
+        }
+        versus = {name: [_interval(differences.get(name, {}).get(metric)) for metric in metrics] for name in quality}
+        changes = [f"{name} difference" for name in names]
+        lines += ["", f"**{task}**", ""]
+        if len(metrics) <= MOST_IN_ROW:
+            lines += _table(names + changes, {name: quality[name] + versus[name] for name in quality})
+        else:
+            lines += [*_table(names, quality), "", *_table(changes, versus)]
     lines += [
         "",
         "**speed**",
@@ -67,6 +74,12 @@ def markdown(record: dict[str, Any]) -> str:
         latencies = [_number(milliseconds.get(way), ".2f") for way in ("requests_ms", "impressions_ms")]
         lines.append(_row(name, *training, *latencies, "yes" if arm["is_amortizable"] else "no"))
     return "\n".join(lines) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """A row for each arm."""
+    lines = [_row("encoder", *heads), _row(*["---"] * (1 + len(heads)))]
+    return lines + [_row(name, *cells) for name, cells in rows.items()]
 
 
 def _row(*cells: str) -> str:

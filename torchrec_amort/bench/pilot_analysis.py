@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,11 +15,21 @@ from torchrec_amort.training.bootstrap import (
     paired_differences,
     paired_ratios,
 )
-from torchrec_amort.training.metrics import ndcg_of_requests, probabilities
+from torchrec_amort.training.metrics import METRICS_OF_REQUESTS, MORE_IS_BETTER, Metric, Ranking, probabilities
 
 CONTROL, TREATMENT = "control", "treatment"
-# Where more is better, where less is, and where neither is.
-DIRECTIONS = {"ne": -1, "auc": 1, "gauc": 1, "request_auc": 1, "ndcg": 1, "calibration": 0}
+# What is told of quality; of calibration neither more nor less is better.
+METRICS: tuple[Metric | Literal["calibration"], ...] = (
+    "ne",
+    "request_ne",
+    "auc",
+    "gauc",
+    "request_auc",
+    "ndcg",
+    "ndcg_at_10",
+    "mrr",
+    "calibration",
+)
 # Two ways to score with the same float32 weights differ by less than this in any metric.
 ROUNDING = 1e-6
 BUCKETS = 4
@@ -38,9 +48,9 @@ def quality(
         seed: of them.
 
     Returns:
-        dict: by task and metric `control`, `treatment`, `difference`, `low`, `high` and `verdict`; of the AUC of
-        requests and of NDCG also the number of `requests` that have both labels. A metric that the requests do not
-        have, as those two if none has both, is left out.
+        dict: by task and metric `control`, `treatment`, `difference`, `low`, `high` and `verdict`; of means over
+        requests also the number of `requests` that have both labels. A metric that the requests do not have, as those
+        if none has both, is left out.
     """
     record: dict[str, dict[str, dict[str, Any]]] = {}
     for t, task in enumerate(tasks):
@@ -57,12 +67,12 @@ def quality(
                 **differences[metric],
                 "verdict": _verdict(metric, differences[metric]),
             }
-            for metric in DIRECTIONS
-            if np.isfinite(values[CONTROL][metric])
+            for metric in METRICS
+            if metric in differences
         }
-        ndcg_Q = ndcg_of_requests(logits[CONTROL][:, t], log.labels[:, t], log.requests)
-        for metric in record[task].keys() & {"request_auc", "ndcg"}:
-            record[task][metric]["requests"] = int((~np.isnan(ndcg_Q)).sum())
+        num_ranked = int(Ranking(logits[CONTROL][:, t], log.labels[:, t], log.requests).has_both_Q.sum())
+        for metric in record[task].keys() & METRICS_OF_REQUESTS:
+            record[task][metric]["requests"] = num_ranked
     return record
 
 
@@ -70,13 +80,13 @@ def _metrics(log: Log, logits: np.ndarray, labels: np.ndarray) -> UserWeightedMe
     return UserWeightedMetrics(logits, labels, log.users[log.requests], log.requests)
 
 
-def _verdict(metric: str, difference: Mapping[str, float]) -> str:
+def _verdict(metric: Metric | Literal["calibration"], difference: Mapping[str, float]) -> str:
     low, high = difference["low"], difference["high"]
     if low <= ROUNDING and high >= -ROUNDING:
         return "no difference beyond chance"
-    if DIRECTIONS[metric] == 0:
+    if metric == "calibration":
         return "differs"
-    return "better" if DIRECTIONS[metric] * low > 0 else "worse"
+    return "better" if MORE_IS_BETTER[metric] == (low > 0) else "worse"
 
 
 def largest_difference(logits: Mapping[str, np.ndarray]) -> float:
@@ -156,10 +166,11 @@ def metrics_of(log: Log, logits: np.ndarray, tasks: Sequence[str]) -> dict[str, 
     """The metrics of each task; None where the labels do not tell."""
     ones = np.ones(int(log.users.max()) + 1)
     values = {task: _metrics(log, logits[:, t], log.labels[:, t]).at(ones) for t, task in enumerate(tasks)}
-    return {
-        task: {metric: value if np.isfinite(value) else None for metric, value in metrics.items()}
-        for task, metrics in values.items()
-    }
+    return {task: {metric: _or_none(metrics.get(metric)) for metric in METRICS} for task, metrics in values.items()}
+
+
+def _or_none(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
 
 
 def held_back(shapes: Sequence[tuple[int, int]]) -> list[bool]:

@@ -17,6 +17,7 @@ from torchrec_amort.bench.cost import TERMS, CostModel
 from torchrec_amort.bench.pilot_analysis import CONTROL, TREATMENT, held_back
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import write_json, write_text
+from torchrec_amort.training.metrics import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 
 ARMS = (CONTROL, TREATMENT)
 COLORS = {CONTROL: "#8a8f98", TREATMENT: "#1769aa"}
-METRIC_NAMES = {
-    "ne": "NE",
-    "auc": "AUC",
-    "gauc": "GAUC",
-    "request_auc": "AUC of requests",
-    "ndcg": "NDCG",
-    "calibration": "calibration",
-}
 
 
 @dataclass(frozen=True)
@@ -136,8 +129,7 @@ def _quality(record: Mapping[str, Any]) -> Table:
         ("task and metric", *ARMS, "difference", "verdict"),
         [
             (
-                f"{task} {METRIC_NAMES[metric]}"
-                + (f", {values['requests']:,} requests" if "requests" in values else ""),
+                f"{task} {NAMES[metric]}" + (f", {values['requests']:,} requests" if "requests" in values else ""),
                 *(f"{values[arm]:.4f}" for arm in ARMS),
                 f"{values['difference']:+.4f} [{values['low']:+.4f}, {values['high']:+.4f}]",
                 values["verdict"],
@@ -254,7 +246,7 @@ def _shorter(record: Mapping[str, Any]) -> Table:
     return Table(
         "Quality with shorter histories",
         "All requests, their histories cut to the latest events: what a shorter one would cost, without training anew.",
-        ("task", "events", *(column for metric in metrics for column in _both(METRIC_NAMES[metric]))),
+        ("task", "events", *(column for metric in metrics for column in _both(NAMES[metric]))),
         [
             (
                 task,
@@ -373,7 +365,7 @@ def _draw_quality(record: Mapping[str, Any]) -> Figure:
             axis.plot([values["low"], values["high"]], [place, place], color=COLORS[TREATMENT], linewidth=3)
             axis.plot(values["difference"], place, "o", color=COLORS[TREATMENT])
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(names)), [METRIC_NAMES[name] for name in names])
+        axis.set_yticks(range(len(names)), [NAMES[name] for name in names])
         axis.set(title=task, xlabel="treatment less control", ylim=(-0.6, len(names) - 0.4))
     return figure
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -16,22 +17,27 @@ from torchrec_amort.data.counts import unknown_ids, unknown_in_words
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
+from torchrec_amort.jobs.slices import HISTORY_LENGTH, slicings
 from torchrec_amort.models.build import build_model
 from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.stores import location
+from torchrec_amort.training.calibration import draw_calibration
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
-from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
+from torchrec_amort.training.loop import GlobalBatchTrain, evaluate
+from torchrec_amort.training.metrics import NAMES, SHOWN
 from torchrec_amort.training.optimizers import OptimizerConfig
+from torchrec_amort.training.predictions import PredictionFile
+from torchrec_amort.training.processes import is_first
 from torchrec_amort.training.run import load_run
 from torchrec_amort.training.sharding import shard
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """AUC, GAUC, mean AUC of requests and NE of a run's best or, if it did not validate, last checkpoint on a split.
+    """Metrics of a run's best or, if it did not validate, last checkpoint on a split.
 
-    GAUC is of users, weighted by their impressions.
+    GAUC is of users, weighted by their impressions. `docs/training.md` tells what each metric is.
 
     Args:
         run_folder: folder of a training run.
@@ -40,6 +46,10 @@ class EvaluateConfig:
         batch_size: requests in a global batch, all ranks together.
         history_length: keep at most this many events of each history, the latest ones; as many as it was trained with
             unless given.
+        slice_by: tell the metrics that add up over requests of slices, too: by `history_length` (events of all
+            histories together), by `unknown_candidates` (the share of the request's candidates that training did not
+            read, for which the training split is read once), or by a feature of requests (the most frequent ids, or
+            quantiles of a number).
         save_predictions: leave logits, labels, users and requests of all candidates in `predictions-SPLIT.npz`, too.
     """
 
@@ -48,6 +58,7 @@ class EvaluateConfig:
     split: str = "test"
     batch_size: int = 256
     history_length: int | None = None
+    slice_by: list[str] = field(default_factory=lambda: [HISTORY_LENGTH])
     save_predictions: bool = False
 
     def __post_init__(self) -> None:
@@ -62,111 +73,89 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
         device: of this rank.
 
     Raises:
-        InputError: as `predict_split`.
+        InputError: it is no such folder, the data does not fit, `history_length` is above the model's, there is no such
+            slice, or see `Evaluation.result`.
     """
     started = time.perf_counter()
-    predictions, checkpoint = predict_split(
-        config.run_folder,
-        config.split,
-        device,
-        data=config.data,
-        batch_size=config.batch_size,
-        history_length=config.history_length,
-    )
-    if predictions is not None:
-        _report(config, predictions, checkpoint.name, time.perf_counter() - started)
-
-
-def predict_split(
-    run_folder: str,
-    split: str,
-    device: torch.device,
-    *,
-    data: str | None = None,
-    batch_size: int = 256,
-    history_length: int | None = None,
-) -> tuple[Predictions | None, Path]:
-    """Score a split by the checkpoint of a run that `load_weights` takes. All ranks call it together.
-
-    Args:
-        run_folder: folder of a training run.
-        split: `train`, `validation` or `test`.
-        device: of this rank.
-        data: prepared data folder; the one it was trained on unless given.
-        batch_size: requests in a global batch, all ranks together.
-        history_length: keep at most this many events of each history; the length it was trained with unless given.
-
-    Returns:
-        tuple: the predictions of all ranks on rank 0, None on the others; and the checkpoint's folder.
-
-    Raises:
-        InputError: it is no such folder, the data does not fit, or `history_length` is above the model's.
-    """
-    trained, data, schema = load_run(run_folder, data)
+    trained, data, schema = load_run(config.run_folder, config.data)
     read = schema.without(trained.model.leave_out)
-    longest = trained.model.longest_history(read)
-    if history_length is not None and not 0 <= history_length <= longest:
-        raise InputError(
-            f"history_length is {history_length}, but the model of {run_folder} was trained with up to {longest} "
-            f"events: ask for 0 to {longest}"
-        )
+    length = _history_length(config, trained.model.longest_history(read))
+    lengths = trained.model.history_lengths(read, length)
     dataset = RequestDataset(
         data,
-        split,
-        batch_size=batch_size,
+        config.split,
+        batch_size=config.batch_size,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        history_length=trained.model.history_lengths(read, history_length),
+        history_length=lengths,
         schema=read,
     )
+    ways = slicings(config.slice_by, read, data, lengths, config.batch_size)
     ranker = build_model(schema.without_pretrained(), trained.model)
     model = shard(
         GlobalBatchTrain(ranker, trained.loop.precision, TaskLosses(trained.loss, schema)),
         device=device,
         # Nothing is stepped; what trained it need not run on this device.
         optimizer=OptimizerConfig(),
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         sharding=trained.sharding,
     ).module
-    checkpoint = load_weights(run_folder, model)
-    return predict(model, DataLoader(dataset, batch_size=None), device), checkpoint
+    checkpoint = load_weights(config.run_folder, model)
+    predictions = PredictionFile(len(schema.labels)) if config.save_predictions else None
+    result = evaluate(
+        model,
+        DataLoader(dataset, batch_size=None),
+        device,
+        trained.loss,
+        slicings=ways,
+        predictions=predictions,
+    )
+    if predictions is not None:
+        predictions.write(Path(config.run_folder) / f"predictions-{config.split}.npz")
+    if is_first():
+        record = {
+            "run": config.run_folder,
+            "checkpoint": checkpoint.name,
+            "data": data,
+            "split": config.split,
+            "history_length": length,
+            "unknown_ids": unknown_ids(data, config.split, read),
+            "world_size": dist.get_world_size(),
+            "seconds": time.perf_counter() - started,
+            **asdict(result),
+        }
+        _report(config, record)
 
 
-# Metrics of a task that are told on the screen.
-_SHOWN = {"auc": "AUC", "gauc": "GAUC", "request_auc": "AUC of requests", "ne": "NE", "mse": "mean squared error"}
+def _history_length(config: EvaluateConfig, longest: int) -> int:
+    """How many events are kept of the longest history.
 
-
-def _report(config: EvaluateConfig, predictions: Predictions, checkpoint: str, seconds: float) -> None:
-    trained, data, schema = load_run(config.run_folder, config.data)
-    tasks = predictions.metrics(schema.labels, trained.loss)
-    read = schema.without(trained.model.leave_out)
-    unknown = unknown_ids(data, config.split, read)
-    results = {
-        "run": config.run_folder,
-        "checkpoint": checkpoint,
-        "data": data,
-        "split": config.split,
-        "history_length": trained.model.longest_history(read)
-        if config.history_length is None
-        else config.history_length,
-        "requests": predictions.num_requests,
-        "candidates": len(predictions.labels),
-        "users": len(np.unique(predictions.users)),
-        "unknown_ids": unknown,
-        "world_size": dist.get_world_size(),
-        "seconds": seconds,
-        "tasks": tasks,
-    }
-    if config.save_predictions:
-        predictions.save(Path(config.run_folder) / f"predictions-{config.split}.npz")
-    path = Path(config.run_folder) / f"evaluate-{config.split}.json"
-    write_json(path, results)
-    track(config.run_folder, results)
-    for task, values in tasks.items():
-        told = ", ".join(f"{shown} {values[name]:.4f}" for name, shown in _SHOWN.items() if name in values)
-        print(
-            f"{config.run_folder} on {location(data) / config.split} ({predictions.num_requests:,} requests, "
-            f"{len(predictions.labels):,} candidates), {task}: {told}"
+    Raises:
+        InputError: the model knows no places for as many as are asked for.
+    """
+    if config.history_length is None:
+        return longest
+    if not 0 <= config.history_length <= longest:
+        raise InputError(
+            f"history_length is {config.history_length}, but the model of {config.run_folder} was trained with up to "
+            f"{longest} events: ask for 0 to {longest}"
         )
-    print(f"unknown ids: {unknown_in_words(unknown)}")
+    return config.history_length
+
+
+def _report(config: EvaluateConfig, record: dict[str, Any]) -> None:
+    path = Path(config.run_folder) / f"evaluate-{config.split}.json"
+    write_json(path, record)
+    track(config.run_folder, record)
+    for task, values in record["tasks"].items():
+        told = ", ".join(f"{NAMES[name]} {values[name]:.4f}" for name in (*SHOWN, "mse") if name in values)
+        print(
+            f"{config.run_folder} on {location(record['data']) / config.split} ({record['requests']:,} requests, "
+            f"{record['candidates']:,} candidates), {task}: {told}"
+        )
+    print(f"unknown ids: {unknown_in_words(record['unknown_ids'])}")
     print(f"written to {path}")
+    if find_spec("matplotlib") is None:
+        print("calibration is not drawn: pip install 'torchrec-amort[report]'")
+    elif record["calibration"]:
+        draw_calibration(path.with_name(f"calibration-{config.split}.png"), record["calibration"])

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from torchrec_amort.training.metrics import auc_of_requests, log_losses, ndcg_of_requests, probabilities
+from torchrec_amort.training.metrics import Ranking, metrics_of, sums_of_requests
 
 PERCENTILES = (50, 95, 99)
 
@@ -23,7 +23,7 @@ class UserWeighted(Protocol):
 
 
 class UserWeightedMetrics:
-    """AUC, GAUC, NE, calibration, AUC of requests and NDCG of one task when each user counts some number of times.
+    """AUC, GAUC and what `metrics_of` tells of one task when each user counts some number of times.
 
     What does not depend on those numbers is worked out once.
 
@@ -31,78 +31,43 @@ class UserWeightedMetrics:
         logits: [R].
         labels: [R], 0 or 1.
         users: [R], places of users from 0 to U - 1.
-        requests: [R], places of requests from 0, each of one user; without them there is neither
-            `request_auc` nor `ndcg`.
+        requests: [R], places of requests from 0, each of one user.
+
+    Raises:
+        ValueError: a logit is not finite.
 
     Example::
 
-        metrics = UserWeightedMetrics(logits, labels, users)
+        metrics = UserWeightedMetrics(logits, labels, users, requests)
         metrics.at(np.ones(num_users))  # the metrics of the split itself
     """
 
-    def __init__(
-        self, logits: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, logits: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray) -> None:
         order = np.argsort(logits, kind="stable")
         scores = logits[order]
         self._users, self._positive = users[order], labels[order].astype(np.float64)
         self._tie_starts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1]))
         num_users = int(users.max()) + 1
-        self._loss = np.bincount(users, log_losses(logits, labels), num_users)
-        self._rows = np.bincount(users, minlength=num_users).astype(np.float64)
-        self._positives = np.bincount(users, labels.astype(np.float64), num_users)
-        self._predicted = np.bincount(users, probabilities(logits), num_users)
-        self._user_auc = self._auc_of_each_user(num_users)
-        self._of_requests = {}
-        if requests is not None:
-            _, first_rows = np.unique(requests, return_index=True)
-            values = {
-                "request_auc": auc_of_requests(logits, labels, requests),
-                "ndcg": ndcg_of_requests(logits, labels, requests),
-            }
-            self._of_requests = {
-                name: _of_each_user(each, users[first_rows], num_users) for name, each in values.items()
-            }
-
-    def _auc_of_each_user(self, num_users: int) -> np.ndarray:
-        """[U], NaN for users whose labels are all the same."""
-        order = np.argsort(self._users, kind="stable")
-        tie = np.repeat(np.arange(len(self._tie_starts)), np.diff(self._tie_starts, append=len(self._users)))
-        auc = np.full(num_users, np.nan)
-        for rows in np.split(order, np.flatnonzero(np.diff(self._users[order])) + 1):
-            positive, ties = self._positive[rows], np.flatnonzero(np.diff(tie[rows], prepend=-1))
-            if 0 < positive.sum() < len(positive):
-                auc[self._users[rows[0]]] = _auc(positive, 1 - positive, ties)
-        return auc
+        _, first_rows, requests = np.unique(requests, return_index=True, return_inverse=True)
+        users_Q = users[first_rows]
+        of_requests = sums_of_requests(logits, labels, requests)
+        self._sums = {name: np.bincount(users_Q, sums_Q, num_users) for name, sums_Q in of_requests.items()}
+        of_users = Ranking(logits, labels, users)
+        self._has_auc = of_users.has_both_Q
+        self._user_auc = of_users.auc()[self._has_auc]
+        self._user_rows = of_users.rows_Q[self._has_auc].astype(np.float64)
+        self._none = dict.fromkeys(("auc", "gauc", *metrics_of(of_requests)), np.nan)
 
     def at(self, weights_U: np.ndarray) -> dict[str, float]:
-        """The metrics with these weights of users; NaN where only one kind of label is left."""
-        weights = weights_U[self._users]
-        rows, positives = weights_U @ self._rows, weights_U @ self._positives
-        has_auc = ~np.isnan(self._user_auc)
-        user_weights = (weights_U * self._rows)[has_auc]
-        rate = positives / rows if rows else np.nan
-        if not 0 < rate < 1:
-            return dict.fromkeys(("auc", "gauc", "ne", "calibration", *self._of_requests), np.nan)
-        entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-        return {
+        """The split's metrics with these weights of users; NaN where the labels that are left do not tell."""
+        values = self._none | metrics_of({name: sums_U @ weights_U for name, sums_U in self._sums.items()})
+        if np.isnan(values.get("ne", np.nan)):
+            return values
+        weights, user_weights = weights_U[self._users], weights_U[self._has_auc] * self._user_rows
+        return values | {
             "auc": _auc(weights * self._positive, weights * (1 - self._positive), self._tie_starts),
-            "gauc": _ratio(user_weights @ self._user_auc[has_auc], user_weights.sum()),
-            "ne": float(weights_U @ self._loss / rows / entropy),
-            "calibration": float(weights_U @ self._predicted / positives),
-            **{name: _ratio(*(sums @ weights_U)) for name, sums in self._of_requests.items()},
+            "gauc": float(user_weights @ self._user_auc / user_weights.sum()) if user_weights.any() else np.nan,
         }
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return float(numerator / denominator) if denominator else np.nan
-
-
-def _of_each_user(values_Q: np.ndarray, users_Q: np.ndarray, num_users: int) -> np.ndarray:
-    """[2, U]: the sum over each user's requests that have a value, and how many those are."""
-    counted = ~np.isnan(values_Q)
-    users = users_Q[counted]
-    return np.stack([np.bincount(users, values_Q[counted], num_users), np.bincount(users, minlength=num_users)])
 
 
 class UserWeightedCosts:
@@ -158,8 +123,8 @@ def paired_differences(
         seed: of the draws.
 
     Returns:
-        dict: for each model and metric, the `difference` on the split itself, and `low` and `high`, the bounds of the
-        central 95% of the bootstrap samples.
+        dict: for each model and metric that the split has, the `difference` on the split itself, and `low` and `high`,
+        the bounds of the central 95% of the bootstrap samples.
 
     Example::
 
@@ -170,7 +135,11 @@ def paired_differences(
     record: dict[str, dict[str, dict[str, float]]] = {}
     for name, model in others.items():
         means = _means(model, weights)
-        record[name] = {metric: _bounds(values - base[metric], "difference") for metric, values in means.items()}
+        record[name] = {
+            metric: _bounds(values - base[metric], "difference")
+            for metric, values in means.items()
+            if not np.isnan(values[0])
+        }
     return record
 
 

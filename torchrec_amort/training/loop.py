@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,33 +20,17 @@ from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.bounds import AT_LEAST_ONE, BELOW_ONE, refuse_out_of_bounds
-from torchrec_amort.errors import InputError, one_line
-from torchrec_amort.files import new_file
+from torchrec_amort.errors import InputError
 from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.dlrm import AmortizedDLRMTrain
 from torchrec_amort.models.ranker import Ranker
-from torchrec_amort.modules.losses import REGRESSIONS, BatchLoss, Loss, LossConfig
+from torchrec_amort.modules.losses import BatchLoss, Loss, LossConfig
 from torchrec_amort.progress import progress
 from torchrec_amort.training.checkpoint import Best, CheckpointWriter, Position, load_checkpoint
-from torchrec_amort.training.metrics import (
-    MORE_IS_BETTER,
-    Metric,
-    auc,
-    auc_of_requests,
-    calibration,
-    grouped_auc,
-    log_loss,
-    mean_squared_error,
-    ndcg_of_requests,
-    normalized_entropy,
-)
-from torchrec_amort.training.processes import (
-    Stopped,
-    StopRequests,
-    gather_on_first,
-    is_first,
-    sum_over_ranks,
-)
+from torchrec_amort.training.evaluation import EvaluateResult, Evaluation, Slicing
+from torchrec_amort.training.metrics import MORE_IS_BETTER, Metric
+from torchrec_amort.training.predictions import PredictionFile
+from torchrec_amort.training.processes import Stopped, StopRequests, is_first, sum_over_ranks
 from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel
 
@@ -275,23 +259,17 @@ def _validate(
     if is_ahead:
         pipeline.detach()
     with nullcontext() if model.average is None else model.average.in_place():
-        predictions = predict(model.module, data, model.module.device, shows_progress=False)
+        result = evaluate(model.module, data, model.module.device, loss, shows_progress=False)
     if is_ahead:
         pipeline.attach()
     model.module.train()
-    dataset: Any = data.dataset
-    found: list[float | InputError | None] = [None]
-    if predictions is not None:
-        try:
-            tasks = predictions.metrics(dataset.schema.labels, loss).values()
-            values = [task[metric] for task in tasks if metric in task]
-            found = [float(np.mean(values)) if values else InputError(f"loop.validate_metric: no task has {metric}")]
-        except InputError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], InputError):
-        raise found[0]
-    return cast(float, found[0])
+    values = [task[metric] for task in result.tasks.values() if metric in task]
+    if not values:
+        raise InputError(f"loop.validate_metric: no task has {metric}")
+    value = torch.tensor(np.mean(values), device=model.module.device)
+    # Sums over ranks may round in another way on each.
+    dist.broadcast(value, 0)
+    return float(value)
 
 
 def _pipeline(model: ShardedModel, device: torch.device) -> TrainPipeline[RequestBatch, Any]:
@@ -318,107 +296,42 @@ class _Batches(Iterator[RequestBatch]):
         return seconds
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model makes of all candidates of a split.
-
-    Args:
-        logits: float32 [R, T].
-        labels: float32 [R, T].
-        users: int64 [R].
-        requests: int64 [R], places of requests from 0.
-    """
-
-    logits: np.ndarray
-    labels: np.ndarray
-    users: np.ndarray
-    requests: np.ndarray
-
-    @property
-    def num_requests(self) -> int:
-        """How many requests there were."""
-        return int(self.requests.max()) + 1
-
-    def save(self, path: Path) -> None:
-        """Write the arrays as an npz file, whole or not at all."""
-        with new_file(path) as temporary:
-            np.savez(temporary, **vars(self))
-
-    def metrics(self, tasks: tuple[str, ...], loss: LossConfig | None = None) -> dict[str, dict[str, float]]:
-        """AUC, GAUC, NE, log loss, calibration and positive rate of each task, and its ranking within requests.
-
-        `request_auc` and `ndcg` are means over the requests with both labels; left out if there is none. Tasks
-        whose loss is of targets have `mse`, the mean squared error, alone.
-
-        Args:
-            tasks: names of the T labels.
-            loss: that was trained with; the default if None.
-
-        Raises:
-            InputError: a task has labels of one kind only.
-        """
-        values = {}
-        for t, task in enumerate(tasks):
-            logits, labels = self.logits[:, t], self.labels[:, t]
-            kind = (loss or LossConfig()).of(task).kind
-            if kind in REGRESSIONS:
-                predicted = np.exp(logits.astype(np.float64)) if kind == "poisson" else logits
-                values[task] = {"mse": mean_squared_error(predicted, labels)}
-            else:
-                values[task] = self._metrics(task, logits, labels)
-        return values
-
-    def _metrics(self, task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        try:
-            return {
-                "auc": auc(logits, labels),
-                "gauc": grouped_auc(logits, labels, self.users),
-                "ne": normalized_entropy(logits, labels),
-                "log_loss": log_loss(logits, labels),
-                "calibration": calibration(logits, labels),
-                "positive_rate": float(labels.mean(dtype=np.float64)),
-                **self._within_requests(logits, labels),
-            }
-        except ValueError as error:
-            raise InputError(
-                f"{task}: {one_line(error)}: {self.num_requests:,} requests were scored, evaluate a split of more"
-            ) from error
-
-    def _within_requests(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        of_requests = {"request_auc": auc_of_requests, "ndcg": ndcg_of_requests}
-        values = {name: metric(logits, labels, self.requests) for name, metric in of_requests.items()}
-        return {name: float(np.nanmean(each)) for name, each in values.items() if not np.isnan(each).all()}
-
-
 @torch.no_grad()
-def predict(
-    module: torch.nn.Module, data: DataLoader[RequestBatch], device: torch.device, *, shows_progress: bool = True
-) -> Predictions | None:
+def evaluate(
+    module: torch.nn.Module,
+    data: DataLoader[RequestBatch],
+    device: torch.device,
+    loss: LossConfig | None = None,
+    *,
+    slicings: Mapping[str, Slicing] | None = None,
+    predictions: PredictionFile | None = None,
+    shows_progress: bool = True,
+) -> EvaluateResult:
     """Score every candidate of a split. All ranks call it together.
 
     Args:
         module: a sharded `AmortizedDLRMTrain`.
         data: over a `RequestDataset`.
         device: of this rank.
+        loss: that was trained with; the default if None.
+        slicings: ways to tell requests apart, by name.
+        predictions: takes in all of them, if given.
         shows_progress: whether the first rank shows a line of it.
 
-    Returns:
-        Predictions: of all ranks, on rank 0; None on the others.
+    Raises:
+        InputError: see `Evaluation.result`.
     """
     module.eval()
-    mine: list[tuple[np.ndarray, ...]] = []
     dataset: Any = data.dataset
+    evaluation = Evaluation(dataset.schema.labels, loss, slicings)
     with progress(
         total=len(dataset), desc="evaluate", unit="steps", disable=not (shows_progress and is_first())
     ) as bar:
         for batch in data:
-            _, (_, logits_CT, labels_CT) = module(batch.to(device))
-            users_C = batch.users.repeat_interleave(batch.num_candidates)
-            sizes_B = batch.num_candidates.numpy()
-            mine.append((logits_CT.float().cpu().numpy(), labels_CT.cpu().numpy(), users_C.numpy(), sizes_B))
+            _, (_, logits_CT, _) = module(batch.to(device))
+            logits = logits_CT.float().cpu().numpy()
+            evaluation.add(logits, batch)
+            if predictions is not None:
+                predictions.add(logits, batch)
             bar.update()
-    everyone = gather_on_first(tuple(np.concatenate(parts) for parts in zip(*mine, strict=True)))
-    if not is_first():
-        return None
-    logits, labels, users, sizes = (np.concatenate(parts) for parts in zip(*everyone, strict=True))
-    return Predictions(logits, labels, users, np.repeat(np.arange(len(sizes)), sizes))
+    return evaluation.result()

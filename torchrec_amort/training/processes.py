@@ -6,10 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -88,10 +89,14 @@ def is_first() -> bool:
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, on each of them; on the rank's GPU if there is one, wherever it was."""
-    # nccl sums nothing else.
-    total = values.to(torch.cuda.current_device(), copy=True) if dist.get_backend() == "nccl" else values.clone()
+    total = values.to(_device_of_backend(values.device), copy=True)
     dist.all_reduce(total)
     return total
+
+
+def _device_of_backend(otherwise: torch.device | str = "cpu") -> torch.device | str | int:
+    """Where tensors have to be that ranks tell each other: nccl takes those of its GPU alone."""
+    return torch.cuda.current_device() if dist.get_backend() == "nccl" else otherwise
 
 
 def gather_on_first(record: Any) -> list[Any]:
@@ -99,6 +104,25 @@ def gather_on_first(record: Any) -> list[Any]:
     records: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
     dist.gather_object(record, records)
     return records or []
+
+
+def exchange(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Give each rank a part, and get the parts that all have for this one. All ranks call it together.
+
+    Args:
+        parts: one for each rank, of one dimension and one dtype.
+
+    Returns:
+        list: of each rank, in order.
+    """
+    device = _device_of_backend()
+    sizes = torch.tensor([part.nbytes for part in parts], device=device)
+    sizes_of_mine = torch.empty_like(sizes)
+    dist.all_to_all_single(sizes_of_mine, sizes)
+    sent = torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts])).to(device)
+    received = sent.new_empty(int(sizes_of_mine.sum()))
+    dist.all_to_all_single(received, sent, sizes_of_mine.tolist(), sizes.tolist())
+    return [part.numpy().view(parts[0].dtype) for part in received.cpu().split(sizes_of_mine.tolist())]
 
 
 def restarts() -> int:
