@@ -92,6 +92,7 @@ def _not_run() -> dict[str, str]:
         "data.movielens": PUBLISHED,
         "training.average": TRAINING,
         "training.checkpoint": TRAINING,
+        "training.warm_start": TRAINING,
         "serving.native_encoder": NATIVE,
     }
     names = {

@@ -19,6 +19,7 @@ from torchrec_amort.files import write_json
 from torchrec_amort.models.build import build_model
 from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.stores import location
+from torchrec_amort.times import Span
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.environment import track
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
@@ -85,16 +86,18 @@ def predict_split(
     data: str | None = None,
     batch_size: int = 256,
     history_length: int | None = None,
+    span: Span | None = None,
 ) -> tuple[Predictions | None, Path]:
     """Score a split by the checkpoint of a run that `load_weights` takes. All ranks call it together.
 
     Args:
         run_folder: folder of a training run.
-        split: `train`, `validation` or `test`.
+        split: `train`, `validation`, `test`, or `all` of them.
         device: of this rank.
         data: prepared data folder; the one it was trained on unless given.
         batch_size: requests in a global batch, all ranks together.
         history_length: keep at most this many events of each history; the length it was trained with unless given.
+        span: score the requests of these times alone; all if None.
 
     Returns:
         tuple: the predictions of all ranks on rank 0, None on the others; and the checkpoint's folder.
@@ -118,6 +121,7 @@ def predict_split(
         world_size=dist.get_world_size(),
         history_length=trained.model.history_lengths(read, history_length),
         schema=read,
+        span=span,
     )
     ranker = build_model(schema.without_pretrained(), trained.model)
     model = shard(

@@ -28,7 +28,7 @@ from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, TrainResult, train
 from torchrec_amort.training.numbers import measure_numbers
 from torchrec_amort.training.processes import ignore_stop_signals, is_first
-from torchrec_amort.training.run import TrainConfig, refuse_other, schema_of
+from torchrec_amort.training.run import TrainConfig, refuse_other, refuse_other_config, schema_of
 from torchrec_amort.training.sharding import ShardedModel, shard
 from torchrec_amort.training.warm_start import WarmStart
 
@@ -46,6 +46,24 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
     """
     with run_lock(config.run_folder, device) as lock:
         _train_locked(config, device, lock)
+
+
+def train_if_needed(config: TrainConfig, device: torch.device) -> None:
+    """Train a run unless that is done, and go on with it if it was stopped. All ranks call it together.
+
+    Args:
+        config: with `resume`.
+        device: of this rank.
+
+    Raises:
+        InputError: the run was trained with another config, or as `train_run`.
+    """
+    run = Path(config.run_folder)
+    if (run / CONFIG_FILE).exists():
+        refuse_other_config(run, load_config(run, TrainConfig, "train"), config)
+    if not (run / "train.json").exists():
+        train_run(config, device)
+    dist.barrier()
 
 
 def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | None) -> None:

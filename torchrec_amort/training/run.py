@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,3 +178,24 @@ def refuse_other(
     for name in names:
         if (value := getattr(saved, name)) != (other := getattr(given, name)):
             raise InputError(f"{run}: {told}{name}={value}, the config says {other}{why}: use the same, or {instead}")
+
+
+def refuse_other_config(run: str | Path, saved: Any, given: Any, section: str = "") -> None:
+    """Refuse a run that was trained with another config than is asked for.
+
+    Args:
+        run: the run's folder, for error messages.
+        saved: the run's config, or a section of it.
+        given: the one that is asked for.
+        section: what the fields' names start with.
+
+    Raises:
+        InputError: names the first field that differs, and both values.
+    """
+    for option in fields(saved):
+        one, other = getattr(saved, option.name), getattr(given, option.name)
+        if is_dataclass(one):
+            refuse_other_config(run, one, other, f"{section}{option.name}.")
+        else:
+            told = f"was trained with {section}"
+            refuse_other(run, saved, given, (option.name,), told, instead="choose another folder for all runs")
