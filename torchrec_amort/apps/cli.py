@@ -15,6 +15,7 @@ COMMANDS = {
     "backtest": "train day after day on logged requests: from the day before, anew, or never again",
     "throughput": "time reading and training, request by request and impression by impression",
     "export": "write a trained model as a package of compiled phases, quantized tables and a manifest",
+    "apply": "make a package of an earlier one and what export --since wrote",
     "benchmark": "time the same weights amortized and impression by impression",
     "pilot": "replay logged requests through two arms: latency, quality and cost side by side",
 }
