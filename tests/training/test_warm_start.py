@@ -61,6 +61,15 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def managed(days: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on the first day, with a table that learns which ids get a row."""
+    run = tmp_path_factory.mktemp("runs") / "managed"
+    table = ["--tables.item={rows: 20, vocabulary: managed}", "--model.eviction_interval=2"]
+    train.main(arguments(days[0], run, *table, "--loop.average_decay=0.8"))
+    return run
+
+
 def named(state: dict[str, torch.Tensor], end: str) -> torch.Tensor:
     (found,) = (weight for name, weight in state.items() if name.endswith(end))
     return found
@@ -164,6 +173,22 @@ def test_a_run_that_was_started_warm_goes_on_from_its_own_checkpoint(
     assert losses(stopped) == losses(whole)
     expected = weights(days[1], whole)
     assert all(value.equal(expected[name]) for name, value in weights(days[1], stopped).items())
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_ids_that_a_managed_table_has_learned_are_taken_over(
+    days: tuple[Path, Path], managed: Path, tmp_path: Path
+) -> None:
+    found = started(managed, days[0], tmp_path).module.state_dict()
+    keys = {
+        f"average/{name}": weight.local_shards()[0].tensor for name, weight in found.items() if ".item._mch" in name
+    }
+    saved = {key: torch.empty_like(weight) for key, weight in keys.items()}
+    dcp.load(saved, checkpoint_id=managed / "checkpoints" / checkpoints(managed)[-1])
+    assert len(saved) == 4
+    assert all(weight.equal(saved[key]) for key, weight in keys.items())
+    (ids,) = (weight for key, weight in saved.items() if key.endswith("_mch_sorted_raw_ids"))
+    assert int((ids < 40).sum()) > 10
 
 
 @pytest.mark.parametrize(

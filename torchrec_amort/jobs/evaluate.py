@@ -20,7 +20,7 @@ from torchrec_amort.models.build import build_model
 from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.stores import location
 from torchrec_amort.times import Span
-from torchrec_amort.training.checkpoint import load_weights
+from torchrec_amort.training.checkpoint import load_weights, refuse_ranks
 from torchrec_amort.training.environment import track
 from torchrec_amort.training.loop import GlobalBatchTrain, Predictions, predict
 from torchrec_amort.training.optimizers import OptimizerConfig
@@ -106,6 +106,7 @@ def predict_split(
         InputError: it is no such folder, the data does not fit, or `history_length` is above the model's.
     """
     trained, data, schema = load_run(run_folder, data)
+    refuse_ranks(run_folder)
     read = schema.without(trained.model.leave_out)
     longest = trained.model.longest_history(read)
     if history_length is not None and not 0 <= history_length <= longest:

@@ -22,7 +22,7 @@ from torchrec_amort.models.build import build_model
 from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.stores import location
-from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
+from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint, refuse_ranks
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
 from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, TrainResult, train
@@ -69,6 +69,8 @@ def train_if_needed(config: TrainConfig, device: torch.device) -> None:
 def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | None) -> None:
     run = Path(config.run_folder)
     resume = _refuse_or_resume(config, run, device)
+    if resume:
+        refuse_ranks(run)
     schema = RequestSchema.load(run) if resume else schema_of(config)
     start = None if resume or config.warm_start is None else WarmStart(config, schema)
     dataset = read_train_split(config, schema)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.lock import FolderLock
-from torchrec_amort.models.managed import refuse_other_ranks
+from torchrec_amort.models.managed import FIRST_ROWS, refuse_other_ranks
 from torchrec_amort.stores import local_path
 from torchrec_amort.training.average import local_tensors
 from torchrec_amort.training.processes import is_first
@@ -38,6 +38,9 @@ CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
 BEST = "best.json"
 READ_BYTES = 2**20
+
+# What reading the metadata of a damaged checkpoint raises.
+_UNREADABLE = (OSError, ValueError, EOFError, pickle.UnpicklingError)
 
 Result = TypeVar("Result")
 _logger = logging.getLogger(__name__)
@@ -329,6 +332,33 @@ def load_weights(run: str | Path, model: nn.Module) -> Path:
     return _first_good(run, _best_first(_newest_first(local_path(run) / CHECKPOINTS)), load)[1]
 
 
+def refuse_ranks(run: str | Path) -> None:
+    """Refuse a run whose managed tables are spread over another number of ranks, before any model is built.
+
+    A run that has no checkpoint which can be read is left to who loads it.
+
+    Args:
+        run: the run's folder.
+
+    Raises:
+        InputError: they are.
+    """
+    for folder in _newest_first(local_path(run) / CHECKPOINTS):
+        try:
+            saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+            maps: dict[str, Any] = {
+                key: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+                for key, tensor in saved.items()
+                if FIRST_ROWS.search(key) and isinstance(tensor, TensorStorageMetadata)
+            }
+            if maps:
+                _read(maps, folder, alone=True)
+        except (*_UNREADABLE, CheckpointException):
+            continue
+        refuse_other_ranks(maps, str(folder))
+        return
+
+
 def _weights_name(folder: Path) -> str:
     """What a checkpoint calls the weights that it is used with."""
     return "average" if any(key.startswith("average/") for key in _saved_keys(folder)) else "model"
@@ -454,14 +484,19 @@ def _load(
         for key in sorted(_saved_keys(folder)):
             if key.startswith(f"{weights_name}/") and key not in state:
                 raise ValueError(f"it has {key}, which the model has not")
-        with warnings.catch_warnings():
-            # One process without a group, as one that serves, is as meant.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
+        _read(state, folder, planner, alone=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise _unusable(folder, error) from error
     refuse_other_ranks(weights, str(folder))
     module.load_state_dict(weights)
+
+
+def _read(state: dict[str, Any], folder: Path, planner: DefaultLoadPlanner | None = None, *, alone: bool) -> None:
+    """Read tensors of a checkpoint in place: all ranks together, or this process alone."""
+    with warnings.catch_warnings():
+        # One process without a group, as one that serves, is as meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=alone)
 
 
 def _refuse_damage(folder: Path) -> None:
@@ -493,7 +528,7 @@ def _checksum(path: Path) -> int | None:
 def _saved_keys(folder: Path) -> set[str]:
     try:
         return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise _unusable(folder, error) from error
 
 

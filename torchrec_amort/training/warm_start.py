@@ -15,7 +15,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec_amort.config import load_config
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import KINDS_OF_IDS, Feature, RequestSchema, TableConfig
-from torchrec_amort.training.checkpoint import load_start
+from torchrec_amort.training.checkpoint import load_start, refuse_ranks
 from torchrec_amort.training.processes import sum_over_ranks
 from torchrec_amort.training.run import TrainConfig, refuse_other
 from torchrec_amort.training.sharding import ShardedModel
@@ -31,7 +31,8 @@ class WarmStart:
         schema: of the config's data, with its tables.
 
     Raises:
-        InputError: there is no such run, its model or optimizers are other ones, or its tables' rows are of other ids.
+        InputError: there is no such run, its model or optimizers are other ones, its managed tables are spread over
+            another number of ranks, or its tables' rows are of other ids.
 
     Example::
 
@@ -50,6 +51,7 @@ class WarmStart:
             names = ["table_optimizer", "dense_optimizer"]
             instead = "start without its state: warm_start_optimizer 0"
             refuse_other(self._run, saved.optimizer, config.optimizer, names, "has optimizer.", instead=instead)
+        refuse_ranks(self._run)
         before = RequestSchema.load(self._run)
         left_out = config.model.leave_out
         self._grown = _grown_tables(self._run, before.without(left_out), config.data, schema.without(left_out))
