@@ -80,9 +80,17 @@ def started(run: Path, data: Path, folder: Path, **overrides: Any) -> ShardedMod
     changed = {"data": str(data), "run_folder": str(folder), "warm_start": str(run), **overrides}
     config = with_overrides(load_config(run, TrainConfig, "train"), changed, "train")
     schema = RequestSchema.load(data).with_tables(config.tables)
-    model = sharded_model(config, schema, torch.device("cpu"), is_loaded=True)
-    WarmStart(config, schema).load(model)
+    start = WarmStart(config, schema)
+    model = sharded_model(config, start.initial, torch.device("cpu"), is_loaded=True)
+    start.load(model)
     return model
+
+
+def rows_of(model: ShardedModel, end: str) -> torch.Tensor:
+    """A table of a model on one rank."""
+    shards: Any = named(model.module.state_dict(), end)
+    rows: torch.Tensor = shards.local_shards()[0].tensor
+    return rows
 
 
 @pytest.mark.parametrize("average", [[], ["--loop.average_decay=0.8"]], ids=["no average", "an average"])
@@ -123,12 +131,36 @@ def test_two_ranks_start_as_one_with_tables_that_have_grown(days: tuple[Path, Pa
 
 @pytest.mark.usefixtures("one_rank")
 def test_new_rows_start_as_asked_for(days: tuple[Path, Path], run: Path, tmp_path: Path) -> None:
-    drawn = started(run, days[1], tmp_path, warm_start_rows="draw").module.state_dict()
-    mean = started(run, days[1], tmp_path, warm_start_rows="mean").module.state_dict()
-    drawn_rows, mean_rows = (named(state, INTERESTS).local_shards()[0].tensor for state in (drawn, mean))  # type: ignore[attr-defined]
-    assert drawn_rows[:7].equal(mean_rows[:7])
-    assert drawn_rows[7:].unique(dim=0).shape[0] == 2
-    torch.testing.assert_close(mean_rows[7:], mean_rows[:7].mean(0).expand(2, -1))
+    drawn, mean = (
+        rows_of(started(run, days[1], tmp_path, warm_start_rows=rows), INTERESTS) for rows in ("draw", "mean")
+    )
+    assert drawn[:7].equal(mean[:7])
+    assert drawn[7:].unique(dim=0).shape[0] == 2
+    torch.testing.assert_close(mean[7:], mean[:7].mean(0).expand(2, -1))
+
+
+@pytest.fixture(scope="module")
+def pretrained(days: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained and tested on the first day, with items that start from a file."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    np.save(folder / "items.npy", np.ones((40, 8), np.float32))
+    train.main(arguments(days[0], folder / "run", f"--tables.item={{pretrained: {folder / 'items.npy'}}}"))
+    evaluate.main(["--run_folder", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("way", ["draw", "mean"])
+def test_new_rows_of_a_table_that_started_from_a_file_are_of_the_next_file_if_drawn(
+    way: str, days: tuple[Path, Path], pretrained: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "items.npy", np.full((50, 8), 7, np.float32))
+    tables = {"item": {"pretrained": str(tmp_path / "items.npy")}}
+    found = rows_of(started(pretrained, days[1], tmp_path, warm_start_rows=way, tables=tables), ITEM)
+    assert not (found[:40] == 7).any()
+    assert (found[40:] == 7).all() == (way == "draw")
+    if way == "mean":
+        torch.testing.assert_close(found[40:], found[:40].mean(0).expand(10, -1))
 
 
 def optimizers(model: ShardedModel) -> dict[str, torch.Tensor]:
@@ -198,8 +230,12 @@ def test_ids_that_a_managed_table_has_learned_are_taken_over(
         (["--loss.weighting=uncertainty"], "loss.weighting=fixed, the config says uncertainty"),
         (["--optimizer.dense_optimizer=adam"], "start without its state: warm_start_optimizer 0"),
         (["--tables.item={vocabulary: unknown}"], "in its place: give data of the same features"),
-        (["--tables.item={width: 4}"], "table 'item' has width None, and 4 here"),
+        (["--tables.item={width: 4}"], "table 'item' has more than rows and a vocabulary there or here alone"),
         (["--tables.user_id={rows: 30, vocabulary: hash}"], "was trained on 'user_id'"),
+        (
+            ["--optimizer.table_optimizer=adam", "--warm_start_optimizer=0.5"],
+            "warm_start_optimizer is 0.5, but optimizer.table_optimizer adam has no sums that only grow: give 1 or 0",
+        ),
         (["--warm_start_optimizer=1.5"], "warm_start_optimizer is 1.5: give 0 to 1"),
     ],
 )

@@ -75,7 +75,8 @@ def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | 
     start = None if resume or config.warm_start is None else WarmStart(config, schema)
     dataset = read_train_split(config, schema)
     validation = _validation_requests(config, schema)
-    model = sharded_model(config, schema, device, is_loaded=resume or start is not None)
+    initial = schema.without_pretrained() if resume else schema if start is None else start.initial
+    model = sharded_model(config, initial, device, is_loaded=resume or start is not None)
     if start is not None:
         checkpoint = start.load(model)
         if is_first():
@@ -199,7 +200,7 @@ def _validation_requests(config: TrainConfig, schema: RequestSchema) -> DataLoad
 def sharded_model(
     config: TrainConfig, schema: RequestSchema, device: torch.device, *, is_loaded: bool = False
 ) -> ShardedModel:
-    """The model, its tables spread over all ranks: untrained; if a checkpoint is to be loaded, with any weights."""
+    """The model, its tables spread over all ranks: untrained; if a checkpoint is to be loaded, nothing is measured."""
     world_size = dist.get_world_size()
     of_splits = read_counts(config.data)
     counted = [of_splits[TRAIN]] if config.span is None else list(of_splits.values())
@@ -211,7 +212,7 @@ def sharded_model(
     events = {feature.name: float(lengths[feature.history]) for feature in read.of("event")}
     candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
     frozen = frozenset(name for name, table in schema.tables.items() if not table.trains)
-    model = build_model(schema.without_pretrained() if is_loaded else schema, config.model, seed=config.seed)
+    model = build_model(schema, config.model, seed=config.seed)
     if not is_loaded:
         measure_numbers(model, _some_batches(config, read), read)
     return shard(

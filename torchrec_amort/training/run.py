@@ -41,7 +41,7 @@ class TrainConfig:
             Adagrad's sums, which only grow, times this.
         warm_start_rows: what rows start as that tables have more than those of `warm_start`: `unknown`, as row 0, by
             which their ids were scored so far, or as `mean` where no id is unknown; `mean`, as the mean of the rows
-            that are there; or as `draw`, as a new table's.
+            that are there; or `draw`, as a new table's: at random, or as its `pretrained` file says.
         model: size and kind of the model.
         loss: what is minimized.
         optimizer: how weights are moved.

@@ -26,6 +26,8 @@ _INSTEAD = "train without warm_start"
 class WarmStart:
     """What a run takes over from another one, whose tables may have fewer rows.
 
+    Its `initial` is the schema that the model is to be built by: with pretrained tables if new rows are drawn.
+
     Args:
         config: names the other run.
         schema: of the config's data, with its tables.
@@ -47,6 +49,12 @@ class WarmStart:
         refuse_other(self._run, saved.model, config.model, names, "is of a model with model.", instead=_INSTEAD)
         told = "is of a model with loss."
         refuse_other(self._run, saved.loss, config.loss, ("weighting",), told, instead=_INSTEAD)
+        is_decayed, kind = 0 < config.warm_start_optimizer < 1, config.optimizer.table_optimizer
+        if is_decayed and kind != "rowwise_adagrad":
+            raise InputError(
+                f"warm_start_optimizer is {config.warm_start_optimizer}, but optimizer.table_optimizer {kind} has no "
+                "sums that only grow: give 1 or 0"
+            )
         if config.warm_start_optimizer:
             names = ["table_optimizer", "dense_optimizer"]
             instead = "start without its state: warm_start_optimizer 0"
@@ -54,6 +62,8 @@ class WarmStart:
         refuse_ranks(self._run)
         before = RequestSchema.load(self._run)
         left_out = config.model.leave_out
+        draws = config.warm_start_rows == "draw"
+        self.initial = schema if draws else schema.without_pretrained()
         self._grown = _grown_tables(self._run, before.without(left_out), config.data, schema.without(left_out))
 
     def load(self, model: ShardedModel) -> Path:
@@ -91,6 +101,11 @@ def _grown_tables(run: str, before: RequestSchema, data: str, now: RequestSchema
                 f"{run}: was trained on {_told(feature)}, and {data} has {_told(other)} in its place: give data of the "
                 f"same features, or {_INSTEAD}"
             )
+    if one_alone := sorted(before.tables.keys() ^ now.tables.keys()):
+        raise InputError(
+            f"{run}: table {one_alone[0]!r} has more than rows and a vocabulary there or here alone, and a model has "
+            f"other parts then: give the same tables, or {_INSTEAD}"
+        )
     grown = {}
     for feature, other in zip(before.features, now.features, strict=True):
         if not feature.is_looked_up:
