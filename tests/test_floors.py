@@ -12,6 +12,7 @@ FLOORS = {
     "jagged_ids": 0,
     "progress": 0,
     "versions": 0,
+    "times": 1,
     "stores": 1,
     "files": 2,
     "lock": 3,

@@ -17,7 +17,7 @@ from torchx.runner import Runner, get_runner
 from tests.launch import ROOT
 
 COMPONENTS = ROOT / "torchx_components" / "amort.py"
-UNDER_TORCHRUN = ("train", "evaluate", "compare")
+UNDER_TORCHRUN = ("train", "evaluate", "compare", "backtest")
 ONE_PROCESS = ("prepare", "build", "benchmark")
 RESOURCES = ["--cpu", "4", "--gpu", "1", "--memMB", "6000"]
 MOUNTS = ["--mounts", "type=bind,src=/there,dst=/here"]

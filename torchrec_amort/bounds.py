@@ -20,6 +20,7 @@ class Bounds:
 AT_LEAST_ONE = Bounds("1 or more", lambda number: number >= 1)
 NOT_NEGATIVE = Bounds("0 or more", lambda number: number >= 0)
 POSITIVE = Bounds("a number above 0", lambda number: number > 0)
+UP_TO_ONE = Bounds("0 to 1", lambda number: 0 <= number <= 1)
 BELOW_ONE = Bounds("0 or more, and less than 1", lambda number: 0 <= number < 1)
 
 

@@ -459,7 +459,9 @@ class RequestSchema:
 
     def without_pretrained(self) -> RequestSchema:
         """The schema with tables that start at random, of a model whose weights are loaded."""
-        return replace(self, tables={name: replace(table, pretrained=None) for name, table in self.tables.items()})
+        # No file, and not None: a model has other parts where a table has more than rows, and keeps them.
+        tables = {name: replace(table, pretrained=table.pretrained and "") for name, table in self.tables.items()}
+        return replace(self, tables=tables)
 
     def with_tables(self, tables: Mapping[str, TableConfig]) -> RequestSchema:
         """The schema with other tables for some ids, so that a run reads the same data into smaller ones.

@@ -162,6 +162,39 @@ def compare(
     return _torchrun("compare", **locals())
 
 
+def backtest(
+    *args: str,
+    j: str = "1x1",
+    image: str = TORCHX_IMAGE,
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    h: Optional[str] = None,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
+    max_restarts: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Train day after day on logged requests, and test on the next one, with torchrun.
+
+    Args:
+        args: arguments of `torchrec-amort backtest`, after `--`
+        j: nodes and ranks of each, as NODESxRANKS
+        image: image or working directory to run in
+        cpu: CPU cores of each node
+        gpu: GPUs of each node
+        memMB: memory of each node in MB
+        h: a named resource of each node, instead of cpu, gpu and memMB
+        env: environment variables of the ranks: NAME=VALUE,...
+        mounts: folders from outside the image: type=bind,src=/there,dst=/here,...
+        max_retries: how often the scheduler may run the job again
+        max_restarts: how often torchrun may start all ranks again inside the job
+        rdzv_port: port on the first of several nodes where they meet
+    """
+    return _torchrun("backtest", **locals())
+
+
 def benchmark(
     *args: str,
     image: str = TORCHX_IMAGE,

@@ -1,18 +1,23 @@
 import shutil
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
 from torch.utils.data import DataLoader
 
 from tests.conftest import HASHED, SCHEMA, make_table, spread_ids
 from torchrec_amort import InputError, RequestBatch, TableConfig, hash_ids
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.data.writer import write_requests
+from torchrec_amort.times import Span
 
 
 def fingerprints(batch: RequestBatch) -> list[tuple[float, ...]]:
@@ -251,3 +256,45 @@ def test_a_schema_of_a_newer_version_is_refused(copied: Path) -> None:
     file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(InputError, match="format_version is 3, this torchrec-amort reads up to 2: upgrade"):
         RequestDataset(copied, "train", batch_size=16)
+
+
+# Later than all events.
+NOON = 300 * 3600
+
+
+@pytest.fixture(scope="module")
+def hours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Requests of three splits, one each hour, and two from the second split on."""
+    folder = tmp_path_factory.mktemp("hours") / "data"
+    splits, hour = {}, 0
+    for seed, (split, count, of_hour) in enumerate((("train", 40, 1), ("validation", 8, 2), ("test", 12, 2))):
+        table = make_table(count, seed, 100 * seed)
+        times = pa.array([NOON + 3600 * (hour + row // of_hour) for row in range(count)])
+        splits[split] = [table.set_column(table.column_names.index("time"), "time", times)]
+        hour += count // of_hour
+    write_requests(folder, SCHEMA, splits)
+    return folder
+
+
+@given(since=st.none() | st.integers(0, 60), until=st.none() | st.integers(0, 60))
+def test_a_span_has_the_requests_of_its_times_of_all_splits(hours: Path, since: int | None, until: int | None) -> None:
+    def at(hour: int | None) -> str | None:
+        return None if hour is None else datetime.fromtimestamp(NOON + 3600 * hour, timezone.utc).isoformat()
+
+    every = pa.concat_tables(pq.read_table(hours / split) for split in ("train", "validation", "test"))
+    times = (every["time"].to_numpy() - NOON) / 3600
+    expected = (times >= (0 if since is None else since)) & (times < (99 if until is None else until))
+    if since is not None and until is not None and since >= until:
+        with pytest.raises(InputError, match="which is not later: give a later time"):
+            Span(at(since), at(until))
+        return
+    span = Span(at(since), at(until))
+    if not expected.any():
+        with pytest.raises(InputError, match="no request of split 'all' is from"):
+            RequestDataset(hours, "all", batch_size=5, span=span)
+        return
+    for seed in (None, 0):
+        dataset = RequestDataset(hours, "all", batch_size=5, span=span, seed=seed)
+        users = np.concatenate([np.asarray(batch.users) for batch in dataset])
+        assert dataset.num_requests == len(users) == expected.sum()
+        assert sorted(users) == sorted(every["user"].to_numpy()[expected])

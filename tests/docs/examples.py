@@ -92,6 +92,7 @@ def _not_run() -> dict[str, str]:
         "data.movielens": PUBLISHED,
         "training.average": TRAINING,
         "training.checkpoint": TRAINING,
+        "training.warm_start": TRAINING,
         "serving.native_encoder": NATIVE,
     }
     names = {
@@ -100,6 +101,7 @@ def _not_run() -> dict[str, str]:
         "data.events.Events": LOG,
         "data.impressions.to_requests": LOG,
         "data.log.ImpressionLog": LOG,
+        "serving.delta.write_delta": COMPILES,
         "serving.export.export_package": COMPILES,
         "serving.package.load_package": COMPILES,
         "models.graft.old_optimizer_state_dict": RANKS,

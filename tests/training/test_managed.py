@@ -98,7 +98,7 @@ def test_rows_that_change_hands_are_drawn_anew_without_their_adagrad_state() -> 
 
 
 def test_two_ranks_train_go_on_and_are_read_by_one_process(
-    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tmp_path / "whole"
     torchrun(2, "train", *arguments(data_folder, whole, *MORE, "--loop.epochs=2"))
@@ -107,9 +107,17 @@ def test_two_ranks_train_go_on_and_are_read_by_one_process(
     torchrun(2, "train", *arguments(data_folder, run, *MORE, "--loop.epochs=2", "--resume=true"))
     assert checkpoints(run) == ["step-000000010", "step-000000020"]
     assert losses(run) == losses(whole)
-    line = refused(capsys, train.main, arguments(data_folder, copy, *MORE, "--loop.epochs=2", "--resume=true"))
-    assert "was spread over 2 ranks, and there are 1 now: use as many as it was trained on" in line
-    assert "was spread over 2 ranks" in refused(capsys, evaluate.main, ["--run_folder", str(run)])
+    environment = (copy / "environment.json").read_text()
+    with monkeypatch.context() as patch:
+        # Refused before a model is built, and before the run's folder is written to.
+        for job in ("train", "evaluate"):
+            patch.setattr(f"torchrec_amort.jobs.{job}.build_model", None)
+        line = refused(capsys, train.main, arguments(data_folder, copy, *MORE, "--loop.epochs=2", "--resume=true"))
+        assert "was spread over 2 ranks, and there are 1 now: use as many as it was trained on" in line
+        assert (copy / "environment.json").read_text() == environment
+        assert "was spread over 2 ranks" in refused(capsys, evaluate.main, ["--run_folder", str(run)])
+        line = refused(capsys, train.main, arguments(data_folder, tmp_path / "next", *MORE, f"--warm_start={run}"))
+        assert "was spread over 2 ranks" in line
     torchrun(2, "evaluate", "--run_folder", str(run), "--save_predictions=true")
     model, _, schema = load_model(str(run))
     scorer, data = AmortizedScorer(model), RequestDataset(data_folder, "test", batch_size=30, schema=schema)

@@ -12,8 +12,10 @@ COMMANDS = {
     "train": "train a model with or without history, on any number of ranks",
     "evaluate": "AUC, GAUC and NE of a trained model on a split",
     "compare": "train and test several history encoders on one data set: quality, latency, speed",
+    "backtest": "train day after day on logged requests: from the day before, anew, or never again",
     "throughput": "time reading and training, request by request and impression by impression",
     "export": "write a trained model as a package of compiled phases, quantized tables and a manifest",
+    "apply": "make a package of an earlier one and what export --since wrote",
     "benchmark": "time the same weights amortized and impression by impression",
     "pilot": "replay logged requests through two arms: latency, quality and cost side by side",
 }

@@ -26,6 +26,11 @@ from torchrec_amort.data.tables import of_sizes
 from torchrec_amort.errors import InputError
 from torchrec_amort.schema import RequestSchema, refuse_missing
 from torchrec_amort.stores import Location, location, open_parquet, reading
+from torchrec_amort.times import Span
+
+# The requests of all splits.
+ALL = "all"
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     Args:
         folder: a prepared data folder, on this machine or a store.
-        split: `train`, `validation` or `test`.
+        split: `train`, `validation`, `test`, or `all` of them.
         batch_size: requests in a global batch, all ranks together.
         rank: this process.
         world_size: all processes; at most `num_lanes` and at most `batch_size`.
@@ -72,6 +77,8 @@ class RequestDataset(IterableDataset[RequestBatch]):
         shuffle_rows: requests that are shuffled at once, and dealt by their work, all lanes together.
         balance_work: whether batches have equal work, and not equal numbers of requests. Needs a seed.
         max_requests: read the first ones of the split alone; all if None.
+        span: read the requests of these times alone; all if None. Files should be in order of time: each run of such
+            requests is read by itself.
 
     Raises:
         InputError: the folder, split or a file is missing or damaged, a column is missing, the schema reads other
@@ -101,6 +108,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         shuffle_rows: int = 65_536,
         balance_work: bool = False,
         max_requests: int | None = None,
+        span: Span | None = None,
     ) -> None:
         folder = location(folder)
         prepared = RequestSchema.load(folder)
@@ -113,7 +121,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         self.balance_work = balance_work
         if balance_work and seed is None:
             raise InputError("balance_work: the order of batches of equal work is drawn at random: give a seed")
-        self._row_groups = row_groups(folder / split, self.schema)
+        self._row_groups = pieces_of(folder, split, self.schema, span)
         if max_requests is not None:
             self._row_groups = list(_cut(self._row_groups, 0, max_requests))
         num_requests = sum(piece.num_rows for piece in self._row_groups)
@@ -279,6 +287,22 @@ def read_piece(piece: Piece, schema: RequestSchema) -> pa.Table:
     return typed_table(table, schema, str(piece.path), piece.first_row + piece.start)
 
 
+def pieces_of(folder: Location, split: str, schema: RequestSchema, span: Span | None = None) -> list[Piece]:
+    """The requests of a split, or of `all`, and of some times alone if a span is given.
+
+    Raises:
+        InputError: as `row_groups`, or there is no request of those times.
+    """
+    splits = [name for name in _SPLITS if files_of(folder, name)] if split == ALL else [split]
+    pieces = [piece for name in splits for piece in row_groups(folder / name, schema)]
+    if span is None:
+        return pieces
+    pieces = list(_within(pieces, span))
+    if not pieces:
+        raise InputError(f"{folder}: no request of split {split!r} is {span}: give other times")
+    return pieces
+
+
 def row_groups(folder: Location, schema: RequestSchema) -> list[Piece]:
     """All row groups of a split, from the footers of its files.
 
@@ -324,6 +348,20 @@ def _cut(pieces: Sequence[Piece], first: int, stop: int) -> Iterator[Piece]:
         if low < high:
             yield replace(piece, start=piece.start + low, stop=piece.start + high)
         row += piece.num_rows
+
+
+def _within(pieces: Iterable[Piece], span: Span) -> Iterator[Piece]:
+    """The parts of the pieces that are of some times."""
+    for piece in pieces:
+        with (
+            reading(piece.path, "the times cannot be read", "copy the file again, or prepare the data again"),
+            open_parquet(piece.path) as file,
+        ):
+            times = file.read_row_group(piece.row_group, columns=["time"])["time"].to_numpy()
+        is_within = (times >= span.start) & (times < span.stop)
+        edges = np.flatnonzero(np.diff(is_within, prepend=False, append=False))
+        for start, stop in edges.reshape(-1, 2).tolist():
+            yield replace(piece, start=start, stop=stop)
 
 
 def _lengths(table: pa.Table, column: str) -> np.ndarray:

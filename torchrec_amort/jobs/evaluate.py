@@ -21,9 +21,11 @@ from torchrec_amort.jobs.slices import HISTORY_LENGTH, slicings
 from torchrec_amort.models.build import build_model
 from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.stores import location
+from torchrec_amort.times import Span
 from torchrec_amort.training.calibration import draw_calibration
-from torchrec_amort.training.checkpoint import load_weights
+from torchrec_amort.training.checkpoint import load_weights, refuse_ranks
 from torchrec_amort.training.environment import track
+from torchrec_amort.training.evaluation import EvaluateResult
 from torchrec_amort.training.loop import GlobalBatchTrain, evaluate
 from torchrec_amort.training.metrics import NAMES, SHOWN
 from torchrec_amort.training.optimizers import OptimizerConfig
@@ -77,7 +79,45 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
             slice, or see `Evaluation.result`.
     """
     started = time.perf_counter()
+    folder = Path(config.run_folder)
+    predictions = folder / f"predictions-{config.split}.npz" if config.save_predictions else None
+    result, checkpoint = evaluate_split(config, device, predictions=predictions)
+    if is_first():
+        trained, data, schema = load_run(config.run_folder, config.data)
+        read = schema.without(trained.model.leave_out)
+        record = {
+            "run": config.run_folder,
+            "checkpoint": checkpoint,
+            "data": data,
+            "split": config.split,
+            "history_length": _history_length(config, trained.model.longest_history(read)),
+            "unknown_ids": unknown_ids(data, config.split, read),
+            "world_size": dist.get_world_size(),
+            "seconds": time.perf_counter() - started,
+            **asdict(result),
+        }
+        _report(config, record)
+
+
+def evaluate_split(
+    config: EvaluateConfig, device: torch.device, *, predictions: Path | None = None, span: Span | None = None
+) -> tuple[EvaluateResult, str]:
+    """Score a split by the checkpoint of a run that `load_weights` takes. All ranks call it together.
+
+    Args:
+        config: what to evaluate on what; its split may be `all` of them.
+        device: of this rank.
+        predictions: a file to leave all predictions in, if they are wanted.
+        span: score the requests of these times alone; all if None.
+
+    Returns:
+        tuple: what was found, the same on all ranks, and the checkpoint's name.
+
+    Raises:
+        InputError: as `evaluate_run`.
+    """
     trained, data, schema = load_run(config.run_folder, config.data)
+    refuse_ranks(config.run_folder)
     read = schema.without(trained.model.leave_out)
     length = _history_length(config, trained.model.longest_history(read))
     lengths = trained.model.history_lengths(read, length)
@@ -89,6 +129,7 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
         world_size=dist.get_world_size(),
         history_length=lengths,
         schema=read,
+        span=span,
     )
     ways = slicings(config.slice_by, read, data, lengths, config.batch_size)
     ranker = build_model(schema.without_pretrained(), trained.model)
@@ -101,30 +142,12 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
         sharding=trained.sharding,
     ).module
     checkpoint = load_weights(config.run_folder, model)
-    predictions = PredictionFile(len(schema.labels)) if config.save_predictions else None
-    result = evaluate(
-        model,
-        DataLoader(dataset, batch_size=None),
-        device,
-        trained.loss,
-        slicings=ways,
-        predictions=predictions,
-    )
-    if predictions is not None:
-        predictions.write(Path(config.run_folder) / f"predictions-{config.split}.npz")
-    if is_first():
-        record = {
-            "run": config.run_folder,
-            "checkpoint": checkpoint.name,
-            "data": data,
-            "split": config.split,
-            "history_length": length,
-            "unknown_ids": unknown_ids(data, config.split, read),
-            "world_size": dist.get_world_size(),
-            "seconds": time.perf_counter() - started,
-            **asdict(result),
-        }
-        _report(config, record)
+    file = PredictionFile(len(schema.labels)) if predictions is not None else None
+    loader = DataLoader(dataset, batch_size=None)
+    result = evaluate(model, loader, device, trained.loss, slicings=ways, predictions=file)
+    if file is not None and predictions is not None:
+        file.write(predictions)
+    return result, checkpoint.name
 
 
 def _history_length(config: EvaluateConfig, longest: int) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.config import CONFIG_FILE, load_config, save_config
 from torchrec_amort.data.counts import TRAIN, read_counts
-from torchrec_amort.data.reader import RequestDataset, read_piece, row_groups
+from torchrec_amort.data.reader import ALL, RequestDataset, pieces_of, read_piece
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.lock import FolderLock
@@ -23,14 +22,15 @@ from torchrec_amort.models.build import build_model
 from torchrec_amort.modules.losses import TaskLosses
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.stores import location
-from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint
+from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint, refuse_ranks
 from torchrec_amort.training.environment import is_restart_of, track, write_environment
 from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import GlobalBatchTrain, LoopConfig, TrainResult, train
 from torchrec_amort.training.numbers import measure_numbers
 from torchrec_amort.training.processes import ignore_stop_signals, is_first
-from torchrec_amort.training.run import TrainConfig, schema_of
+from torchrec_amort.training.run import TrainConfig, refuse_other, refuse_other_config, schema_of
 from torchrec_amort.training.sharding import ShardedModel, shard
+from torchrec_amort.training.warm_start import WarmStart
 
 
 def train_run(config: TrainConfig, device: torch.device) -> None:
@@ -48,13 +48,39 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
         _train_locked(config, device, lock)
 
 
+def train_if_needed(config: TrainConfig, device: torch.device) -> None:
+    """Train a run unless that is done, and go on with it if it was stopped. All ranks call it together.
+
+    Args:
+        config: with `resume`.
+        device: of this rank.
+
+    Raises:
+        InputError: the run was trained with another config, or as `train_run`.
+    """
+    run = Path(config.run_folder)
+    if (run / CONFIG_FILE).exists():
+        refuse_other_config(run, load_config(run, TrainConfig, "train"), config)
+    if not (run / "train.json").exists():
+        train_run(config, device)
+    dist.barrier()
+
+
 def _train_locked(config: TrainConfig, device: torch.device, lock: FolderLock | None) -> None:
     run = Path(config.run_folder)
     resume = _refuse_or_resume(config, run, device)
+    if resume:
+        refuse_ranks(run)
     schema = RequestSchema.load(run) if resume else schema_of(config)
+    start = None if resume or config.warm_start is None else WarmStart(config, schema)
     dataset = read_train_split(config, schema)
     validation = _validation_requests(config, schema)
-    model = sharded_model(config, schema, device, is_resumed=resume)
+    initial = schema.without_pretrained() if resume else schema if start is None else start.initial
+    model = sharded_model(config, initial, device, is_loaded=resume or start is not None)
+    if start is not None:
+        checkpoint = start.load(model)
+        if is_first():
+            print(f"{run}: starts with {checkpoint}")
     # No rank may write before all have looked at what is there.
     dist.barrier()
     if is_first():
@@ -108,15 +134,16 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
         raise InputError(f"{run}: has a checkpoint already: go on with --resume true, or choose another run folder")
     saved = load_config(run, TrainConfig, "train")
     of_run, of_model = "its checkpoint is of a run with", "its checkpoint is of a model with model."
-    batches = ("batch_size", "balance_work", "seed")
-    _refuse_other(run, saved, config, batches, f"{of_run} ", ", which are other batches")
-    _refuse_other(run, saved.loss, config.loss, ("weighting",), f"{of_run} loss.", ", which has other weights")
+    batches = ("batch_size", "balance_work", "seed", "since", "until")
+    refuse_other(run, saved, config, batches, f"{of_run} ", ", which are other batches")
+    refuse_other(run, saved.loss, config.loss, ("weighting",), f"{of_run} loss.", ", which has other weights")
     if saved.loop.validate_every is not None:
         names = ("validate_metric", "validate_requests")
-        _refuse_other(run, saved.loop, config.loop, names, "its best model is that of loop.")
+        refuse_other(run, saved.loop, config.loop, names, "its best model is that of loop.")
+    refuse_other(run, saved, config, ("warm_start",), "its checkpoint is of a run with ", ", which is another start")
     names = ("table_optimizer", "dense_optimizer")
-    _refuse_other(run, saved.optimizer, config.optimizer, names, "its checkpoint has the state of optimizer.")
-    _refuse_other(run, saved.model, config.model, [field.name for field in fields(saved.model)], of_model)
+    refuse_other(run, saved.optimizer, config.optimizer, names, "its checkpoint has the state of optimizer.")
+    refuse_other(run, saved.model, config.model, [field.name for field in fields(saved.model)], of_model)
     if saved.tables != config.tables:
         of_checkpoint, of_config = (
             {name: table.record() for name, table in tables.items()} for tables in (saved.tables, config.tables)
@@ -128,21 +155,13 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
     return True
 
 
-def _refuse_other(run: Path, saved: Any, given: Any, names: Iterable[str], told: str, why: str = "") -> None:
-    """Refuse to go on with other values of some options than those of the run."""
-    for name in names:
-        if (value := getattr(saved, name)) != (other := getattr(given, name)):
-            raise InputError(
-                f"{run}: {told}{name}={value}, the config says {other}{why}: use the same, or choose another run folder"
-            )
-
-
 def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDataset:
     """This rank's part of the training requests, as the config's model reads them."""
     read = schema.without(config.model.leave_out)
     return RequestDataset(
         config.data,
-        "train",
+        _split(config),
+        span=config.span,
         batch_size=config.batch_size,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -152,6 +171,11 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
         schema=read,
         balance_work=config.balance_work,
     )
+
+
+def _split(config: TrainConfig) -> str:
+    """The split that is trained on."""
+    return TRAIN if config.span is None else ALL
 
 
 def _validation_requests(config: TrainConfig, schema: RequestSchema) -> DataLoader[RequestBatch] | None:
@@ -174,21 +198,23 @@ def _validation_requests(config: TrainConfig, schema: RequestSchema) -> DataLoad
 
 
 def sharded_model(
-    config: TrainConfig, schema: RequestSchema, device: torch.device, *, is_resumed: bool = False
+    config: TrainConfig, schema: RequestSchema, device: torch.device, *, is_loaded: bool = False
 ) -> ShardedModel:
-    """The model, its tables spread over all ranks: untrained; if a checkpoint is to be loaded, with any weights."""
+    """The model, its tables spread over all ranks: untrained; if a checkpoint is to be loaded, nothing is measured."""
     world_size = dist.get_world_size()
-    counts = read_counts(config.data)[TRAIN]
+    of_splits = read_counts(config.data)
+    counted = [of_splits[TRAIN]] if config.span is None else list(of_splits.values())
+    counts = {name: sum(count[name] for count in counted) for name in ("requests", "candidates")}
     loss = TaskLosses(config.loss, schema)
-    loss.refuse_impressions(counts["requests"], counts["candidates"], str(location(config.data) / TRAIN))
+    loss.refuse_impressions(counts["requests"], counts["candidates"], str(location(config.data) / _split(config)))
     read = schema.without(config.model.leave_out)
     lengths = config.model.history_lengths(read)
     events = {feature.name: float(lengths[feature.history]) for feature in read.of("event")}
     candidates = {feature.name: counts["candidates"] / counts["requests"] for feature in schema.of("candidate")}
     frozen = frozenset(name for name, table in schema.tables.items() if not table.trains)
-    model = build_model(schema.without_pretrained() if is_resumed else schema, config.model, seed=config.seed)
-    if not is_resumed:
-        measure_numbers(model, _some_batches(config.data, read), read)
+    model = build_model(schema, config.model, seed=config.seed)
+    if not is_loaded:
+        measure_numbers(model, _some_batches(config, read), read)
     return shard(
         GlobalBatchTrain(model, config.loop.precision, loss),
         device=device,
@@ -205,9 +231,9 @@ def sharded_model(
 _MEASURED = 8192
 
 
-def _some_batches(data: str, schema: RequestSchema) -> Iterator[RequestBatch]:
+def _some_batches(config: TrainConfig, schema: RequestSchema) -> Iterator[RequestBatch]:
     """Training requests, the same on every rank."""
-    pieces = row_groups(location(data) / TRAIN, schema)
+    pieces = pieces_of(location(config.data), _split(config), schema, config.span)
     step = max(1, sum(piece.num_rows for piece in pieces) // _MEASURED)
     for piece in pieces[::step]:
         yield RequestBatch.from_arrow(read_piece(piece, schema), schema, validate=False)

@@ -33,7 +33,8 @@ from torchrec_amort.errors import InputError
 # What the keys of a map in a state dict have, and those of its table.
 MAP = "._managed_collision_collection."
 TABLE = "._embedding_module"
-_FIRST_ROWS = re.compile(rf"{re.escape(MAP)}_managed_collision_modules\.(.*)\._output_segments_tensor$")
+# The key of the rows with which the ranks' parts of a map begin.
+FIRST_ROWS = re.compile(rf"{re.escape(MAP)}_managed_collision_modules\.(.*)\._output_segments_tensor$")
 
 
 class _Map(MCHManagedCollisionModule):
@@ -206,7 +207,7 @@ def refuse_other_ranks(weights: Mapping[str, Any], source: str) -> None:
         InputError: they are of another number of ranks.
     """
     for name, first_rows in weights.items():
-        if (found := _FIRST_ROWS.search(name)) and dist.is_initialized():
+        if (found := FIRST_ROWS.search(name)) and dist.is_initialized():
             ranks = int((first_rows >= 0).sum()) - 1
             if ranks != dist.get_world_size():
                 raise InputError(

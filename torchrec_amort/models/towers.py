@@ -175,7 +175,7 @@ class Tables:
 
     def _init(self, name: str, rows: int) -> partial[Tensor]:
         width, file = self._width(name), self._config(name).pretrained
-        if file is None:
+        if not file:
             # Rows of unit length on average, whatever the size of the table, so that sums of rows are balanced.
             return partial(nn.init.normal_, std=width**-0.5)
         return partial(_copy, vectors=_vectors(local_path(file), rows, width, name))

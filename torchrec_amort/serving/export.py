@@ -45,6 +45,7 @@ from torchrec_amort.serving.package import (
     checksum,
     load_package,
     row_count,
+    save_tables,
     to_state,
     to_tensors,
 )
@@ -386,7 +387,7 @@ def _save_tables(collections: dict[str, nn.Module], path: Path, tables: Tables) 
         additional_qconfig_spec_keys=[EmbeddingCollection],
         additional_mapping={EmbeddingCollection: QuantEmbeddingCollection},
     )
-    torch.save(quantized.state_dict(), path)
+    save_tables(quantized.state_dict(), path)
     return {name: [_to_record(config) for config in _configs(quantized[name])] for name in collections}
 
 

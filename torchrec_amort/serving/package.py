@@ -41,6 +41,7 @@ PACKAGE_VERSION = 4
 _FIRST_OF_RANKERS = 3
 MANIFEST_FILE = "manifest.json"
 TABLES_FILE = "tables.pt"
+DELTA_FILE = "delta.json"
 
 
 def load_package(folder: str | Path) -> Served:
@@ -61,7 +62,7 @@ def load_package(folder: str | Path) -> Served:
         scorer = AmortizedScorer(load_package("packages/films"), microbatch_size=512)
     """
     folder = local_path(folder)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     schema = RequestSchema.load(folder)
     tables, weights = manifest["tables"], torch.load(folder / TABLES_FILE, weights_only=True)
     device = torch.device("cpu")
@@ -89,8 +90,20 @@ def load_package(folder: str | Path) -> Served:
     )
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a package, once its files are what it says.
+
+    Args:
+        folder: of the package.
+
+    Raises:
+        InputError: as `load_package`.
+    """
     path = folder / MANIFEST_FILE
+    if (folder / DELTA_FILE).is_file():
+        raise InputError(
+            f"{folder}: has what changed since another package: make the package of both first (torchrec-amort apply)"
+        )
     if not path.is_file():
         raise InputError(f"{path}: no such file: {folder} is no package (torchrec-amort export --help)")
     try:
@@ -103,14 +116,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{told}: export the model again")
     if package_version == _FIRST_OF_RANKERS:
         manifest = _renewed(manifest)
-    for name, expected in checksums.items():
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file: the package is not whole, export or copy it again")
-        if (have := checksum(folder / name)) != expected:
-            raise InputError(
-                f"{folder / name}: checksum is {have[:12]}..., the manifest says {expected[:12]}...: the file is "
-                "damaged, export or copy it again"
-            )
+    refuse_damaged(folder, checksums)
     if cpu != torch.backends.cpu.get_cpu_capability():
         raise InputError(
             f"{path}: compiled for {cpu}, but this processor's capability is "
@@ -133,6 +139,40 @@ def _renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
     lengths = dict.fromkeys(reads, manifest["history_length"])
     return {**manifest, "reads": reads, "sequence_bags": bags, "history_lengths": lengths}
+
+
+def save_tables(tables: Mapping[str, Tensor], path: Path) -> None:
+    """Write tables, each by itself: the same tables are the same bytes, whatever memory they share with others.
+
+    Args:
+        tables: by name.
+        path: the file to make.
+    """
+    own = {
+        name: table if table.untyped_storage().nbytes() == table.nbytes else table.clone()
+        for name, table in tables.items()
+    }
+    torch.save(own, path)
+
+
+def refuse_damaged(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Refuse a folder whose files are not what was written.
+
+    Args:
+        folder: of a package, or of a delta.
+        checksums: of its files, by name.
+
+    Raises:
+        InputError: names the first file that is missing or another one.
+    """
+    for name, expected in checksums.items():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file: the package is not whole, export or copy it again")
+        if (have := checksum(folder / name)) != expected:
+            raise InputError(
+                f"{folder / name}: checksum is {have[:12]}..., the manifest says {expected[:12]}...: the file is "
+                "damaged, export or copy it again"
+            )
 
 
 def checksum(path: Path) -> str:

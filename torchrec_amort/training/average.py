@@ -40,7 +40,7 @@ class TableDecay:
         if not 0 <= decay < 1:
             raise ValueError(f"table_weight_decay is {decay}, not from 0 to 1")
         self.decay = decay
-        self._tables = _local_tensors({name: w for name, w in module.state_dict().items() if name in names})
+        self._tables = local_tensors({name: w for name, w in module.state_dict().items() if name in names})
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -77,7 +77,7 @@ class WeightAverage:
         if not 0 < decay < 1:
             raise ValueError(f"average_decay is {decay}, not between 0 and 1")
         self.decay = decay
-        self._current = _local_tensors(module.state_dict())
+        self._current = local_tensors(module.state_dict())
         self.weights: dict[str, Any] = {name: weight.clone() for name, weight in module.state_dict().items()}
 
     @torch.no_grad()
@@ -87,11 +87,17 @@ class WeightAverage:
             return
         updates = step // UPDATE_EVERY
         decay = min(self.decay**UPDATE_EVERY, updates / (updates + 10))
-        for average, current in zip(_local_tensors(self.weights), self._current, strict=True):
+        for average, current in zip(local_tensors(self.weights), self._current, strict=True):
             if average.is_floating_point():
                 average.lerp_(current, 1 - decay)
             else:
                 average.copy_(current)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew with the weights of now, as they were loaded."""
+        for average, current in zip(local_tensors(self.weights), self._current, strict=True):
+            average.copy_(current)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -104,13 +110,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for average, current in zip(_local_tensors(self.weights), self._current, strict=True):
+        for average, current in zip(local_tensors(self.weights), self._current, strict=True):
             own = current.clone()
             current.copy_(average)
             average.copy_(own)
 
 
-def _local_tensors(weights: Mapping[str, Any]) -> list[Tensor]:
+def local_tensors(weights: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that this rank has of the weights."""
     tensors: list[Tensor] = []
     for weight in weights.values():

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,13 +21,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.files import write_json
 from torchrec_amort.lock import FolderLock
-from torchrec_amort.models.managed import refuse_other_ranks
+from torchrec_amort.models.managed import FIRST_ROWS, refuse_other_ranks
 from torchrec_amort.stores import local_path
+from torchrec_amort.training.average import local_tensors
 from torchrec_amort.training.processes import is_first
 from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel
@@ -36,6 +38,9 @@ CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
 BEST = "best.json"
 READ_BYTES = 2**20
+
+# What reading the metadata of a damaged checkpoint raises.
+_UNREADABLE = (OSError, ValueError, EOFError, pickle.UnpicklingError)
 
 Result = TypeVar("Result")
 _logger = logging.getLogger(__name__)
@@ -224,8 +229,7 @@ def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> tup
     Raises:
         InputError: there is no checkpoint, or none that is whole and of this model.
     """
-    # AdamW has no state to load into before its first step, so TorchRec makes one with gradients of zero.
-    model.optimizer.init_state()
+    _init_optimizers(model)
     state, position, random = _training_state(model), _to_tensors(Position()), _random_state()
     unreported = report.state()
     others = _flat({**state, "position": position, "report": unreported, "random": random})
@@ -238,13 +242,71 @@ def load_checkpoint(run: str | Path, model: ShardedModel, report: Report) -> tup
 
     folders = _newest_first(local_path(run) / CHECKPOINTS)
     _, folder = _first_good(run, folders, load)
-    model.module.fused_optimizer.load_state_dict(
-        {**model.module.fused_optimizer.state_dict(), "state": state["table_optimizer"]}
-    )
-    model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": state["dense_optimizer"]})
+    _set_optimizers(model, state)
     report.load_state(unreported)
     _set_random_state(random)
     return Position(**{name: int(value) for name, value in position.items()}), _best(folder)
+
+
+def load_start(run: str | Path, model: ShardedModel, grown: Collection[str], optimizer: float) -> Path:
+    """Take up weights, and optimizers' states, of another run, sharded in any way. All ranks call it together.
+
+    Rows that a table has more than the other run's stay as they are. The checkpoint is that of `load_weights`.
+
+    Args:
+        run: the other run's folder.
+        model: gets the weights, averaged if there is an average, and optimizers' states.
+        grown: names of tables that have more rows.
+        optimizer: 0 for no state; else all are taken over, and row-wise Adagrad's sums times this.
+
+    Returns:
+        Path: the checkpoint's folder.
+
+    Raises:
+        InputError: there is no checkpoint, or none that is whole and fits the model.
+    """
+    state: dict[str, Any] = {}
+    if optimizer:
+        _init_optimizers(model)
+        state = _optimizers_state(model)
+    states = _flat(state)
+
+    def load(folder: Path) -> None:
+        _load(folder, model.module, states, _weights_name(folder), _GrownTables(grown))
+
+    _, folder = _first_good(run, _best_first(_newest_first(local_path(run) / CHECKPOINTS)), load)
+    if optimizer:
+        # In fbgemm's words, and in those of TorchRec's optimizer of data-parallel tables.
+        sums = {key: sum_ for key, sum_ in states.items() if key.endswith((".momentum1", "/sum"))}
+        for of_rank in local_tensors(sums):
+            of_rank.mul_(optimizer)
+        _set_optimizers(model, state)
+    return folder
+
+
+class _GrownTables(DefaultLoadPlanner):
+    """Reads tables into ones of more rows: each rank what is there of its own rows.
+
+    Args:
+        tables: their names.
+    """
+
+    def __init__(self, tables: Collection[str]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._weights = tuple(f".{table}.weight" for table in tables)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Have each such table, and its optimizer's states, pass for one of as many rows as there are now."""
+        assert metadata is not None
+        saved = dict(metadata.state_dict_metadata)
+        for key, tensor in state_dict.items():
+            of_key = saved.get(key)
+            is_grown = any(f"{weight}/" in f"{key}/" for weight in self._weights)
+            if is_grown and isinstance(of_key, TensorStorageMetadata) and of_key.size[1:] == tensor.size()[1:]:
+                saved[key] = replace(of_key, size=tensor.size())
+        super().set_up_planner(state_dict, replace(metadata, state_dict_metadata=saved), is_coordinator)
 
 
 def load_weights(run: str | Path, model: nn.Module) -> Path:
@@ -265,10 +327,41 @@ def load_weights(run: str | Path, model: nn.Module) -> Path:
     """
 
     def load(folder: Path) -> None:
-        is_averaged = any(key.startswith("average/") for key in _saved_keys(folder))
-        _load(folder, model, {}, "average" if is_averaged else "model")
+        _load(folder, model, {}, _weights_name(folder))
 
     return _first_good(run, _best_first(_newest_first(local_path(run) / CHECKPOINTS)), load)[1]
+
+
+def refuse_ranks(run: str | Path) -> None:
+    """Refuse a run whose managed tables are spread over another number of ranks, before any model is built.
+
+    A run that has no checkpoint which can be read is left to who loads it.
+
+    Args:
+        run: the run's folder.
+
+    Raises:
+        InputError: they are.
+    """
+    for folder in _newest_first(local_path(run) / CHECKPOINTS):
+        try:
+            saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+            maps: dict[str, Any] = {
+                key: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+                for key, tensor in saved.items()
+                if FIRST_ROWS.search(key) and isinstance(tensor, TensorStorageMetadata)
+            }
+            if maps:
+                _read(maps, folder, alone=True)
+        except (*_UNREADABLE, CheckpointException):
+            continue
+        refuse_other_ranks(maps, str(folder))
+        return
+
+
+def _weights_name(folder: Path) -> str:
+    """What a checkpoint calls the weights that it is used with."""
+    return "average" if any(key.startswith("average/") for key in _saved_keys(folder)) else "model"
 
 
 def has_checkpoint(run: str | Path) -> bool:
@@ -326,15 +419,29 @@ def _to_tensors(position: Position) -> dict[str, Tensor]:
 
 
 def _training_state(model: ShardedModel) -> dict[str, Any]:
-    """For each optimizer, parameter and name, a tensor; this rank has those of its own tables only.
+    """The state of the optimizers, and the averaged weights if there are any."""
+    state = _optimizers_state(model)
+    return state if model.average is None else {**state, "average": model.average.weights}
 
-    And the averaged weights, if there are any.
-    """
-    state = {
+
+def _init_optimizers(model: ShardedModel) -> None:
+    # AdamW has no state to load into before its first step, so TorchRec makes one with gradients of zero.
+    model.optimizer.init_state()
+
+
+def _optimizers_state(model: ShardedModel) -> dict[str, Any]:
+    """For each optimizer, parameter and name, a tensor; this rank has those of its own tables only."""
+    return {
         "table_optimizer": model.module.fused_optimizer.state_dict()["state"],
         "dense_optimizer": model.optimizer.state_dict()["state"],
     }
-    return state if model.average is None else {**state, "average": model.average.weights}
+
+
+def _set_optimizers(model: ShardedModel, state: Mapping[str, Any]) -> None:
+    model.module.fused_optimizer.load_state_dict(
+        {**model.module.fused_optimizer.state_dict(), "state": state["table_optimizer"]}
+    )
+    model.optimizer.load_state_dict({**model.optimizer.state_dict(), "state": state["dense_optimizer"]})
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -361,24 +468,35 @@ def _set_random_state(state: Mapping[str, Tensor]) -> None:
         (torch.cuda.set_rng_state if name.startswith("cuda") else torch.set_rng_state)(value)
 
 
-def _load(folder: Path, module: nn.Module, others: Mapping[str, Any], weights_name: str = "model") -> None:
+def _load(
+    folder: Path,
+    module: nn.Module,
+    others: Mapping[str, Any],
+    weights_name: str = "model",
+    planner: DefaultLoadPlanner | None = None,
+) -> None:
     """Load a module's weights, and other tensors in place."""
     _refuse_damage(folder)
     weights = module.state_dict()
     state = _flat({**others, weights_name: weights})
-    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner = planner or DefaultLoadPlanner(flatten_state_dict=False)
     try:
         for key in sorted(_saved_keys(folder)):
             if key.startswith(f"{weights_name}/") and key not in state:
                 raise ValueError(f"it has {key}, which the model has not")
-        with warnings.catch_warnings():
-            # One process without a group, as one that serves, is as meant.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
+        _read(state, folder, planner, alone=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise _unusable(folder, error) from error
     refuse_other_ranks(weights, str(folder))
     module.load_state_dict(weights)
+
+
+def _read(state: dict[str, Any], folder: Path, planner: DefaultLoadPlanner | None = None, *, alone: bool) -> None:
+    """Read tensors of a checkpoint in place: all ranks together, or this process alone."""
+    with warnings.catch_warnings():
+        # One process without a group, as one that serves, is as meant.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=alone)
 
 
 def _refuse_damage(folder: Path) -> None:
@@ -410,7 +528,7 @@ def _checksum(path: Path) -> int | None:
 def _saved_keys(folder: Path) -> set[str]:
     try:
         return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise _unusable(folder, error) from error
 
 

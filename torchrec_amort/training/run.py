@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, UP_TO_ONE, refuse_out_of_bounds
 from torchrec_amort.config import load_config
+from torchrec_amort.errors import InputError
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRMTrain
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.modules.losses import LossConfig, TaskLosses
 from torchrec_amort.schema import RequestSchema, TableConfig
 from torchrec_amort.stores import local_path
+from torchrec_amort.times import Span
 from torchrec_amort.training.checkpoint import load_weights
 from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.sharding import ShardingConfig
+
+NewRows = Literal["unknown", "mean", "draw"]
 
 
 @dataclass(kw_only=True)
@@ -25,6 +32,16 @@ class TrainConfig:
     Args:
         data: prepared data folder, on this machine or a store.
         run_folder: folder of this machine for config, plan, checkpoints, metrics and TensorBoard events.
+        since: train on requests of all splits, those from this time on; on the train split unless this or `until` is
+            given. Times are UTC if they tell no zone.
+        until: time of the first request that is left out.
+        warm_start: folder of another run, whose best checkpoint if it validated, else its last one, is what this run
+            starts with: its weights, averaged if there is an average, which are those that it is evaluated with.
+        warm_start_optimizer: what is kept of the optimizers' states: 1 all; 0 nothing; in between all, and row-wise
+            Adagrad's sums, which only grow, times this.
+        warm_start_rows: what rows start as that tables have more than those of `warm_start`: `unknown`, as row 0, by
+            which their ids were scored so far, or as `mean` where no id is unknown; `mean`, as the mean of the rows
+            that are there; or `draw`, as a new table's: at random, or as its `pretrained` file says.
         model: size and kind of the model.
         loss: what is minimized.
         optimizer: how weights are moved.
@@ -45,6 +62,11 @@ class TrainConfig:
 
     data: str
     run_folder: str
+    since: str | None = None
+    until: str | None = None
+    warm_start: str | None = None
+    warm_start_optimizer: float = 1.0
+    warm_start_rows: NewRows = "unknown"
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -60,7 +82,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         local_path(self.run_folder)
-        refuse_out_of_bounds(self, {AT_LEAST_ONE: ("batch_size",), NOT_NEGATIVE: ("seed", "num_workers")})
+        refuse_out_of_bounds(
+            self,
+            {
+                AT_LEAST_ONE: ("batch_size",),
+                NOT_NEGATIVE: ("seed", "num_workers"),
+                UP_TO_ONE: ("warm_start_optimizer",),
+            },
+        )
+        if self.span is not None and self.loop.validate_every is not None:
+            raise InputError(
+                f"loop.validate_every is {self.loop.validate_every}, but requests {self.span} may be of the validation "
+                "split: leave out one of them"
+            )
+
+    @property
+    def span(self) -> Span | None:
+        """The times of the requests that are trained on; None if they are those of the train split."""
+        return None if self.since is None and self.until is None else Span(self.since, self.until)
 
 
 def schema_of(config: TrainConfig) -> RequestSchema:
@@ -111,3 +150,52 @@ def load_model(run_folder: str) -> tuple[Ranker, TrainConfig, RequestSchema]:
     model = build_model(schema.without_pretrained(), trained.model)
     load_weights(run_folder, AmortizedDLRMTrain(model, TaskLosses(trained.loss, schema)))
     return model.eval(), trained, schema
+
+
+def refuse_other(
+    run: str | Path,
+    saved: Any,
+    given: Any,
+    names: Iterable[str],
+    told: str,
+    why: str = "",
+    instead: str = "choose another run folder",
+) -> None:
+    """Refuse to go on from a run with other values of some options.
+
+    Args:
+        run: the run's folder, for error messages.
+        saved: the run's options.
+        given: the config's.
+        names: of the options.
+        told: what the run's value is of.
+        why: they have to be the same.
+        instead: what to do beside that.
+
+    Raises:
+        InputError: names the first that differs, and both values.
+    """
+    for name in names:
+        if (value := getattr(saved, name)) != (other := getattr(given, name)):
+            raise InputError(f"{run}: {told}{name}={value}, the config says {other}{why}: use the same, or {instead}")
+
+
+def refuse_other_config(run: str | Path, saved: Any, given: Any, section: str = "") -> None:
+    """Refuse a run that was trained with another config than is asked for.
+
+    Args:
+        run: the run's folder, for error messages.
+        saved: the run's config, or a section of it.
+        given: the one that is asked for.
+        section: what the fields' names start with.
+
+    Raises:
+        InputError: names the first field that differs, and both values.
+    """
+    for option in fields(saved):
+        one, other = getattr(saved, option.name), getattr(given, option.name)
+        if is_dataclass(one):
+            refuse_other_config(run, one, other, f"{section}{option.name}.")
+        else:
+            told = f"was trained with {section}"
+            refuse_other(run, saved, given, (option.name,), told, instead="choose another folder for all runs")

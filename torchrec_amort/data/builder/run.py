@@ -38,6 +38,7 @@ from torchrec_amort.lock import LOCK_FILE, FolderLock
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import SCHEMA_FILE, Feature, RequestSchema
 from torchrec_amort.stores import Location, Stored, files_below, location
+from torchrec_amort.times import instant
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 # What may be another one when a build goes on.
@@ -150,11 +151,7 @@ def _build(config: BuildConfig, out: Path, work: Path, whole: Location) -> dict[
 
 def _time(name: str, value: str) -> int:
     """The instant of a time of the config."""
-    try:
-        time = datetime.fromisoformat(value)
-    except ValueError as error:
-        raise InputError(f"{name} is {value!r}, not a time such as 2023-05-24 07:00") from error
-    return round((time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp() * MICROSECONDS)
+    return round(instant(name, value) * MICROSECONDS)
 
 
 def _refuse_other_config(config: BuildConfig, folder: BuiltFolder, since: int) -> None:

@@ -1,0 +1,49 @@
+"""`torchrec-amort apply`: a package out of an earlier one and what has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torchrec_amort.apps.command import parse, run_command
+from torchrec_amort.serving.delta import apply_delta
+
+
+@dataclass(kw_only=True)
+class ApplyConfig:
+    """Make the package that a delta of `export --since` is of, byte by byte.
+
+    Args:
+        delta: what `export --since` wrote.
+        base: the package that it is since.
+        out: the package to make.
+        overwrite: replace a package that is there.
+    """
+
+    delta: str
+    base: str
+    out: str
+    overwrite: bool = False
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: the command line; the process' own if None.
+
+    Example::
+
+        main(["--delta", "deltas/tuesday", "--base", "packages/monday", "--out", "packages/tuesday"])
+    """
+    config = parse(ApplyConfig, "apply", args)
+    run_command(lambda: _apply(config))
+
+
+def _apply(config: ApplyConfig) -> None:
+    apply_delta(config.delta, config.base, config.out, overwrite=config.overwrite)
+    print(f"{config.out}: {config.base} with what {config.delta} has changed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Delta packages: what has changed of a package since another one, the day before's for instance.
+
+A folder of the files that the other package, the base, does not have as they are; in place of `tables.pt`, `rows.pt`
+has of each table the rows that have changed, or are new; `delta.json` tells which base it is of, and checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrec_amort.errors import InputError
+from torchrec_amort.files import new_folder, write_json
+from torchrec_amort.serving.package import (
+    DELTA_FILE,
+    MANIFEST_FILE,
+    TABLES_FILE,
+    checksum,
+    read_manifest,
+    refuse_damaged,
+    save_tables,
+)
+from torchrec_amort.stores import local_path
+
+DELTA_VERSION = 1
+ROWS_FILE = "rows.pt"
+# Rows that are compared at a time.
+_BLOCK = 2**16
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """How large a delta is.
+
+    Args:
+        rows: that have changed or are new, in all tables.
+        all_rows: of the package.
+        bytes: of the delta's files.
+        all_bytes: of the package's files.
+    """
+
+    rows: int
+    all_rows: int
+    bytes: int
+    all_bytes: int
+
+
+def write_delta(package: str | Path, base: str | Path, folder: str | Path, *, overwrite: bool = False) -> DeltaSizes:
+    """Write what has changed of a package since another one, whole or not at all.
+
+    Args:
+        package: what `export_package` wrote.
+        base: an earlier package; tables may have had fewer rows.
+        folder: the delta to make.
+        overwrite: replace a folder that is there.
+
+    Returns:
+        DeltaSizes: of the delta, beside the package's.
+
+    Raises:
+        InputError: one is no package, or damaged, or the folder cannot be written or is the base.
+
+    Example::
+
+        write_delta("packages/tuesday", "packages/monday", "deltas/tuesday")
+        apply_delta("deltas/tuesday", "packages/monday", "copies/tuesday")
+    """
+    package, base = local_path(package), local_path(base)
+    if local_path(folder).resolve() == base.resolve():
+        raise InputError(f"{folder}: is the package that the delta is since, which it needs: choose another folder")
+    manifest, of_base = read_manifest(package), read_manifest(base)
+    tables, before = _load(package / TABLES_FILE), _load(base / TABLES_FILE)
+    changed = {name: _changed(table, before.get(name)) for name, table in tables.items()}
+    with new_folder(folder, overwrite) as temporary:
+        torch.save(changed, temporary / ROWS_FILE)
+        for name, of_file in manifest["sha256"].items():
+            if name != TABLES_FILE and of_base["sha256"].get(name) != of_file:
+                shutil.copyfile(package / name, temporary / name)
+        shutil.copyfile(package / MANIFEST_FILE, temporary / MANIFEST_FILE)
+        record = {
+            "delta_version": DELTA_VERSION,
+            "base": checksum(base / MANIFEST_FILE),
+            "sha256": {path.name: checksum(path) for path in sorted(temporary.iterdir())},
+        }
+        write_json(temporary / DELTA_FILE, record)
+        return DeltaSizes(
+            rows=sum(len(rows["places"]) for rows in changed.values()),
+            all_rows=sum(map(len, tables.values())),
+            bytes=_size(temporary),
+            all_bytes=_size(package),
+        )
+
+
+def apply_delta(delta: str | Path, base: str | Path, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Make the package that a delta is of, byte by byte, whole or not at all.
+
+    Args:
+        delta: what `write_delta` wrote.
+        base: the package that it is since.
+        folder: the package to make.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        InputError: it is no delta, or damaged; the base is another package, or damaged; or the folder cannot be
+            written.
+    """
+    delta, base = local_path(delta), local_path(base)
+    record = _record(delta)
+    read_manifest(base)
+    if (have := checksum(base / MANIFEST_FILE)) != record["base"]:
+        raise InputError(
+            f"{delta}: is since a package with manifest {record['base'][:12]}..., but that of {base} is "
+            f"{have[:12]}...: apply it to the package that it was made from"
+        )
+    with new_folder(folder, overwrite) as temporary:
+        for name in json.loads((delta / MANIFEST_FILE).read_text(encoding="utf-8"))["sha256"]:
+            if name != TABLES_FILE:
+                shutil.copyfile((delta if name in record["sha256"] else base) / name, temporary / name)
+        before = _load(base / TABLES_FILE)
+        tables = {name: _renewed(rows, before.get(name)) for name, rows in _load(delta / ROWS_FILE).items()}
+        save_tables(tables, temporary / TABLES_FILE)
+        shutil.copyfile(delta / MANIFEST_FILE, temporary / MANIFEST_FILE)
+        read_manifest(temporary)
+
+
+def _record(delta: Path) -> dict[str, Any]:
+    """What `delta.json` tells, once its files are what it says."""
+    path = delta / DELTA_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: {delta} is no delta (torchrec-amort export --help)")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, _, checksums = record["delta_version"], record["base"], record["sha256"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the record of a delta ({error}): export it again") from error
+    if version != DELTA_VERSION:
+        raise InputError(
+            f"{path}: delta_version is {version}, this torchrec-amort reads {DELTA_VERSION}: export it again"
+        )
+    refuse_damaged(delta, checksums)
+    return record
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The file's tensors, mapped into memory; what is written to them stays in this process."""
+    tensors: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
+    return tensors
+
+
+def _changed(table: Tensor, before: Tensor | None) -> dict[str, Any]:
+    """The rows of a table that it did not have before, or has otherwise now."""
+    kept = _kept(table, before)
+    is_new = torch.ones(len(table), dtype=torch.bool)
+    for start in range(0, len(kept), _BLOCK):
+        stop = min(start + _BLOCK, len(kept))
+        is_new[start:stop] = (table[start:stop] != kept[start:stop]).any(1)
+    places = is_new.nonzero().flatten()
+    return {"shape": list(table.shape), "places": places, "rows": table[places]}
+
+
+def _renewed(changed: dict[str, Any], before: Tensor | None) -> Tensor:
+    """The table that has such rows, and its others from before."""
+    table = torch.empty(changed["shape"], dtype=changed["rows"].dtype)
+    kept = _kept(table, before)
+    table[: len(kept)] = kept
+    table[changed["places"]] = changed["rows"]
+    return table
+
+
+def _kept(table: Tensor, before: Tensor | None) -> Tensor:
+    """The rows from before that a table may still have: none if its vectors are of another size."""
+    return table[:0] if before is None or before.shape[1:] != table.shape[1:] else before[: len(table)]
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
