@@ -16,7 +16,7 @@ from torchrec_amort.apps.command import parse
 from torchrec_amort.bench.backtest import BacktestConfig
 from torchrec_amort.config import load_config
 from torchrec_amort.data.writer import write_requests
-from torchrec_amort.training.metrics import auc, log_loss
+from torchrec_amort.training.metrics import auc, log_losses
 from torchrec_amort.training.run import TrainConfig
 
 # Later than all events; a request each hour.
