@@ -36,6 +36,8 @@ class PrepareConfig:
             (see docs/data.md) unless given.
         histories: of kuairand: `one` of all that was shown, which is the default, or `separate` ones of what was
             clicked, what was viewed long and all that was shown.
+        history_until: of kuairand: where the histories of validation and test end, each before its `request`, which is
+            the default, or all at the start of the `split`.
         history_of: of ebnerd: `own`, which is the default, or `another user`, a control: each user has the events of
             one other user, all else equal.
         views: of ebnerd: a second history, of all articles that were in the user's view.
@@ -48,6 +50,7 @@ class PrepareConfig:
     overwrite: bool = False
     history_length: int | None = None
     histories: kuairand.Histories | None = None
+    history_until: kuairand.HistoryUntil | None = None
     history_of: HistoryOf | None = None
     views: bool | None = None
     news: str | None = None

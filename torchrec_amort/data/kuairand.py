@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -60,6 +60,7 @@ UNKNOWN_CLICK, NOT_CLICKED, CLICKED = 0, 1, 2
 
 Columns = Mapping[str, np.ndarray]
 Histories = Literal["one", "separate"]
+HistoryUntil = Literal["request", "split"]
 # Which events may be of each history.
 EVENTS_OF: dict[Histories, dict[str, Callable[[Columns], np.ndarray]]] = {
     "one": {"history": lambda events: np.ones(len(events["video"]), dtype=bool)},
@@ -128,6 +129,7 @@ def prepare(
     overwrite: bool = False,
     history_length: int = HISTORY_LENGTH,
     histories: Histories = "one",
+    history_until: HistoryUntil = "request",
 ) -> dict[str, dict[str, int]]:
     """Write KuaiRand-Pure as request-level Parquet.
 
@@ -138,13 +140,16 @@ def prepare(
         history_length: events that are kept of each history, the latest ones.
         histories: `one` of all that the user was shown, with what came of it; or `separate` ones of what was `clicked`,
             what was `long_viewed` and all that was `shown`, with the times.
+        history_until: where the histories of validation and test end: each before its `request`, or all at the start of
+            the `split`. What a user did in the split is in no history then, so that two requests of a user differ
+            by what is shown, and not by what came of the first: GAUC needs that; see `docs/results.md`.
 
     Returns:
         dict: requests, candidates and users of each split.
 
     Raises:
-        InputError: there is no source, it is not KuaiRand-Pure, there are no such `histories`, or `out` is there
-            already.
+        InputError: there is no source, it is not KuaiRand-Pure, there are no such `histories` or `history_until`, or
+            `out` is there already.
 
     Example::
 
@@ -152,12 +157,13 @@ def prepare(
     """
     if source is None:
         raise InputError("kuairand: no source: get KuaiRand-Pure from https://kuairand.com and give it with --source")
-    if histories not in get_args(Histories):
-        raise InputError(f"histories is {histories!r}, not one of {', '.join(map(repr, get_args(Histories)))}")
+    for name, value, words in (("histories", histories, Histories), ("history_until", history_until, HistoryUntil)):
+        if value not in get_args(words):
+            raise InputError(f"{name} is {value!r}, not one of {', '.join(map(repr, get_args(words)))}")
     folder = local_path(source)
     folder = folder / "data" if (folder / "data").is_dir() else folder
     parts = read_events(folder), read_users(folder), read_videos(folder)
-    schema, tables = split_requests(*parts, history_length, histories)
+    schema, tables = split_requests(*parts, history_length, histories, history_until)
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 
@@ -477,6 +483,7 @@ def split_requests(
     videos: Features,
     history_length: int = HISTORY_LENGTH,
     histories: Histories = "one",
+    history_until: HistoryUntil = "request",
 ) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
     """Split the requests into train, validation and test, in order of time.
 
@@ -486,6 +493,7 @@ def split_requests(
         videos: features of the videos.
         history_length: events that are kept of each history, the latest ones.
         histories: which ones; see `prepare`.
+        history_until: where they end; see `prepare`.
 
     Returns:
         tuple: the schema, whose tables have a row for each user and video of train, and for each split
@@ -496,10 +504,9 @@ def split_requests(
         schema, tables = split_requests(read_events(folder), read_users(folder), read_videos(folder))
     """
     requests = cut_requests(events)
-    cut = {
-        name: cut_history(requests, is_of_it(events), history_length) for name, is_of_it in EVENTS_OF[histories].items()
-    }
     bounds = split_bounds(requests.stop - requests.start)
+    seen = requests if history_until == "request" else _as_of_splits(events, requests, bounds)
+    cut = {name: cut_history(seen, is_of_it(events), history_length) for name, is_of_it in EVENTS_OF[histories].items()}
     train = slice(*bounds["train"])
     user, time = events["user"][requests.start], events["time"][requests.start] // 1000
     known_users = np.unique(user[train])
@@ -544,6 +551,19 @@ def split_requests(
         }
 
     return schema, split_tables(bounds, schema, columns)
+
+
+def _as_of_splits(events: Columns, requests: Requests, bounds: Mapping[str, tuple[int, int]]) -> Requests:
+    """The requests, those of validation and test as if each had come when its split started."""
+    user, time, start = events["user"], events["time"], requests.start.copy()
+    span = int(time.max()) + 1
+    order = user.astype(np.int64) * span + np.maximum(time, 0)
+    for split in ("validation", "test"):
+        of_split = slice(*bounds[split])
+        if len(start[of_split]):
+            at_start = user[start[of_split]].astype(np.int64) * span + time[start[of_split]].min()
+            start[of_split] = np.searchsorted(order, at_start)
+    return replace(requests, start=start)
 
 
 def _is_within(starts: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
