@@ -1,6 +1,7 @@
 import csv
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,25 @@ def test_requests_are_what_a_plain_recount_tells(tmp_path: Path, seed: int, hist
     assert lengths == [100] * len(lengths)
     assert max(len(request["videos"]) for request in requests) > 1
     assert_same(tmp_path / "out", requests, histories)
+
+
+@pytest.mark.parametrize("histories", ["one", "separate"])
+def test_histories_may_be_as_of_the_start_of_the_split(tmp_path: Path, histories: kuairand.Histories) -> None:
+    log = random_log(0)
+    source = write_source(tmp_path / "source", log)
+    write_sequences(source, (5, APRIL_25 - 1, [20, 50, 21], [50], [21]))
+    kuairand.prepare(source, tmp_path / "out", histories=histories, history_until="split")
+    told = pq.read_table(next(source.glob("*.parquet"))).to_pylist()
+    requests = recount(log, told, histories)
+    sizes = [pq.read_table(tmp_path / "out" / split).num_rows for split in SPLITS]
+    for begin, end in pairwise(np.cumsum(sizes).tolist()):
+        start = requests[begin]["time"]
+        for request in requests[begin:end]:
+            others = [row for row in log if row[2] < start]
+            itself = [row for row in log if (row[0], row[2]) == (request["user"], request["time"])]
+            request["histories"] = recount([*others, *itself], told, histories)[-1]["histories"]
+    assert_same(tmp_path / "out", requests, histories)
+    assert requests != recount(log, told, histories)
 
 
 @pytest.fixture(scope="module")
