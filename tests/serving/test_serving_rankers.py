@@ -226,6 +226,28 @@ def test_what_changes_around_a_fast_head_is_served(change: Callable[[ModelRanker
     torch.testing.assert_close(AmortizedScorer(ranker).score(batch), expected, rtol=0, atol=2e-6)
 
 
+def of_one_history(*limits: int | None) -> list[HistoryTower]:
+    """Towers that know places for so many events."""
+    return [
+        HistoryTower(
+            f"of_{limit}",
+            AmortizedHistoryArch(8),
+            events=make_events(),
+            event_encoder=EventEncoder(["history_item"], 8, limit),
+            starts_at_zero=False,
+        )
+        for limit in limits
+    ]
+
+
+def test_a_tower_that_reads_any_number_of_events_reads_those_of_the_other_one_of_its_history() -> None:
+    ranker, batch = make_ranker("DLRM", *of_one_history(2, None)), make_batch(SIZES)
+    assert max(events for events, _ in SIZES) > 2
+    with torch.no_grad():
+        expected = ranker(batch.keep_latest(2))
+    torch.testing.assert_close(AmortizedScorer(ranker).score(batch), expected, rtol=0, atol=2e-6)
+
+
 def test_what_serving_would_leave_out_is_refused() -> None:
     ranker = make_ranker("DLRM", one_vector())
     assert isinstance(ranker, ModelRanker)
@@ -234,13 +256,8 @@ def test_what_serving_would_leave_out_is_refused() -> None:
         AmortizedScorer(ranker)
     with pytest.raises(ValueError, match="a Sequential around a ranker: unwrap it"):
         AmortizedScorer(nn.Sequential(make_ranker("DLRM")))
-    places = [EventEncoder(["history_item"], 8, limit) for limit in (2, None)]
-    towers = [
-        HistoryTower(f"of_{i}", AmortizedHistoryArch(8), events=make_events(), event_encoder=of)
-        for i, of in enumerate(places)
-    ]
-    with pytest.raises(ValueError, match="towers read one history, .* places for other numbers of events, 2 and None"):
-        AmortizedScorer(make_ranker("DLRM", *towers))
+    with pytest.raises(ValueError, match="towers read one history, .* places for other numbers of events, 2 and 3"):
+        AmortizedScorer(make_ranker("DLRM", *of_one_history(2, 3)))
     ranker = make_ranker("DLRM")
     assert isinstance(ranker, ModelRanker)
     ranker.call = lambda _, batch, rows: ranker.model(batch.dense, rows)
