@@ -53,21 +53,20 @@ class Layout:
 
         Args:
             features: of the events that each tower reads.
-            limits: of each tower; None if it knows any number.
+            limits: of each tower; None if it knows any number, and takes those that others keep.
 
         Raises:
             InputError: towers of one history have other limits.
         """
-        kept: dict[str, int | None] = {}
+        kept: dict[str, int] = {}
         for tower, (first, *_) in features.items():
-            history = self.history_of(first)
-            limit = limits[tower]
-            if history is not None and kept.setdefault(history, limit) != limit:
+            history, limit = self.history_of(first), limits[tower]
+            if history is not None and limit is not None and kept.setdefault(history, limit) != limit:
                 raise InputError(
                     f"batch: towers read history {history!r}, one knows places for {kept[history]} events and "
                     f"{tower!r} for {limit}: say in the batch's layout which features are of which history"
                 )
-        return {history: limit for history, limit in kept.items() if limit is not None}
+        return kept
 
     def history_of(self, key: str) -> str | None:
         """The history whose events a key is of; None if it is of none."""
