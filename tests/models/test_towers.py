@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from torch import Tensor, nn
 from torchrec import JaggedTensor
 
@@ -166,7 +166,7 @@ def weights_of_features(ranker: ModelRanker) -> dict[str, Tensor]:
 
 
 @given(models(), shapes(), st.integers(0, 2**20))
-@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=12)
 def test_in_float64_a_model_is_its_plain_loops(
     model: tuple[RequestSchema, ModelConfig], sizes: Shapes, seed: int
 ) -> None:
@@ -188,7 +188,7 @@ def test_in_float64_a_model_is_its_plain_loops(
 
 
 @given(models(), shapes(), st.integers(0, 2**20))
-@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=12)
 def test_every_way_to_score_gives_the_models_scores(
     model: tuple[RequestSchema, ModelConfig], sizes: Shapes, seed: int
 ) -> None:
