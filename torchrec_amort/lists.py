@@ -53,7 +53,7 @@ class Layout:
 
         Args:
             features: of the events that each tower reads.
-            limits: of each tower; None if it knows any number, and reads what the others of its history do.
+            limits: of each tower; None if it knows any number, and takes those that others keep.
 
         Raises:
             InputError: towers of one history have other limits.

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_amort.data import ebnerd
-from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_EVENT, OF_REQUEST, HistoryOf
+from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_REQUEST, HistoryOf
 from torchrec_amort.data.ebnerd_files import read_folder
 
 Row = dict[str, Any]
 
-DENSE = (*OF_REQUEST, *OF_CANDIDATE, *OF_EVENT)
+DENSE = (*OF_REQUEST, *OF_CANDIDATE, "candidate_attributes", "clicked_attributes")
 
 DAY = 86_400
 STARTS = {"train": ebnerd.VALIDATION_START - 6 * DAY, "validation": ebnerd.VALIDATION_START + DAY}
@@ -142,7 +142,8 @@ def write_folder(folder: Path, raws: dict[str, Raw], *, article_files: bool = Tr
 
 
 def rows_of(folder: Path, history_length: int = 15, history_of: HistoryOf = "own") -> dict[str, list[Row]]:
-    _, tables = ebnerd.split_requests(*read_folder(folder), history_length, history_of)
+    """What is prepared of a folder, the second history among it."""
+    _, tables = ebnerd.split_requests(*read_folder(folder), history_length, history_of, views=True)
     return {split: pa.concat_tables(parts).to_pylist() for split, parts in tables.items()}
 
 
@@ -191,6 +192,26 @@ def history_by_loops(raw: Raw, user: int, now: int) -> list[Row]:
     return [event for event in raw.reads[user] if event["time"] < now]
 
 
+def views_by_loops(raw: Raw, user: int, now: int) -> list[tuple[int, int]]:
+    """The second and the article of each candidate of a user's earlier requests, in this order."""
+    views: list[tuple[int, int]] = []
+    for row in raw.behaviors:
+        if row["user_id"] == user and row["impression_time"] < now:
+            views += [(row["impression_time"], article) for article in row["article_ids_inview"]]
+    return sorted(views)
+
+
+def articles_by_loops(raws: dict[str, Raw]) -> list[int]:
+    """All articles that a folder names, in order."""
+    articles: set[int] = set()
+    for raw in raws.values():
+        for row in raw.history:
+            articles |= set(row["article_id_fixed"])
+        for row in raw.behaviors:
+            articles |= {*row["article_ids_inview"], *row["article_ids_clicked"]}
+    return sorted(articles)
+
+
 def request_by_loops(raw: Raw, request: Row) -> Row:
     now = request["impression_time"]
     history = history_by_loops(raw, request["user_id"], now)
@@ -208,9 +229,9 @@ def request_by_loops(raw: Raw, request: Row) -> Row:
 def event_by_loops(raw: Raw, event: Row) -> Row:
     article = event["article"]
     return {
-        "clicked_premium": raw.premium.get(article, math.nan),
-        "clicked_length": math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan,
-        "clicked_readers": math.log1p(len({u for time, u in raw.readings[article] if time < as_of(event, raw)})),
+        "premium": raw.premium.get(article, math.nan),
+        "article_length": math.log1p(raw.lengths[article]) if article in raw.lengths else math.nan,
+        "readers": math.log1p(len({u for time, u in raw.readings[article] if time < as_of(event, raw)})),
     }
 
 

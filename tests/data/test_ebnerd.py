@@ -23,6 +23,7 @@ from tests.data.ebnerd_loops import (
     STARTS,
     Raw,
     Row,
+    articles_by_loops,
     as_of,
     bucket,
     candidates_by_loops,
@@ -33,6 +34,7 @@ from tests.data.ebnerd_loops import (
     rows_of,
     users_by_numpy,
     vector_by_loops,
+    views_by_loops,
     write_folder,
 )
 from torchrec_amort import InputError
@@ -40,7 +42,7 @@ from torchrec_amort.apps import prepare
 from torchrec_amort.data import ebnerd
 from torchrec_amort.data.counts import read_counts
 from torchrec_amort.data.ebnerd_counters import embed_readers
-from torchrec_amort.data.ebnerd_features import OF_CANDIDATE, OF_EVENT, OF_REQUEST
+from torchrec_amort.data.ebnerd_features import ATTRIBUTES, OF_CANDIDATE, OF_REQUEST
 from torchrec_amort.data.ebnerd_files import read_folder
 from torchrec_amort.data.reader import RequestDataset
 from torchrec_amort.schema import RequestSchema
@@ -125,9 +127,11 @@ def test_dense_features_are_those_of_plain_loops_and_all_but_popularity_standard
 def test_candidates_labels_and_events_are_those_of_plain_loops(small: Small, small_rows: dict[str, list[Row]]) -> None:
     known, _ = users_by_numpy(small[0])
     row_of = {article: place for place, article in enumerate(known, start=1)}
+    key_of = {article: place for place, article in enumerate(articles_by_loops(small[0]))}
     for request_id, (row, raw, request) in enumerate(paired(small_rows, small[0])):
         shown, clicked = request["article_ids_inview"], request["article_ids_clicked"]
         events = kept_history(raw, request)
+        views = views_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
         assert {name: row[name] for name in row if name not in DENSE} == {
             "request_id": request_id,
             "user": request["user_id"],
@@ -135,13 +139,17 @@ def test_candidates_labels_and_events_are_those_of_plain_loops(small: Small, sma
             "device": request["device_type"],
             "candidate_article": [row_of.get(article, 0) for article in shown],
             "candidate_vector": row["candidate_vector"],
+            "candidate_key": [key_of[article] for article in shown],
             "clicked": [float(article in clicked) for article in shown],
             "clicked_article": [row_of.get(event["article"], 0) for event in events],
             "clicked_vector": row["clicked_vector"],
+            "clicked_key": [key_of[event["article"]] for event in events],
             "clicked_in_week": [event["in_week"] for event in events],
             "clicked_read_time": [bucket(event["read_time"], (5, 15, 30, 60, 120, 240)) for event in events],
             "clicked_scroll": [bucket(event["scroll"], (20, 50, 80, 99.5)) for event in events],
             "clicked_time": [event["time"] for event in events],
+            "viewed_key": [key_of[article] for _, article in views],
+            "viewed_time": [time for time, _ in views],
         }
 
 
@@ -162,15 +170,17 @@ def test_attributes_of_events_have_the_scale_of_the_candidates(small: Small, sma
     of_candidates: dict[tuple[str, float], float] = {}
     for row, raw, request in paired(small_rows, small[0]):
         for place, values in enumerate(candidates_by_loops(raw, request)):
-            of_candidates |= {(name, round(values[name], 9)): row[name][place] for name in OF_EVENT.values()}
-    compared = dict.fromkeys(OF_EVENT, 0)
+            of_candidates |= {(name, round(values[name], 9)): row[name][place] for name in ATTRIBUTES}
+        assert row["candidate_attributes"] == [list(of) for of in zip(*(row[n] for n in ATTRIBUTES), strict=True)]
+    compared = dict.fromkeys(ATTRIBUTES, 0)
     for row, raw, request in paired(small_rows, small[0]):
-        for place, event in enumerate(kept_history(raw, request)):
-            for name, value in event_by_loops(raw, event).items():
-                if math.isnan(value):
-                    assert row[name][place] == 0
-                elif (known := of_candidates.get((OF_EVENT[name], round(value, 9)))) is not None:
-                    assert row[name][place] == pytest.approx(known, abs=1e-5)
+        for attributes, event in zip(row["clicked_attributes"], kept_history(raw, request), strict=True):
+            values = event_by_loops(raw, event)
+            for name, have in zip(ATTRIBUTES, attributes, strict=True):
+                if math.isnan(values[name]):
+                    assert have == 0
+                elif (known := of_candidates.get((name, round(values[name], 9)))) is not None:
+                    assert have == pytest.approx(known, abs=1e-5)
                     compared[name] += 1
     assert min(compared.values()) > 100
 
@@ -253,6 +263,16 @@ def test_of_later_rows_of_train_only_the_scale_of_dense_features_is_made(
         assert_other_scale(new, old, name)
 
 
+# How names of events' features begin.
+OF_HISTORIES = ("clicked_", "viewed_")
+
+
+def times_of(raw: Raw, request: Row) -> tuple[list[int], list[int]]:
+    """The seconds of both histories of a request."""
+    views = views_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
+    return [event["time"] for event in kept_history(raw, request)], [time for time, _ in views]
+
+
 def test_the_control_has_the_events_of_one_other_user_and_all_else_the_same(
     small: Small, small_rows: dict[str, list[Row]]
 ) -> None:
@@ -260,13 +280,13 @@ def test_the_control_has_the_events_of_one_other_user_and_all_else_the_same(
     others: dict[tuple[int, int], set[int]] = {}
     for split in rows:
         for row, own in zip(rows[split], small_rows[split], strict=True):
-            assert {n: v for n, v in row.items() if not n.startswith("clicked_")} == {
-                n: v for n, v in own.items() if not n.startswith("clicked_")
+            assert {n: v for n, v in row.items() if not n.startswith(OF_HISTORIES)} == {
+                n: v for n, v in own.items() if not n.startswith(OF_HISTORIES)
             }
     for row, raw, request in paired(rows, small[0]):
         users = {r["user_id"] for r in (*raw.history, *raw.behaviors)}
-        of_users = {user: kept_history(raw, request | {"user_id": user}) for user in users}
-        fits = {u for u, events in of_users.items() if [event["time"] for event in events] == row["clicked_time"]}
+        of_users = {user: times_of(raw, request | {"user_id": user}) for user in users}
+        fits = {u for u, times in of_users.items() if times == (row["clicked_time"], row["viewed_time"])}
         others.setdefault((id(raw), request["user_id"]), users).intersection_update(fits)
     assert all(others.values())
     told = {key: next(iter(fits)) for key, fits in others.items() if len(fits) == 1}
@@ -279,7 +299,7 @@ def test_a_history_keeps_its_latest_events(small: Small, small_rows: dict[str, l
     rows = rows_of(small[1], history_length=3)
     for split, whole in small_rows.items():
         for row, longer in zip(rows[split], whole, strict=True):
-            assert row == {n: v[-3:] if n.startswith("clicked_") else v for n, v in longer.items()}
+            assert row == {n: v[-3:] if n.startswith(OF_HISTORIES) else v for n, v in longer.items()}
 
 
 def test_published_articles_tell_lengths_and_premium(
@@ -302,10 +322,12 @@ def test_what_is_known_of_no_article_is_zero_and_the_rest_the_same(
 ) -> None:
     rows = rows_of(write_folder(tmp_path / "folder", small[0], article_files=False))
     names = {"article_length", "article_length_less_mean", "length_missing", "premium"}
-    unknown = names | {"clicked_premium", "clicked_length"}
     for split, known in small_rows.items():
         for row, other in zip(rows[split], known, strict=True):
-            assert row == {n: [0.0] * len(v) if n in unknown else v for n, v in other.items()}
+            expected = {n: [0.0] * len(v) if n in names else v for n, v in other.items()}
+            for side in ("candidate_attributes", "clicked_attributes"):
+                expected[side] = [[0.0, 0.0, readers] for _, _, readers in other[side]]
+            assert row == expected
 
 
 def test_prepared_requests_are_read_as_batches(small: Small, small_rows: dict[str, list[Row]], tmp_path: Path) -> None:
@@ -326,6 +348,18 @@ def test_prepared_requests_are_read_as_batches(small: Small, small_rows: dict[st
         assert batch.sequences["clicked_time"].lengths().tolist() == [len(row["clicked_time"]) for row in rows]
         vectors = [vector for row in rows for vector in row["clicked_vector"]]
         assert batch.dense_sequences["clicked_vector"].values().tolist() == vectors
+
+
+def test_a_folder_has_views_if_asked_and_a_frozen_row_for_each_article(small: Small, tmp_path: Path) -> None:
+    for views, histories in ((False, ["clicks"]), (True, ["clicks", "views"])):
+        ebnerd.prepare(small[1], out := tmp_path / str(views), views=views)
+        schema = RequestSchema.load(out)
+        assert list(schema.histories) == histories
+        keys = [feature for feature in schema.features if feature.table == ebnerd.KEYS]
+        names = ["candidate_key", "clicked_key", "viewed_key"]
+        assert [feature.name for feature in keys] == names[: 1 + len(histories)]
+        assert {feature.table_size for feature in keys} == {len(articles_by_loops(small[0]))}
+        assert not schema.tables[ebnerd.KEYS].trains
 
 
 def test_embeddings_agree_with_a_whole_svd_and_turn_onto_another() -> None:
@@ -431,10 +465,10 @@ def test_a_folder_that_is_not_as_published_is_refused_by_file_and_row(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_writes_the_control(small: Small, tmp_path: Path) -> None:
-    ebnerd.prepare(small[1], tmp_path / "expected", history_of="another user")
+def test_the_command_writes_the_control_and_views(small: Small, tmp_path: Path) -> None:
+    ebnerd.prepare(small[1], tmp_path / "expected", history_of="another user", views=True)
     options = ["--source", str(small[1]), "--out", str(tmp_path / "out"), "--history_of", "another user"]
-    prepare.main(["ebnerd", *options])
+    prepare.main(["ebnerd", *options, "--views", "true"])
     for split in ("train", "validation", "test"):
         assert pq.read_table(tmp_path / "out" / split).equals(pq.read_table(tmp_path / "expected" / split))
 

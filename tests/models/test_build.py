@@ -14,18 +14,21 @@ SHAPES = [(5, 3), (0, 2), (MAX_HISTORY, 1)]
 
 @pytest.mark.parametrize("word", [word for word in ENCODERS if word != "none"])
 def test_one_word_chooses_the_encoder_and_training_moves_all_of_it(word: Encoder) -> None:
-    model = build_model(SCHEMA, ModelConfig(history=word, **SIZES), seed=0)
+    # What a candidate does not have would keep events from matching it.
+    names = ["history_action", "history_age"] if word == "matches" else []
+    model = build_model(SCHEMA, ModelConfig(history=word, leave_out=names, **SIZES), seed=0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters())
     for seed in range(3):
         optimizer.zero_grad()
-        loss, _ = AmortizedDLRMTrain(model)(RequestBatch.from_requests(make_requests(SHAPES, seed), SCHEMA))
+        requests = make_requests(SHAPES, seed)
+        requests[0]["candidate_item"][0] = requests[0]["history_item"][-1]
+        loss, _ = AmortizedDLRMTrain(model)(RequestBatch.from_requests(requests, SCHEMA))
         loss.backward()
         optimizer.step()
     still = [n for n, w in model.named_parameters() if torch.equal(w, before[n])]
-    # Whether two rows are the same is no matter of degree: their tables are not trained by it.
-    assert all(name.startswith("history_embedding_collection") == (word == "matches") for name in still)
-    assert bool(still) == (word == "matches")
+    # Whether two rows are the same is no matter of degree: their table is not trained by it.
+    assert still == (["history_embedding_collection.embeddings.item.weight"] if word == "matches" else [])
 
 
 @pytest.mark.parametrize(
@@ -81,3 +84,10 @@ def test_a_model_is_built_on_meta_and_takes_weights_there() -> None:
     model = build_model(SCHEMA, ModelConfig(**SIZES), device=device)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert build_encoder(ModelConfig(**SIZES), device).is_amortizable
+
+
+def test_one_history_whose_events_are_more_than_items_has_no_matches() -> None:
+    with pytest.raises(
+        InputError, match=r"one of events, not \['candidate_item'\] with \['history_item', 'history_act"
+    ):
+        build_model(SCHEMA, ModelConfig(history="matches", **SIZES))

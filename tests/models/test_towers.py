@@ -47,8 +47,26 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     )
 
 
+@st.composite
+def models(draw: st.DrawFn) -> tuple[RequestSchema, ModelConfig]:
+    """Schemas, and models of them: a tower for each history, or others of some of its features beside."""
+    schema, config = draw(schemas(trains=True)), draw(configs())
+    if draw(st.booleans()):
+        return schema, config
+    towers = {}
+    for history, features in schema.histories.items():
+        film, *others = (feature.name for feature in features)
+        some = [film, *(name for name in others if draw(st.booleans()))]
+        compared: dict[str, Any] = {"history": history, "positions": "none", "combine": "sum", "windows": [1, 3]}
+        towers[history] = TowerConfig(features=draw(st.sampled_from([None, some])))
+        towers[f"like_{history}"] = TowerConfig(encoder="similarity", features=some, **compared)
+        towers[f"in_{history}"] = TowerConfig(encoder="matches", features=[film], **compared)
+    return schema, replace(config, towers=towers)
+
+
 def model_of(schema: RequestSchema, config: ModelConfig) -> ModelRanker:
-    widths = {table: TableConfig(width=width) for table, width in (("film", 4), ("tag", 12))}
+    matches = any(tower.encoder == "matches" for tower in config.towers.values())
+    widths = {"film": TableConfig(width=DIM if matches else 4), "tag": TableConfig(width=12)}
     known = {feature.table for feature in schema.features if feature.is_looked_up}
     schema = replace(schema, tables={name: table for name, table in widths.items() if name in known})
     ranker = build_model(schema, config, seed=0)
@@ -147,11 +165,12 @@ def weights_of_features(ranker: ModelRanker) -> dict[str, Tensor]:
     return weights
 
 
-@given(schemas(trains=True), configs(), shapes(), st.integers(0, 2**20))
+@given(models(), shapes(), st.integers(0, 2**20))
 @settings(max_examples=12)
 def test_in_float64_a_model_is_its_plain_loops(
-    schema: RequestSchema, config: ModelConfig, sizes: Shapes, seed: int
+    model: tuple[RequestSchema, ModelConfig], sizes: Shapes, seed: int
 ) -> None:
+    schema, config = model
     ranker, requests = in_float64(model_of(schema, config)), make_requests(schema, sizes, seed)
     batch = RequestBatch.from_requests(requests, schema)
     batch = replace(
@@ -168,11 +187,12 @@ def test_in_float64_a_model_is_its_plain_loops(
         torch.testing.assert_close(phases, expected, rtol=0, atol=1e-10)
 
 
-@given(schemas(trains=True), configs(), shapes(), st.integers(0, 2**20))
+@given(models(), shapes(), st.integers(0, 2**20))
 @settings(max_examples=12)
 def test_every_way_to_score_gives_the_models_scores(
-    schema: RequestSchema, config: ModelConfig, sizes: Shapes, seed: int
+    model: tuple[RequestSchema, ModelConfig], sizes: Shapes, seed: int
 ) -> None:
+    schema, config = model
     requests = make_requests(schema, sizes, seed)
     assert_every_way_is_the_same(model_of(schema, config), RequestBatch.from_requests(requests, schema))
 
@@ -252,6 +272,73 @@ def test_towers_have_encoders_lengths_and_histories_of_their_own() -> None:
         ModelConfig(towers=towers | {"focus": TowerConfig(history="clicks", length=9)}).history_lengths(SCHEMA)
     with pytest.raises(InputError, match=r"towers\.views: no history 'views' in data set 'films', which has"):
         build_model(SCHEMA, ModelConfig(towers={"views": TowerConfig()}))
+
+
+def test_a_tower_reads_the_features_that_it_names_and_candidates_those_that_share_their_tables() -> None:
+    towers = {
+        "clicks": TowerConfig(features=["clicks_film", "clicks_gap"]),
+        "topics": TowerConfig(history="clicks", features=["clicks_content"], encoder="similarity"),
+    }
+    ranker = build_model(SCHEMA, ModelConfig(**SMALL, towers=towers), seed=0)
+    assert isinstance(ranker, ModelRanker)
+    read = [(tower.event_encoder.features, tower.candidate_features) for tower in ranker.collection.towers]
+    assert read == [(["clicks_film", "clicks_gap"], ["film"]), (["clicks_content"], ["content"])]
+
+
+def test_what_no_tower_reads_has_no_table_and_changes_no_score() -> None:
+    towers = {"topics": TowerConfig(history="clicks", features=["clicks_content"], encoder="similarity")}
+    ranker = build_model(SCHEMA, ModelConfig(**SMALL, towers=towers), seed=0).eval()
+    assert isinstance(ranker, ModelRanker)
+    assert set(weights_of_features(ranker)) == {"film_id"}
+    requests = make_requests(SCHEMA, [((3, 2), 2)], 0)
+
+    def scores(**changed: Any) -> Tensor:
+        with torch.no_grad():
+            return ranker(RequestBatch.from_requests([{**request, **changed} for request in requests], SCHEMA))
+
+    assert torch.equal(scores(), scores(clicks_film=[1, 1, 1], clicks_at=[1, 2, 3], buys_film=[2, 2]))
+    assert not torch.allclose(scores(), scores(clicks_content=[[9.0] * 4] * 3))
+
+
+@pytest.mark.parametrize(
+    ("features", "told"),
+    [
+        (
+            ["clicks_film", "buys_film"],
+            r"towers\.clicks: history 'clicks' has no feature 'buys_film', only \['clicks_fi",
+        ),
+        ([], r"towers\.clicks: features are none: name one of \['clicks_film'"),
+        (
+            ["clicks_gap"],
+            r"no feature of candidates shares a table with history 'clicks', whose tables are \['clicks_g",
+        ),
+    ],
+)
+def test_features_that_a_tower_cannot_read_are_told(features: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        build_model(SCHEMA, ModelConfig(**SMALL, towers={"clicks": TowerConfig(features=features)}))
+
+
+@pytest.mark.parametrize(
+    ("features", "width", "told"),
+    [
+        (
+            None,
+            None,
+            r"compares one feature of candidates with one of events, not \['film', 'content'\] with \['clicks_",
+        ),
+        (["clicks_film", "clicks_gap"], None, r"not \['film'\] with \['clicks_film', 'clicks_gap'\]: leave the others"),
+        (["clicks_film"], 4, r"tower 'seen': .* 'clicks_film' is not of a table of width 8: give its table the enc"),
+        (["clicks_content"], None, r"'clicks_content' is not of a table of width 8: .* compare numbers by similarity"),
+    ],
+)
+def test_events_that_no_candidate_would_ever_match_are_refused(
+    features: list[str] | None, width: int | None, told: str
+) -> None:
+    towers = {"seen": TowerConfig(history="clicks", encoder="matches", features=features)}
+    schema = SCHEMA.with_tables({"film": TableConfig(width=width)})
+    with pytest.raises(InputError, match=told):
+        build_model(schema, ModelConfig(**SMALL, towers=towers))
 
 
 def test_what_a_model_leaves_out_changes_no_score() -> None:

@@ -63,7 +63,9 @@ def test_a_package_scores_as_the_ranker(name: str, shared: bool, tmp_path: Path)
 @pytest.mark.usefixtures("uncompiled")
 def test_a_package_has_every_tower(tmp_path: Path) -> None:
     ranker = make_two_towers()
-    with pytest.raises(InputError, match="AmortizedHistoryArch and MeanPooling can be, TargetAttention cannot"):
+    with pytest.raises(
+        InputError, match="MeanPooling, HistorySimilarity, HistoryMatches can be, TargetAttention cannot"
+    ):
         export_package(ranker, tmp_path / "p", SCHEMA)
     towers = [make_tower(name="clicks"), make_tower(name="buys")]
     assert_package_scores_as(make_ranker("DLRM", *towers), tmp_path / "p")

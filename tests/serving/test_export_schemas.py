@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torchrec import JaggedTensor
 
-from tests.models.test_towers import SMALL, assert_same, configs, model_of
-from tests.schemas import THREE, Shapes, make_requests, schemas, shapes
+from tests.models.test_towers import SMALL, assert_same, model_of, models
+from tests.schemas import THREE, Shapes, make_requests, shapes
 from torchrec_amort import (
     AmortizedScorer,
     Feature,
@@ -36,6 +36,17 @@ CONFIG = ModelConfig(
         "clicks": TowerConfig(),
         "buys": TowerConfig(length=3, encoder="mean_pooling", positions="none"),
         "views": TowerConfig(length=4, encoder="append_cross_causal"),
+    },
+)
+# A history that is encoded, and candidates that are compared with it and with another one.
+COMPARED = ModelConfig(
+    **SMALL,
+    history_length=6,
+    history_windows=[1, 3],
+    towers={
+        "clicks": TowerConfig(),
+        "alike": TowerConfig(history="clicks", features=["clicks_content", "clicks_tags"], encoder="similarity"),
+        "seen": TowerConfig(history="views", features=["views_film"], encoder="matches", vectors=2),
     },
 )
 
@@ -89,6 +100,11 @@ def assert_other_numbers_are_told(scorer: AmortizedScorer) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
+def test_a_package_compares_candidates_with_histories_as_the_model(tmp_path: Path) -> None:
+    assert_package_scores_as(model_of(THREE, COMPARED), THREE, tmp_path / "p", SIZES)
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_a_package_reads_all_kinds_of_numbers_of_requests_and_candidates(tmp_path: Path) -> None:
     numbers = (
         Feature("my_vector", "request", "vector", size=2),
@@ -103,18 +119,20 @@ def test_a_package_reads_all_kinds_of_numbers_of_requests_and_candidates(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_compiled_package_of_three_histories_scores_as_the_model(tmp_path: Path) -> None:
-    assert_package_scores_as(model_of(THREE, CONFIG), THREE, tmp_path / "p", SIZES)
+@pytest.mark.parametrize("config", [CONFIG, COMPARED], ids=["encoded", "compared"])
+def test_a_compiled_package_of_three_histories_scores_as_the_model(tmp_path: Path, config: ModelConfig) -> None:
+    assert_package_scores_as(model_of(THREE, config), THREE, tmp_path / "p", SIZES)
 
 
-exportable = configs().filter(lambda config: config.history != "target_attention")
+exportable = models().filter(lambda model: model[1].history != "target_attention")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("programs", "uncompiled")
-@given(schemas(trains=True), exportable, shapes())
+@given(exportable, shapes())
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_package_of_any_schema_scores_as_the_model(
-    tmp_path: Path, schema: RequestSchema, config: ModelConfig, sizes: Shapes
+    tmp_path: Path, model: tuple[RequestSchema, ModelConfig], sizes: Shapes
 ) -> None:
+    schema, config = model
     assert_package_scores_as(model_of(schema, config), schema, tmp_path / "p", [*sizes, *SIZES])

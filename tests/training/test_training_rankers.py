@@ -8,7 +8,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from torchrec_amort import (
     ResidualHistory,
     build_model,
 )
+from torchrec_amort.models.build import TowerConfig
 from torchrec_amort.models.collection import CandidateRows
 from torchrec_amort.models.ranker import ModelRanker, Ranker, evaluating
 from torchrec_amort.models.tables import tables_of
@@ -64,8 +65,14 @@ WAYS: list[tuple[ShardingWay, ShardingWay]] = [
     ("data_parallel", "column_wise"),
     ("table_wise", "table_wise"),
 ]
-# A model of a schema of several histories, instead of a stranger's.
+# Models of a schema of several histories, instead of a stranger's.
 HISTORIES = "several histories"
+COMPARED = "compared histories"
+# Nothing trains the table of films, which one of these looks up.
+TOWERS = {
+    "clicks": TowerConfig(encoder="similarity", features=["clicks_tags", "clicks_content"]),
+    "views": TowerConfig(encoder="matches", features=["views_film"]),
+}
 KINDS = ("own events", "shared table", "residual")
 
 
@@ -105,6 +112,9 @@ class Case:
     def ranker(self) -> Ranker:
         if self.model == HISTORIES:
             return build_model(THREE, ModelConfig(embedding_dim=8, history_layers=1, over_layers=[8]), seed=1)
+        if self.model == COMPARED:
+            config = ModelConfig(embedding_dim=8, over_layers=[8], towers=TOWERS)
+            return build_model(replace(THREE, tables={}), config, seed=1)
         torch.manual_seed(1)
         bags = make_bags(WIDE_TABLES if self.model == "MMoE" else TABLES, self.is_weighted)
         call: Any = {"MMoE": call_mmoe, "DIN": call_din}.get(self.model)
@@ -122,7 +132,7 @@ class Case:
 
     def batch(self, seed: int) -> RequestBatch:
         """The requests of this rank."""
-        if self.model == HISTORIES:
+        if self.model in (HISTORIES, COMPARED):
             sizes = [((3, 0, 2), 2), ((0, 1, 1), 1), ((5, 2, 0), 4), ((1, 1, 1), 3)]
             batch = RequestBatch.from_requests(make_requests(THREE, sizes, seed), THREE)
         else:
@@ -154,6 +164,7 @@ def cases() -> dict[str, Case]:
     ways = itertools.cycle(WAYS)
     made = [Case(model, kind, next(ways)) for kind in KINDS for model in (*MODELS, "DIN")]
     made += [Case(HISTORIES, "own events", WAYS[0]), Case(HISTORIES, "own events", WAYS[1])]
+    made.append(Case(COMPARED, "own events", WAYS[2]))
     made += [Case("DLRM", kind, next(ways), is_weighted=True) for kind in ("own events", "residual")]
     return {f"{case.model}, {case.kind}{', weighted' * case.is_weighted}, {case.ways}": case for case in made}
 

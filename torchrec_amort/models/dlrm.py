@@ -25,6 +25,7 @@ from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.losses import BatchLoss, FunctionLoss, Loss
+from torchrec_amort.modules.similarity import refuse_never_matching
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
 
 # The only history.
@@ -100,6 +101,8 @@ class AmortizedDLRM(CollectionRanker):
             raise ValueError(
                 "history_embedding_collection, event_encoder and history_arch go together: give all or none"
             )
+        if history_arch is not None and event_encoder is not None:
+            refuse_never_matching(history_arch, event_encoder, [CANDIDATE_ITEM])
         embedding_dim = dense_arch_layer_sizes[-1]
         tables = candidate_embedding_bag_collection.embedding_bag_configs()
         if request_embedding_bag_collection is not None:

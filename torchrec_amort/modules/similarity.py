@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryState, refuse_other_requests
-from torchrec_amort.modules.events import recency
+from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, refuse_other_requests
+from torchrec_amort.modules.events import EventEncoder, recency
 from torchrec_amort.ops.jagged import expand, requests
 
 # Latest events of each window; one more is of all events.
@@ -97,9 +97,10 @@ class HistoryMatches(AmortizableEncoder):
     """How often a candidate is among the user's latest events already, among more of them, and among all.
 
     An event matches if its vector is the candidate's, entry by entry, as two rows of one table are for one id, trained
-    or not. In each window it is the logarithm of 1 + the number of events that match, and whether one does. A history
-    without a match gives zeros. Ids that share the row of unknown ids match each other: give such an encoder ids with
-    a row each, or hashed into a large table.
+    or not. What else an event has would be in its vector, so events are of one feature, whose table is D wide. In each
+    window it is the logarithm of 1 + the number of events that match, and whether one does. A history without a match
+    gives zeros. Ids that share the row of unknown ids match each other: give such an encoder ids with a row each, or
+    hashed into a large table.
 
     Args:
         embedding_dim: D.
@@ -154,6 +155,31 @@ class HistoryMatches(AmortizableEncoder):
         below_NW = torch.cat([keys_N.new_zeros(1, num_windows), is_of_window_NW.long().cumsum(0)])
         first_C, stop_C = (torch.searchsorted(sorted_N, keys_C, right=right) for right in (False, True))
         return below_NW.index_select(0, stop_C) - below_NW.index_select(0, first_C)
+
+
+def refuse_never_matching(encoder: HistoryEncoder, events: EventEncoder, candidate_features: Sequence[str]) -> None:
+    """Refuse events among which `HistoryMatches` would never find a candidate.
+
+    Args:
+        encoder: of the events.
+        events: makes their vectors.
+        candidate_features: that make the candidates' vectors.
+
+    Raises:
+        ValueError: it compares more than one feature, or events with more in them than that.
+    """
+    if not isinstance(encoder, HistoryMatches):
+        return
+    if len(events.features) != 1 or len(candidate_features) != 1:
+        raise ValueError(
+            f"HistoryMatches (matches) compares one feature of candidates with one of events, not "
+            f"{list(candidate_features)} with {events.features}: leave the others out, or name a tower's features"
+        )
+    if events.recency is not None or events.joined is not None or events.dropout.p:
+        raise ValueError(
+            "HistoryMatches (matches) compares rows as they are looked up: give an EventEncoder without max_length, "
+            "dropout and combine"
+        )
 
 
 def window_of(events_ND: Tensor, lengths_B: Tensor, windows: Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from torchrec_amort.errors import InputError
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, amortizable
 from torchrec_amort.modules.events import EventEncoder, Numbers
+from torchrec_amort.modules.similarity import HistoryMatches, refuse_never_matching
 
 # Candidates' items in `RequestBatch.sequences`.
 CANDIDATE_ITEM = "candidate_item"
@@ -57,8 +58,8 @@ class HistoryTower(nn.Module):
         numbers: keys of `RequestBatch.dense_sequences` that events or candidates have, and how many numbers each is.
 
     Raises:
-        ValueError: there is no feature of events, one that is to be read is not there, or the name cannot be a
-            module's.
+        ValueError: there is no feature of events, one that is to be read is not there, the name cannot be a
+            module's, or the encoder is a `HistoryMatches` and would never find a candidate among the events.
 
     Example::
 
@@ -103,6 +104,7 @@ class HistoryTower(nn.Module):
         for feature in self.event_encoder.features:
             if feature not in features:
                 raise ValueError(f"tower {name!r}: event_encoder reads {feature!r}, but events has {features}")
+        refuse_never_matching(encoder, self.event_encoder, self.candidate_features)
         self.encoder = encoder
         self._fit_of = self._places(candidate_features)
         # A list, since a ModuleDict takes no names like "type" and "a.b".
@@ -138,6 +140,13 @@ class HistoryTower(nn.Module):
             # A tower may stand in a second collection: what it has learned stays.
             if width not in (dim, getattr(self.fits[place], "in_features", None)):
                 self.fits[place] = nn.Linear(width, dim, bias=False, device=device)
+        if isinstance(self.encoder, HistoryMatches) and not all(isinstance(fit, nn.Identity) for fit in self.fits):
+            # A linear layer may round equal rows of events and candidates in two ways.
+            raise ValueError(
+                f"tower {self.name!r}: HistoryMatches (matches) compares rows as they are looked up, but "
+                f"{self.event_encoder.features[0]!r} is not of a table of width {dim}: give its table the encoder's "
+                "width, and compare numbers by similarity"
+            )
 
     def fit(self, feature: str) -> nn.Module:
         """What fits a feature of events or candidates to the encoder."""

@@ -33,6 +33,7 @@ from torchrec_amort.models.ranker import Call, CollectionRanker
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import MeanPooling
+from torchrec_amort.modules.similarity import HistoryMatches, HistorySimilarity
 from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.ops.native import EmbeddingRows, load_library
 from torchrec_amort.schema import RequestSchema
@@ -62,6 +63,8 @@ CHECKED_REQUESTS = 20
 _MOST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # Whether requests are folded in is compiled: as is cheaper for so many candidates.
 _USUAL_CANDIDATES = 64
+# Encoders without native operators.
+_IN_PYTORCH = (MeanPooling, HistorySimilarity, HistoryMatches)
 
 
 class _History(nn.Module):
@@ -285,10 +288,11 @@ def _why_not_exportable(collection: AmortizedEmbeddingBagCollection) -> str | No
 
 
 def _why_other_encoder(encoder: HistoryEncoder) -> str | None:
-    if isinstance(encoder, MeanPooling):
+    if isinstance(encoder, _IN_PYTORCH):
         return None
     if not isinstance(encoder, AmortizedHistoryArch):
-        return f"of history encoders, AmortizedHistoryArch and MeanPooling can be, {type(encoder).__name__} cannot"
+        known = ", ".join(kind.__name__ for kind in (AmortizedHistoryArch, *_IN_PYTORCH))
+        return f"of history encoders, {known} can be, {type(encoder).__name__} cannot"
     if encoder.reads_itself:
         return "a candidate that reads itself needs an attention that compiled code does not have for an empty history"
     if encoder.compression is not None:

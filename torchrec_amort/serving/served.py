@@ -136,8 +136,8 @@ def _ranker_of(model: nn.Module, call: Call | None) -> CollectionRanker:
 
 
 def _refuse_other_limits(collection: AmortizedEmbeddingBagCollection) -> None:
-    encoders = [tower.event_encoder for tower in collection.towers if tower.event_encoder.max_length is not None]
-    for one, other in itertools.combinations(encoders, 2):
+    limited = [tower.event_encoder for tower in collection.towers if tower.event_encoder.max_length is not None]
+    for one, other in itertools.combinations(limited, 2):
         if set(one.features) & set(other.features) and one.max_length != other.max_length:
             raise ValueError(
                 f"towers read one history, {one.features} and {other.features}, and know places for other numbers of "
