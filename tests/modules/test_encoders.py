@@ -238,3 +238,15 @@ def test_events_of_append_cross_are_the_same_for_every_candidate() -> None:
     history, candidates = make_both([(4, 2)], 0)
     encoded = [first_events(encoder, history, candidate) for candidate in candidates.values()]
     assert torch.equal(*encoded)
+
+
+@pytest.mark.parametrize("name", ["mean_pooling", "similarity"])
+def test_long_histories_are_averaged_in_float32_where_rows_are_of_half_precision(name: str) -> None:
+    encoder = make_encoder(name)
+    history, candidates = make_rows([3000, 2000], 0), make_rows([2, 2], 1)
+    history, candidates = (
+        JaggedTensor(rows.values().abs().bfloat16(), lengths=rows.lengths()) for rows in (history, candidates)
+    )
+    exact = encoder(*(JaggedTensor(rows.values().double(), lengths=rows.lengths()) for rows in (history, candidates)))
+    told = encoder.bfloat16()(history, candidates)
+    torch.testing.assert_close(told.double(), exact, rtol=0.02, atol=0.02)

@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, refuse_other_requests
 from torchrec_amort.modules.events import EventEncoder, recency
-from torchrec_amort.ops.jagged import expand, requests
+from torchrec_amort.ops.jagged import add_up, expand, requests
 
 # Latest events of each window; one more is of all events.
 WINDOWS = (10, 50, 200)
@@ -76,11 +76,12 @@ class HistorySimilarity(AmortizableEncoder):
         num_windows = len(self.windows) + 1
         # Events of the narrowest window that has them; wider ones are sums of these.
         places_N = requests(lengths_B, events_ND.shape[0]) * num_windows + window_of(events_ND, lengths_B, self.windows)
-        sums = events_ND.new_zeros(lengths_B.shape[0] * num_windows, self.embedding_dim)
-        sums_BWD = sums.index_add(0, places_N, events_ND).unflatten(0, (-1, num_windows)).cumsum(1)
+        sums = add_up(events_ND, places_N, lengths_B.shape[0] * num_windows)
+        sums_BWD = sums.unflatten(0, (-1, num_windows)).cumsum(1)
         widths = [lengths_B.clamp(max=window) for window in self.windows]
         counts_BW = torch.stack([*widths, lengths_B], 1).clamp(min=1)
-        return HistoryState((), (sums_BWD / counts_BW[:, :, None],), torch.ones_like(lengths_B))
+        means_BWD = (sums_BWD / counts_BW[:, :, None]).to(events_ND.dtype)
+        return HistoryState((), (means_BWD,), torch.ones_like(lengths_B))
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
         """Phase two: [C, S D]; see `AmortizableEncoder.score_candidates`."""

@@ -37,14 +37,20 @@ def positions(lengths_B: Tensor, num_rows: int) -> Tensor:
     return torch.arange(num_rows, device=lengths_B.device) - expand(starts(lengths_B), lengths_B, num_rows)
 
 
+def add_up(rows_RD: Tensor, places_R: Tensor, num_places: int) -> Tensor:
+    """[R, D] to [P, D]: the sum of the rows of each place, in float32 if they are of half precision."""
+    # Thousands of rows added up in bfloat16 would lose all but the first ones.
+    rows_RD = rows_RD.float() if rows_RD.dtype in (torch.bfloat16, torch.float16) else rows_RD
+    return rows_RD.new_zeros(num_places, rows_RD.shape[1]).index_add(0, places_R, rows_RD)
+
+
 def mean_by_request(rows_RD: Tensor, lengths_B: Tensor) -> Tensor:
     """[R, D] to [B, D]: the mean of each request's rows; exactly zero where it has none."""
     if lengths_B.shape[0] == 1:
         sums_BD = rows_RD.sum(0, keepdim=True)
     else:
-        sums_BD = rows_RD.new_zeros(lengths_B.numel(), rows_RD.shape[1])
-        sums_BD = sums_BD.index_add(0, requests(lengths_B, rows_RD.shape[0]), rows_RD)
-    return sums_BD / lengths_B.clamp(min=1)[:, None]
+        sums_BD = add_up(rows_RD, requests(lengths_B, rows_RD.shape[0]), lengths_B.shape[0])
+    return (sums_BD / lengths_B.clamp(min=1)[:, None]).to(rows_RD.dtype)
 
 
 def pairs(history_lengths_B: Tensor, num_candidates_B: Tensor, num_candidates: int) -> tuple[Tensor, Tensor, Tensor]:
