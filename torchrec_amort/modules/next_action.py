@@ -139,7 +139,9 @@ def item_fingerprints(batch: RequestBatch, features: Iterable[str]) -> Tensor:
             # The mean of some ids' rows does not depend on their order.
             num_ids_R = batch.num_ids[feature].values()
             hashes = mixed(torch.zeros_like(ids), ids)
-            ids = torch.zeros_like(num_ids_R).index_add(0, requests(num_ids_R, len(ids)), hashes)
+            sums_R = torch.zeros_like(num_ids_R).index_add(0, requests(num_ids_R, len(ids)), hashes)
+            # Not the bare sum, which could undo what one id of another feature has put in.
+            ids = mixed(num_ids_R, sums_R)
         prints_R = mixed(prints_R, ids)
     return prints_R
 
