@@ -30,11 +30,12 @@ from tests.schemas import THREE
 from tests.training.test_training import arguments, cut_back, losses, quality
 from torchrec_amort import AmortizedDLRMTrain, AmortizedHistoryArch, InputError, ModelConfig, RequestBatch, build_model
 from torchrec_amort.apps import evaluate, train
+from torchrec_amort.bench.speed import ways_to_train
 from torchrec_amort.models.bags import averaged
 from torchrec_amort.models.build import TowerConfig
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.ranker import encoders_of
-from torchrec_amort.modules.losses import LossConfig
+from torchrec_amort.modules.losses import LossConfig, TaskLosses
 from torchrec_amort.modules.next_action import NextAction, softmax_losses
 from torchrec_amort.modules.tower import HistoryTower
 from torchrec_amort.schema import RequestSchema
@@ -186,12 +187,15 @@ def test_the_loss_and_its_gradients_are_those_of_plain_loops(
     value.backward()
     generator = torch.Generator().manual_seed(seed)
     ways = [torch.randn(weight.shape, generator=generator, dtype=torch.float64) for weight in model.weights]
-    pairs = [(weight, way) for weight, way in zip(model.weights, ways, strict=True) if weight.grad is not None]
-    slope = sum(float((weight.grad * way).sum()) for weight, way in pairs)
+    slope = sum(
+        float((weight.grad * way).sum())
+        for weight, way in zip(model.weights, ways, strict=True)
+        if weight.grad is not None
+    )
 
     @torch.no_grad()
     def moved(step: float) -> float:
-        for weight, way in pairs:
+        for weight, way in zip(model.weights, ways, strict=True):
             weight.add_(way, alpha=step)
         return model.in_loops(sides)
 
@@ -235,10 +239,8 @@ def test_drawn_negatives_stand_for_all_without_bias() -> None:
 
 def test_the_loss_is_of_the_batch_that_was_read_last() -> None:
     ranker = ranker_of(SCHEMA)
-    loss, batches = (
-        NextAction(ranker.collection.towers, weight=1.0),
-        [RequestBatch.from_requests(make_requests([(5, 2), (4, 1)], seed), SCHEMA) for seed in range(2)],
-    )
+    loss = NextAction(ranker.collection.towers, weight=1.0)
+    batches = [RequestBatch.from_requests(make_requests([(5, 2), (4, 1)], seed), SCHEMA) for seed in range(2)]
     values = []
     for batch in (*batches, batches[0]):
         ranker(batch)
@@ -246,6 +248,20 @@ def test_the_loss_is_of_the_batch_that_was_read_last() -> None:
     assert values[0] == values[2] != values[1]
     with pytest.raises(ValueError, match="has read no batch in training since the last loss of next actions"):
         loss(batches[0])
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, THREE], ids=["one history", "three"])
+def test_half_precision_has_the_loss_to_its_rounding(schema: RequestSchema) -> None:
+    ranker, batch = ranker_of(schema), RequestBatch.from_requests(requests_of(schema, [(5, 2), (3, 1)], 0), schema)
+    loss, values = NextAction(ranker.collection.towers, weight=1.0), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ranker(batch)
+            value, _ = loss(batch)
+        value.backward()
+        assert value.dtype == torch.float32
+        values.append(float(value.detach()))
+    assert values[1] == pytest.approx(values[0], rel=0.05)
 
 
 Refused = Callable[[], list[HistoryTower]]
@@ -305,8 +321,8 @@ def test_nothing_but_training_is_changed() -> None:
     plain, other = ranker_of(SCHEMA), ranker_of(SCHEMA)
     module = AmortizedDLRMTrain(other, next_action=NextAction(other.collection.towers, weight=0.5))
     assert module.state_dict().keys() == AmortizedDLRMTrain(plain).state_dict().keys()
-    (encoder,) = encoders_of(other)
-    calls = []
+    encoder: Any = other.history_arch
+    calls: list[int] = []
     encoder.layers[-1].register_forward_pre_hook(lambda *_: calls.append(1))
     expected, (_, logits, _) = AmortizedDLRMTrain(plain.eval()).eval()(batch)
     loss, (_, other_logits, _) = module.eval()(batch)
@@ -316,6 +332,17 @@ def test_nothing_but_training_is_changed() -> None:
     assert len(calls) == 1
     assert float(module.train()(batch)[0]) > float(expected)
     assert len(calls) == 3
+
+
+def test_steps_by_impressions_which_repeat_histories_are_not_timed() -> None:
+    batch = RequestBatch.from_requests(make_requests([(5, 2)]), SCHEMA)
+    with process_group() as device:
+        for weight, ways in ((0.5, {"requests", "padded"}), (None, {"requests", "padded", "impressions"})):
+            ranker = ranker_of(SCHEMA)
+            loss = None if weight is None else NextAction(ranker.collection.towers, weight)
+            module = GlobalBatchTrain(ranker, loss=TaskLosses(LossConfig(), SCHEMA), next_action=loss)
+            model = shard(module, device=device, optimizer=OptimizerConfig(), batch_size=1)
+            assert set(ways_to_train(model, batch)) == ways
 
 
 def circle(size: int, step: int, random: np.random.Generator) -> list[int]:

@@ -52,6 +52,7 @@ class NextAction(nn.Module):
 
     Example::
 
+        model = build_model(schema, ModelConfig(history="append_cross_causal"))
         loss = NextAction(model.collection.towers, weight=0.1)
         train = AmortizedDLRMTrain(model, next_action=loss)
     """
