@@ -210,17 +210,17 @@ def test_requests_without_a_next_event_are_no_samples() -> None:
     for sizes in ([(0, 2)], [(1, 1), (0, 3)]):
         batch = RequestBatch.from_requests(make_requests(sizes), SCHEMA)
         ranker(batch)
-        value, _ = loss(batch)
+        value, detached = loss(batch)
         value.backward()
-        assert float(value) == 0
+        assert float(detached) == 0
         assert all(not w.grad.any() for w in ranker.parameters() if w.grad is not None)
     # The last item of these requests has no next one, and all others have but one item to be told from.
     same = [{**one, "history_item": [3, 3, 3], "candidate_item": [3, 3]} for one in make_requests([(3, 2)])]
     batch = RequestBatch.from_requests(same, SCHEMA)
     ranker(batch)
-    value, _ = loss(batch)
+    value, detached = loss(batch)
     value.backward()
-    assert float(value) == 0
+    assert float(detached) == 0
     assert all(w.grad.isfinite().all() for w in ranker.parameters() if w.grad is not None)
 
 
@@ -370,24 +370,24 @@ def mean_rank(ranker: Any, requests: list[dict[str, Any]]) -> float:
 def test_histories_whose_next_item_follows_from_the_last_are_learned() -> None:
     random = np.random.default_rng(0)
 
-    def drawn() -> list[dict[str, Any]]:
-        made = make_requests([(MAX_HISTORY, 2)] * 16, int(random.integers(1000)))
+    def drawn(count: int) -> list[dict[str, Any]]:
+        made = make_requests([(MAX_HISTORY, 2)] * count, int(random.integers(1000)))
         return [{**one, "history_item": circle(MAX_HISTORY, 7, random)} for one in made]
 
-    ranks = []
-    tested = drawn()
+    batches = [RequestBatch.from_requests(drawn(16), SCHEMA) for _ in range(6)]
+    ranks, tested = [], drawn(6)
     for weight in (0.0, 1.0):
         torch.manual_seed(0)
         ranker = ranker_of(SCHEMA, embedding_dim=16, positions="none")
         module = AmortizedDLRMTrain(ranker, next_action=NextAction(ranker.collection.towers, weight))
         optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-        for _ in range(30):
+        for batch in batches * 6:
             optimizer.zero_grad()
-            module(RequestBatch.from_requests(drawn(), SCHEMA))[0].backward()
+            module(batch)[0].backward()
             optimizer.step()
         ranks.append(mean_rank(ranker.eval(), tested))
     assert ranks[0] > 8
-    assert ranks[1] < 1
+    assert ranks[1] < 2
 
 
 # The schema, the negatives: fewer than there are items, too.
