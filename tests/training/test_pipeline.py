@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.conftest import MAX_HISTORY, SCHEMA, make_requests
 from torchrec_amort import ModelConfig, RequestBatch, build_model
 from torchrec_amort.models.build import ENCODERS, Encoder
 from torchrec_amort.modules.losses import LossConfig, TaskLossConfig, TaskLosses
+from torchrec_amort.modules.next_action import NextAction
 from torchrec_amort.training.loop import GlobalBatchTrain
 from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.sharding import ShardedModel, shard
@@ -23,12 +25,14 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_model(history: Encoder, summary: bool) -> ShardedModel:
+def make_model(history: Encoder, summary: bool, next_action: float) -> ShardedModel:
     config = ModelConfig(embedding_dim=8, history_length=MAX_HISTORY, history=history, history_summary=summary)
     tasks = {"liked": TaskLossConfig(kind="listwise"), "bought": TaskLossConfig(kind="pairwise")}
     loss = TaskLosses(LossConfig(tasks=tasks, weighting="uncertainty"), SCHEMA)
+    ranker: Any = build_model(SCHEMA, config, seed=0)
+    of_histories = NextAction(ranker.collection.towers, next_action) if next_action else None
     return shard(
-        GlobalBatchTrain(build_model(SCHEMA, config, seed=0), loss=loss),
+        GlobalBatchTrain(ranker, loss=loss, next_action=of_histories),
         device=torch.device("cpu"),
         optimizer=OptimizerConfig(),
         batch_size=3,
@@ -43,16 +47,23 @@ def make_batches() -> Iterator[RequestBatch]:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
-    ("history", "summary"), [(word, False) for word in ENCODERS if word != "none"] + [("append_cross", True)]
+    ("history", "summary", "next_action"),
+    [
+        *((word, False, 0.0) for word in ENCODERS if word != "none"),
+        ("append_cross", True, 0.0),
+        ("append_cross_causal", True, 0.5),
+    ],
 )
-def test_torchrecs_pipeline_takes_all_three_collections_ahead(history: Encoder, summary: bool) -> None:
-    model = make_model(history, summary)
+def test_torchrecs_pipeline_takes_all_three_collections_ahead(
+    history: Encoder, summary: bool, next_action: float
+) -> None:
+    model = make_model(history, summary, next_action)
     pipeline = TrainPipelineSparseDist(model.module, model.optimizer, torch.device("cpu"))
     batches = make_batches()
     losses = [float(pipeline.progress(batches)[0].detach()) for _ in range(4)]
     kinds = [type(module) for module in pipeline._pipelined_modules]
     assert sorted(kinds, key=str) == sorted([ShardedEmbeddingBagCollection] * 2 + [ShardedEmbeddingCollection], key=str)
-    plain = make_model(history, summary)
+    plain = make_model(history, summary, next_action)
     expected = []
     for _, batch in zip(range(4), make_batches(), strict=False):
         plain.optimizer.zero_grad()

@@ -20,6 +20,7 @@ from torchrec_amort.jobs.train import read_train_split, sharded_model
 from torchrec_amort.models.build import build_model
 from torchrec_amort.models.ranker import Ranker, encoders_of
 from torchrec_amort.modules.losses import TaskLosses
+from torchrec_amort.modules.next_action import NextAction
 from torchrec_amort.ops.attention import Backend
 from torchrec_amort.progress import progress
 from torchrec_amort.training.processes import is_first
@@ -129,8 +130,11 @@ def ways_to_train(model: ShardedModel, batch: RequestBatch) -> dict[str, Callabl
     ways: dict[str, Callable[[], object]] = {"requests": partial(_step, model, batch)}
     ranker = _of(model)
     encoders = encoders_of(ranker)
-    loss = next(module for module in model.module.modules() if isinstance(module, TaskLosses))
-    if encoders and ranker.is_amortizable and not loss.is_of_requests:
+    modules = list(model.module.modules())
+    loss = next(module for module in modules if isinstance(module, TaskLosses))
+    # Impressions repeat the samples of a history.
+    is_of_histories = any(isinstance(module, NextAction) for module in modules)
+    if encoders and ranker.is_amortizable and not loss.is_of_requests and not is_of_histories:
         ways["impressions"] = partial(_step, model, batch.to_impressions())
     if any(hasattr(encoder, "backend") for encoder in encoders):
         ways["padded"] = partial(_step, model, batch, "padded")

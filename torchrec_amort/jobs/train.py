@@ -19,7 +19,9 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.files import utc_now, write_json, write_text
 from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.build import build_model
-from torchrec_amort.modules.losses import TaskLosses
+from torchrec_amort.models.ranker import CollectionRanker, Ranker
+from torchrec_amort.modules.losses import LossConfig, TaskLosses
+from torchrec_amort.modules.next_action import NextAction
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.stores import location
 from torchrec_amort.training.checkpoint import CHECKPOINTS, has_checkpoint, refuse_ranks
@@ -216,7 +218,7 @@ def sharded_model(
     if not is_loaded:
         measure_numbers(model, _some_batches(config, read), read)
     return shard(
-        GlobalBatchTrain(model, config.loop.precision, loss),
+        GlobalBatchTrain(model, config.loop.precision, loss, _next_action(config.loss, model)),
         device=device,
         optimizer=config.optimizer,
         batch_size=-(-config.batch_size // world_size),
@@ -225,6 +227,14 @@ def sharded_model(
         ids_per_request=events | candidates | {"item": float(config.model.history_length)},
         frozen=frozen,
     )
+
+
+def _next_action(config: LossConfig, model: Ranker) -> NextAction | None:
+    """The loss of a model's histories, if the config wants it."""
+    if config.next_action == 0:
+        return None
+    towers = model.collection.towers if isinstance(model, CollectionRanker) else []
+    return NextAction(towers, config.next_action, config.next_action_negatives)
 
 
 # Requests that numbers are measured on, from all over the split.

@@ -25,6 +25,7 @@ from torchrec_amort.models.tables import refuse_tied_tables
 from torchrec_amort.modules.encoder import HistoryEncoder
 from torchrec_amort.modules.events import EventEncoder
 from torchrec_amort.modules.losses import BatchLoss, FunctionLoss, Loss
+from torchrec_amort.modules.next_action import NextAction
 from torchrec_amort.modules.similarity import refuse_never_matching
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, HistoryTower
 
@@ -233,17 +234,24 @@ class AmortizedDLRMTrain(nn.Module):
         loss: of logits and labels, float [C, T] each; a scalar. Their mean binary cross entropy unless given. Where
             the batch has weights, it is called with `reduction="none"`, as PyTorch's own losses are, and the mean is
             that of weight times loss. Or a `BatchLoss`, as `TaskLosses` is.
+        next_action: a loss of the model's histories, which training adds; none unless given.
 
     Example::
 
         loss, (detached_loss, logits_CT, labels_CT) = AmortizedDLRMTrain(model)(batch)
     """
 
-    def __init__(self, model: Ranker, loss: Loss | BatchLoss = F.binary_cross_entropy_with_logits) -> None:
+    def __init__(
+        self,
+        model: Ranker,
+        loss: Loss | BatchLoss = F.binary_cross_entropy_with_logits,
+        next_action: NextAction | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         # A module: pipelines trace what they train, but call a module that has no tables.
         self.loss = loss if isinstance(loss, BatchLoss) else FunctionLoss(loss)
+        self.next_action = next_action
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Score the batch and compare with its labels.
@@ -263,4 +271,7 @@ class AmortizedDLRMTrain(nn.Module):
             refuse_tables_without_optimizer(self.model)
         logits_CT = self.model(batch)
         loss, detached = self.loss(logits_CT.float(), batch.labels, batch.weights, batch.num_candidates)
+        if self.next_action is not None and self.training:
+            of_histories, of_histories_detached = self.next_action(batch)
+            loss, detached = loss + of_histories, detached + of_histories_detached
         return loss, (detached, logits_CT.detach(), batch.labels.detach())

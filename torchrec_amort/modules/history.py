@@ -228,6 +228,10 @@ class AmortizedHistoryArch(AmortizableEncoder):
             nn.Linear(embedding_dim, num_vectors * embedding_dim, device=device) if num_vectors > 1 else nn.Identity()
         )
 
+    # Whether training keeps the events after the last layer, for a loss of them.
+    keeps_events = False
+    encoded_events: Tensor | None = None
+
     @property
     def is_extendable(self) -> bool:
         """Whether new events leave the keys and values of those before them as they are."""
@@ -277,6 +281,7 @@ class AmortizedHistoryArch(AmortizableEncoder):
             if past is not None:
                 places_N = places_N + expand(past.lengths, new_lengths_B, events_ND.shape[0])
             rotation = Rotation(places_N, self.head_dim, events_ND.dtype)
+        keeps_events = self.keeps_events and self.training
         keys, values = [], []
         for depth, layer in enumerate(self.layers):
             keys_NHK, values_NHK = layer.keys_and_values(events_ND, rotation)
@@ -285,9 +290,11 @@ class AmortizedHistoryArch(AmortizableEncoder):
                 values_NHK = append(past.values[depth], past.lengths, values_NHK, new_lengths_B)
             keys.append(keys_NHK)
             values.append(values_NHK)
-            # Nothing but a summary reads the events after the last layer's keys and values.
-            if depth + 1 < len(self.layers) or self.has_summary:
+            # Nothing but a summary or a loss of events reads them after the last layer's keys and values.
+            if depth + 1 < len(self.layers) or self.has_summary or keeps_events:
                 events_ND = layer(events_ND, attention, keys_NHK, values_NHK, rotation)
+        if keeps_events:
+            self.encoded_events = self.output_norm(events_ND)
         summary = mean_by_request(self.output_norm(events_ND), lengths_B) if self.has_summary else None
         return HistoryState(tuple(keys), tuple(values), lengths_B, summary)
 

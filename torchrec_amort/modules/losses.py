@@ -8,7 +8,7 @@ Shape suffixes: B requests; C candidates, all requests together; P pairs; S samp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchrec_amort.bounds import NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError
 from torchrec_amort.ops.jagged import pairs, requests
 from torchrec_amort.schema import RequestSchema
@@ -75,11 +75,19 @@ class LossConfig:
             a request counts the same whatever the number of its candidates.
         weighting: of tasks against each other: `fixed`, or `uncertainty`, by a variance that is learned for each
             (Kendall et al., arXiv 1705.07115, 3.2).
+        next_action: weight of one loss more, in which each event of a history predicts the item of the next one; none
+            if 0. Histories need an encoder whose events read older ones only: `append_cross_causal`.
+        next_action_negatives: items that the next one is told apart from, at most: some of those of the batch.
     """
 
     tasks: dict[str, TaskLossConfig] = field(default_factory=dict)
     mean_over: MeanOver = "samples"
     weighting: Weighting = "fixed"
+    next_action: float = 0.0
+    next_action_negatives: int = 1024
+
+    def __post_init__(self) -> None:
+        refuse_out_of_bounds(self, {NOT_NEGATIVE: ("next_action",), AT_LEAST_ONE: ("next_action_negatives",)}, "loss.")
 
     def of(self, task: str) -> TaskLossConfig:
         """How a task is trained."""
@@ -136,29 +144,48 @@ class BatchLoss(nn.Module):
             mean over ranks is that of the global batch's loss, which is the second.
         """
         sums_K, numbers_K = self.sums(logits_CT, labels_CT, weights_C, num_candidates_B)
-        # The number of ranks, of requests and of candidates.
-        shape = [1, num_candidates_B.numel(), logits_CT.shape[0]]
-        if self.over_ranks is None:
-            self._refuse_first(shape)
-            loss = self.total(sums_K / numbers_K.clamp(min=1).to(sums_K.dtype))
-            return loss, loss.detach()
-        everything = torch.cat([sums_K.detach().double(), numbers_K, numbers_K.new_tensor(shape)])
-        of_all_K, numbers_K, shape_of_all = self.over_ranks(everything).split([len(sums_K), len(sums_K), len(shape)])
+        # The number of requests and of candidates.
+        shape = (num_candidates_B.numel(), logits_CT.shape[0])
+        shares_K, means_K, shape_of_all = means_over_ranks(sums_K, numbers_K, self.over_ranks, shape)
         self._refuse_first(shape_of_all)
-        numbers_K = numbers_K.clamp(min=1)
-        share_K = (shape_of_all[0] / numbers_K).to(sums_K.dtype)
         with torch.no_grad():
-            loss_of_all = self.total(of_all_K / numbers_K)
-        return self.total(sums_K * share_K), loss_of_all
+            loss_of_all = self.total(means_K)
+        return self.total(shares_K), loss_of_all
 
     _is_checked = False
 
-    def _refuse_first(self, shape: Tensor | list[int]) -> None:
+    def _refuse_first(self, shape: Tensor) -> None:
         """Look at the first batch of training alone: a later one may have such requests by chance."""
         if self.training and not self._is_checked:
-            _, num_requests, num_candidates = map(int, shape)
+            num_requests, num_candidates = map(int, shape)
             self.refuse_impressions(num_requests, num_candidates, "batch")
             self._is_checked = True
+
+
+def means_over_ranks(
+    sums_K: Tensor, numbers_K: Tensor, over_ranks: Callable[[Tensor], Tensor] | None, others: Sequence[float] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of the samples of a batch, or of all ranks' batches, which are one; 0 where there is no sample.
+
+    Args:
+        sums_K: of the samples of this rank.
+        numbers_K: of these samples, float64.
+        over_ranks: adds up a tensor over ranks; None if there is one.
+        others: numbers to be added up as well.
+
+    Returns:
+        tuple: the means [K]; the same detached; and the sums of `others`, float64. With several ranks, the first are
+            this rank's share, whose gradients' mean over ranks is that of the second.
+    """
+    others_X = numbers_K.new_tensor([1, *others])
+    if over_ranks is None:
+        means_K = sums_K / numbers_K.clamp(min=1).to(sums_K.dtype)
+        return means_K, means_K.detach(), others_X[1:]
+    everything = torch.cat([sums_K.detach().double(), numbers_K, others_X])
+    of_all_K, numbers_K, others_X = over_ranks(everything).split([len(sums_K), len(sums_K), len(others_X)])
+    numbers_K = numbers_K.clamp(min=1)
+    share_K = (others_X[0] / numbers_K).to(sums_K.dtype)
+    return sums_K * share_K, of_all_K / numbers_K, others_X[1:]
 
 
 class FunctionLoss(BatchLoss):

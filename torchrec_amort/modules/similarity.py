@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, refuse_other_requests
 from torchrec_amort.modules.events import EventEncoder, recency
+from torchrec_amort.ops.fingerprints import fingerprints
 from torchrec_amort.ops.jagged import add_up, expand, requests
 
 # Latest events of each window; one more is of all events.
@@ -195,19 +196,6 @@ def window_of(events_ND: Tensor, lengths_B: Tensor, windows: Sequence[int]) -> T
     return torch.bucketize(recency(lengths_B, events_ND.shape[0]), bounds, right=True)
 
 
-# Integers as wide as an entry, by its bytes.
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-# Odd, so that no bit of an entry is lost; another one for each entry, so that their order counts.
-_FACTOR = 0x9E3779B97F4A7C15 - 2**64
-
-
 def _keys(rows_RD: Tensor, lengths_B: Tensor) -> Tensor:
     """int64 [R]: the same for equal rows of one request, and for others as good as never."""
-    bits_RD = rows_RD.contiguous().view(_BITS[rows_RD.element_size()]).long()
-    key_R = requests(lengths_B, rows_RD.shape[0])
-    for bits_R in bits_RD.unbind(1):
-        # What a linear congruential generator does with each entry put in: the high bits are folded down, for a product
-        # moves bits upwards only.
-        key_R = (key_R ^ bits_R) * _FACTOR
-        key_R = key_R ^ (key_R >> 32)
-    return key_R
+    return fingerprints(rows_RD, requests(lengths_B, rows_RD.shape[0]))

@@ -106,6 +106,8 @@ class HistoryTower(nn.Module):
                 raise ValueError(f"tower {name!r}: event_encoder reads {feature!r}, but events has {features}")
         refuse_never_matching(encoder, self.event_encoder, self.candidate_features)
         self.encoder = encoder
+        # Of each of the candidate's features, the event's that says the same of an item, if there is one.
+        self.likes = self._likes(candidate_features)
         self._fit_of = self._places(candidate_features)
         # A list, since a ModuleDict takes no names like "type" and "a.b".
         self.fits = nn.ModuleList(nn.Identity() for _ in set(self._fit_of.values()))
@@ -132,6 +134,20 @@ class HistoryTower(nn.Module):
                 )
             places[feature] = places.get(like, len(places))
         return places
+
+    def _likes(self, candidate_features: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+        if isinstance(candidate_features, Mapping):
+            return dict(candidate_features)
+        tables = [table.feature_names for events in self._events for table in events.embedding_configs()]
+        if self.item is not None:
+            tables.insert(0, [CANDIDATE_ITEM, self.history_item])
+        return {
+            feature: like
+            for feature in candidate_features
+            for of_table in tables[::-1]
+            for like in self.event_encoder.features[::-1]
+            if feature in of_table and like in of_table
+        }
 
     def _fit(self, widths: Mapping[str, int]) -> None:
         dim, device = self.encoder.embedding_dim, next(self.encoder.parameters(), torch.empty(0)).device

@@ -25,12 +25,13 @@ from torchrec_amort.lock import FolderLock
 from torchrec_amort.models.dlrm import AmortizedDLRMTrain
 from torchrec_amort.models.ranker import Ranker
 from torchrec_amort.modules.losses import BatchLoss, Loss, LossConfig
+from torchrec_amort.modules.next_action import NextAction
 from torchrec_amort.progress import progress
 from torchrec_amort.training.checkpoint import Best, CheckpointWriter, Position, load_checkpoint
 from torchrec_amort.training.evaluation import EvaluateResult, Evaluation, Slicing
 from torchrec_amort.training.metrics import MORE_IS_BETTER, Metric
 from torchrec_amort.training.predictions import PredictionFile
-from torchrec_amort.training.processes import Stopped, StopRequests, is_first, sum_over_ranks
+from torchrec_amort.training.processes import Stopped, StopRequests, is_first, rows_of_all_ranks, sum_over_ranks
 from torchrec_amort.training.report import Report
 from torchrec_amort.training.sharding import ShardedModel
 
@@ -101,6 +102,7 @@ class GlobalBatchTrain(AmortizedDLRMTrain):
         model: the ranker to train.
         precision: of the forward and backward pass.
         loss: see `AmortizedDLRMTrain`; a function is a mean over candidates.
+        next_action: see `AmortizedDLRMTrain`.
     """
 
     def __init__(
@@ -108,9 +110,12 @@ class GlobalBatchTrain(AmortizedDLRMTrain):
         model: Ranker,
         precision: Precision = "float32",
         loss: Loss | BatchLoss = F.binary_cross_entropy_with_logits,
+        next_action: NextAction | None = None,
     ) -> None:
-        super().__init__(model, loss)
+        super().__init__(model, loss, next_action)
         self.loss.over_ranks = sum_over_ranks
+        if next_action is not None:
+            next_action.over_ranks, next_action.of_all_ranks = sum_over_ranks, rows_of_all_ranks
         self.autocast = precision == "bfloat16"
 
     def forward(self, batch: RequestBatch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

@@ -94,6 +94,35 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+class _RowsOfAllRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=rows.device)
+        sizes[dist.get_rank()] = len(rows)
+        ctx.sizes = sum_over_ranks(sizes).tolist()
+        padded = rows.new_zeros(max(ctx.sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        of_ranks = [torch.empty_like(padded) for _ in ctx.sizes]
+        dist.all_gather(of_ranks, padded)
+        return torch.cat([of_rank[:size] for of_rank, size in zip(of_ranks, ctx.sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0].contiguous()).split(ctx.sizes)[dist.get_rank()]
+
+
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in order of rank, on each of them. All ranks call it together.
+
+    Ranks may have different numbers of rows. Their gradient is the sum of all ranks' gradients.
+
+    Args:
+        rows: of this rank, on its device.
+    """
+    gathered: Tensor = _RowsOfAllRanks.apply(rows)
+    return gathered
+
+
 def _device_of_backend(otherwise: torch.device | str = "cpu") -> torch.device | str | int:
     """Where tensors have to be that ranks tell each other: nccl takes those of its GPU alone."""
     return torch.cuda.current_device() if dist.get_backend() == "nccl" else otherwise
