@@ -113,5 +113,5 @@ def test_a_split_whose_labels_are_of_one_kind_is_refused_by_the_name_of_the_task
     )
     write_requests(data, SCHEMA, {"test": [short.set_column(bought, short.schema.field("bought"), nobody)]})
     line = refused(capsys, evaluate.main, [f"--run_folder={run}", f"--data={data}"])
-    assert line.startswith("error: bought: none of ")
+    assert line.startswith("error: bought: all 6 labels are 0: ")
     assert "3 requests were scored, evaluate a split of more" in line

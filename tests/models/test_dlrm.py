@@ -21,7 +21,9 @@ from torchrec_amort.models.build import ENCODERS
 Interaction = Literal["dot", "dcn"]
 shapes = st.lists(st.tuples(st.integers(0, MAX_HISTORY), st.integers(1, 5)), min_size=1, max_size=4)
 interactions = st.sampled_from(["dot", "dcn"])
-encoders = st.sampled_from([word for word in ENCODERS if word != "none"])
+# `matches` reads one feature of events, and these have more: test_towers.py has it.
+READERS = [word for word in ENCODERS if word not in ("none", "matches")]
+encoders = st.sampled_from(READERS)
 
 
 def make_model(**changes: Any) -> AmortizedDLRM:
@@ -64,7 +66,7 @@ def test_scores_are_one_function_of_history_and_candidate(
     torch.testing.assert_close(together, model(batch.to_impressions()), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("encoder", [word for word in ENCODERS if word != "none"])
+@pytest.mark.parametrize("encoder", READERS)
 @pytest.mark.parametrize("interaction", ["dot", "dcn"])
 def test_training_on_impressions_has_the_same_gradients(interaction: Interaction, encoder: str) -> None:
     batch = make_batch(make_requests([(5, 3), (0, 2), (MAX_HISTORY, 1)]))

@@ -45,7 +45,7 @@ class CompareConfig:
     Args:
         data: prepared data folder.
         out: folder for all runs, and for compare.json, compare.md and compare.png.
-        encoders: arms that differ in `model.history` alone.
+        encoders: arms that differ in `model.history` alone; all but `matches`, which reads one feature, unless given.
         variants: further arms: a name, and the fields in which it differs, as `model.history_length: 200`.
         reference: the arm that the others are compared with.
         seeds: of initial weights and of the order of the data.
@@ -64,7 +64,7 @@ class CompareConfig:
 
     data: str
     out: str
-    encoders: list[Encoder] = field(default_factory=lambda: list(ENCODERS))
+    encoders: list[Encoder] = field(default_factory=lambda: [word for word in ENCODERS if word != "matches"])
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: str = "append_cross"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
