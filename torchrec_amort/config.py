@@ -56,6 +56,23 @@ def load_config(run: str | Path, config_class: type[Config], command: str) -> Co
         raise InputError(f"{path}: not a config of this version: {error}") from error
 
 
+def flat_fields(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a config's sections by their dotted names, as `with_overrides` reads them.
+
+    Args:
+        record: of a config, as `asdict` makes it.
+        prefix: what names start with.
+
+    Example::
+
+        flat_fields({"model": {"history": "none"}})  # {"model.history": "none"}
+    """
+    fields: dict[str, Any] = {}
+    for name, value in record.items():
+        fields |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return fields
+
+
 def with_overrides(config: Config, overrides: Mapping[str, Any], command: str) -> Config:
     """A config with other values of some fields.
 

@@ -31,7 +31,7 @@ from torchrec_amort.training.lock import run_lock
 from torchrec_amort.training.loop import LoopConfig
 from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.processes import is_first, process_group
-from torchrec_amort.training.run import TrainConfig
+from torchrec_amort.training.run import TrainConfig, load_run
 from torchrec_amort.training.sharding import ShardingConfig
 
 Arm = Literal["cold", "warm", "stale"]
@@ -151,7 +151,8 @@ def _run(config: BacktestConfig, arm: Arm, day: int) -> TrainConfig:
 
 def _tested(run: TrainConfig, day: Span, device: torch.device) -> dict[str, Any]:
     """Metrics of each task on a day; the run is trained and tested if it is not yet."""
-    train_if_needed(run, device)
+    instead = "use the same, or choose another folder for all runs"
+    train_if_needed(run, device, told="the config says", instead=instead)
     path = _test_file(run, day)
     asked = {"data": run.data, "since": day.since, "until": day.until}
     record = json.loads(path.read_text()) if path.exists() else {}
@@ -161,7 +162,8 @@ def _tested(run: TrainConfig, day: Span, device: torch.device) -> dict[str, Any]
     if is_there:
         return dict(record)
     evaluate = EvaluateConfig(run_folder=run.run_folder, split=ALL, slice_by=[])
-    result, _ = evaluate_split(evaluate, device, predictions=path.with_suffix(".npz"), span=day)
+    loaded = load_run(run.run_folder, None)
+    result, _ = evaluate_split(evaluate, loaded, device, predictions=path.with_suffix(".npz"), span=day)
     if is_first():
         counts = {"requests": result.requests, "candidates": result.candidates}
         write_json(path, {**asked, **counts, "tasks": result.tasks})

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torchrec_amort.bench.compare_report import write_report
 from torchrec_amort.bench.speed import SpeedConfig, measure_speed, requests_to_score
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
-from torchrec_amort.config import CONFIG_FILE, load_config, with_overrides
+from torchrec_amort.config import flat_fields, with_overrides
 from torchrec_amort.data.counts import unknown_ids
 from torchrec_amort.errors import InputError
 from torchrec_amort.jobs.evaluate import EvaluateConfig, evaluate_run
-from torchrec_amort.jobs.train import train_run
+from torchrec_amort.jobs.train import train_if_needed
 from torchrec_amort.models.build import ENCODERS, Encoder, ModelConfig, build_model
 from torchrec_amort.modules.losses import LossConfig
 from torchrec_amort.schema import RequestSchema
@@ -168,15 +168,8 @@ def _longest(config: TrainConfig, schema: RequestSchema) -> int:
 
 def _difference(first: TrainConfig, other: TrainConfig) -> dict[str, Any]:
     """The fields of the chosen setting that are not those of the arm's first one."""
-    flat = [_flat(asdict(config)) for config in (first, other)]
+    flat = [flat_fields(asdict(config)) for config in (first, other)]
     return {name: value for name, value in flat[1].items() if value != flat[0].get(name) and name != "run_folder"}
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in record.items():
-        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return fields
 
 
 def _tune(
@@ -214,12 +207,9 @@ def _mean_over_tasks(run: TrainConfig, metric: Metric, device: torch.device) -> 
 
 def _evaluated(run: TrainConfig, split: str, device: torch.device) -> dict[str, Any]:
     """What `evaluate` found on a split; the run is trained and evaluated if it is not yet."""
-    folder = Path(run.run_folder)
-    if (folder / CONFIG_FILE).exists():
-        _refuse_other_config(run)
-    if not (folder / "train.json").exists():
-        train_run(run, device)
-    path = folder / f"evaluate-{split}.json"
+    instead = "ask for the same, or choose another --out"
+    train_if_needed(run, device, told="the comparison asks for", instead=instead)
+    path = Path(run.run_folder) / f"evaluate-{split}.json"
     if not _is_evaluated(run, split):
         evaluate = EvaluateConfig(run_folder=run.run_folder, split=split, save_predictions=split == "test")
         evaluate_run(evaluate, device)
@@ -239,17 +229,6 @@ def _is_evaluated(run: TrainConfig, split: str) -> bool:
     if "slices" not in record:
         return False
     return (record["data"], record["history_length"]) == (run.data, _longest(run, RequestSchema.load(run.data)))
-
-
-def _refuse_other_config(run: TrainConfig) -> None:
-    saved, asked = (_flat(asdict(c)) for c in (load_config(run.run_folder, TrainConfig, "train"), run))
-    # A field of a mapping may be in one of them alone.
-    for name in saved | asked:
-        if saved.get(name) != asked.get(name):
-            raise InputError(
-                f"{run.run_folder}: was trained with {name}={saved.get(name)}, the comparison asks for "
-                f"{asked.get(name)}: ask for the same, or choose another --out"
-            )
 
 
 def _differences(chosen: Mapping[str, TrainConfig], config: CompareConfig) -> dict[str, Any]:

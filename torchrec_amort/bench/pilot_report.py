@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchrec_amort.bench.cost import TERMS, CostModel
 from torchrec_amort.bench.pilot_analysis import CONTROL, TREATMENT, held_back
+from torchrec_amort.config import flat_fields
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import write_json, write_text
 from torchrec_amort.training.metrics import NAMES
@@ -317,15 +318,8 @@ def page(record: Mapping[str, Any]) -> str:
         machine=record["machine"],
         versions={name: version for name, version in record["versions"].items() if version},
         git_commit=record["git_commit"],
-        config=_flat(record["config"]),
+        config={name: str(value) for name, value in flat_fields(record["config"]).items()},
     )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
-    return flat
 
 
 def _pictures(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:

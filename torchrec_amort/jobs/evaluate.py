@@ -20,6 +20,7 @@ from torchrec_amort.files import write_json
 from torchrec_amort.jobs.slices import HISTORY_LENGTH, slicings
 from torchrec_amort.models.build import build_model
 from torchrec_amort.modules.losses import TaskLosses
+from torchrec_amort.schema import RequestSchema
 from torchrec_amort.stores import location
 from torchrec_amort.times import Span
 from torchrec_amort.training.calibration import draw_calibration
@@ -31,7 +32,7 @@ from torchrec_amort.training.metrics import NAMES, SHOWN
 from torchrec_amort.training.optimizers import OptimizerConfig
 from torchrec_amort.training.predictions import PredictionFile
 from torchrec_amort.training.processes import is_first
-from torchrec_amort.training.run import load_run
+from torchrec_amort.training.run import TrainConfig, load_run
 from torchrec_amort.training.sharding import shard
 
 
@@ -81,9 +82,10 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
     started = time.perf_counter()
     folder = Path(config.run_folder)
     predictions = folder / f"predictions-{config.split}.npz" if config.save_predictions else None
-    result, checkpoint = evaluate_split(config, device, predictions=predictions)
+    run = load_run(config.run_folder, config.data)
+    result, checkpoint = evaluate_split(config, run, device, predictions=predictions)
     if is_first():
-        trained, data, schema = load_run(config.run_folder, config.data)
+        trained, data, schema = run
         read = schema.without(trained.model.leave_out)
         record = {
             "run": config.run_folder,
@@ -100,12 +102,18 @@ def evaluate_run(config: EvaluateConfig, device: torch.device) -> None:
 
 
 def evaluate_split(
-    config: EvaluateConfig, device: torch.device, *, predictions: Path | None = None, span: Span | None = None
+    config: EvaluateConfig,
+    run: tuple[TrainConfig, str, RequestSchema],
+    device: torch.device,
+    *,
+    predictions: Path | None = None,
+    span: Span | None = None,
 ) -> tuple[EvaluateResult, str]:
     """Score a split by the checkpoint of a run that `load_weights` takes. All ranks call it together.
 
     Args:
         config: what to evaluate on what; its split may be `all` of them.
+        run: what `load_run` tells of its run and data.
         device: of this rank.
         predictions: a file to leave all predictions in, if they are wanted.
         span: score the requests of these times alone; all if None.
@@ -116,7 +124,7 @@ def evaluate_split(
     Raises:
         InputError: as `evaluate_run`.
     """
-    trained, data, schema = load_run(config.run_folder, config.data)
+    trained, data, schema = run
     refuse_ranks(config.run_folder)
     read = schema.without(trained.model.leave_out)
     length = _history_length(config, trained.model.longest_history(read))

@@ -50,19 +50,21 @@ def train_run(config: TrainConfig, device: torch.device) -> None:
         _train_locked(config, device, lock)
 
 
-def train_if_needed(config: TrainConfig, device: torch.device) -> None:
+def train_if_needed(config: TrainConfig, device: torch.device, *, told: str, instead: str) -> None:
     """Train a run unless that is done, and go on with it if it was stopped. All ranks call it together.
 
     Args:
         config: with `resume`.
         device: of this rank.
+        told: who asks for it, for error messages; see `refuse_other_config`.
+        instead: what to do.
 
     Raises:
         InputError: the run was trained with another config, or as `train_run`.
     """
     run = Path(config.run_folder)
     if (run / CONFIG_FILE).exists():
-        refuse_other_config(run, load_config(run, TrainConfig, "train"), config)
+        refuse_other_config(run, load_config(run, TrainConfig, "train"), config, told=told, instead=instead)
     if not (run / "train.json").exists():
         train_run(config, device)
     dist.barrier()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, UP_TO_ONE, refuse_out_of_bounds
-from torchrec_amort.config import load_config
+from torchrec_amort.config import flat_fields, load_config
 from torchrec_amort.errors import InputError
 from torchrec_amort.models.build import ModelConfig, build_model
 from torchrec_amort.models.dlrm import AmortizedDLRMTrain
@@ -180,22 +180,21 @@ def refuse_other(
             raise InputError(f"{run}: {told}{name}={value}, the config says {other}{why}: use the same, or {instead}")
 
 
-def refuse_other_config(run: str | Path, saved: Any, given: Any, section: str = "") -> None:
+def refuse_other_config(run: str | Path, saved: TrainConfig, given: TrainConfig, *, told: str, instead: str) -> None:
     """Refuse a run that was trained with another config than is asked for.
 
     Args:
         run: the run's folder, for error messages.
-        saved: the run's config, or a section of it.
+        saved: the run's config.
         given: the one that is asked for.
-        section: what the fields' names start with.
+        told: who asks for it.
+        instead: what to do.
 
     Raises:
         InputError: names the first field that differs, and both values.
     """
-    for option in fields(saved):
-        one, other = getattr(saved, option.name), getattr(given, option.name)
-        if is_dataclass(one):
-            refuse_other_config(run, one, other, f"{section}{option.name}.")
-        else:
-            told = f"was trained with {section}"
-            refuse_other(run, saved, given, (option.name,), told, instead="choose another folder for all runs")
+    of_run, asked = (flat_fields(asdict(config)) for config in (saved, given))
+    # A field of a mapping may be in one of them alone.
+    for name in of_run | asked:
+        if (value := of_run.get(name)) != (other := asked.get(name)):
+            raise InputError(f"{run}: was trained with {name}={value}, {told} {other}: {instead}")
