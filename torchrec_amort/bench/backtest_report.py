@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrec_amort.bench.markdown import interval, table
 from torchrec_amort.files import new_file, write_json, write_text
+from torchrec_amort.training.metrics import NAMES, Metric
 
-METRICS = {"ne": "NE", "auc": "AUC", "request_auc": "AUC of requests"}
+METRICS: tuple[Metric, ...] = ("ne", "auc", "request_auc")
 
 
 def write_report(folder: Path, record: dict[str, Any]) -> None:
@@ -39,33 +41,23 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     for task in record["differences"]:
         of_arms = [record["arms"][arm]["tasks"][task] for arm in arms]
-        metrics = {name: told for name, told in METRICS.items() if all(name in values for values in of_arms)}
+        metrics = [name for name in METRICS if all(name in values for values in of_arms)]
         has_drift = "drift" in record
-        heads = [f"{told}, {arm}" for told in metrics.values() for arm in arms] + ["drift"] * has_drift
-        lines += ["", f"**{task}**", "", _row("day until", *heads), _row(*["---"] * (1 + len(heads)))]
+        heads = [f"{NAMES[name]}, {arm}" for name in metrics for arm in arms] + ["drift"] * has_drift
+        rows: list[tuple[str, ...]] = []
         for place, day in enumerate(record["days"]):
             cells = [f"{day['arms'][arm]['tasks'][task][name]:.4f}" for name in metrics for arm in arms]
             drift = [f"{record['drift'][task][place]:+.4f}"] if has_drift else []
-            lines.append(_row(day["until"], *cells, *drift))
+            rows.append((day["until"], *cells, *drift))
         means = [f"{values[name]:.4f}" for name in metrics for values in of_arms]
         drift = [f"{sum(record['drift'][task]) / len(record['days']):+.4f}"] if has_drift else []
-        versus = [_interval(record["differences"][task].get(arm, {}).get(name)) for name in metrics for arm in arms]
-        lines += [_row("mean", *means, *drift), _row("difference", *versus, *["-"] * has_drift)]
-    lines += ["", "**training**", "", _row("arm", "candidates", "seconds"), _row("---", "---", "---")]
-    for arm in arms:
-        trained = record["arms"][arm]["trained"]
-        lines.append(_row(arm, f"{trained['candidates']:,}", f"{trained['seconds']:,.0f}"))
+        versus = [interval(record["differences"][task].get(arm, {}).get(name)) for name in metrics for arm in arms]
+        rows += [("mean", *means, *drift), ("difference", *versus, *["-"] * has_drift)]
+        lines += ["", f"**{task}**", "", *table(["day until", *heads], rows)]
+    trained = {arm: record["arms"][arm]["trained"] for arm in arms}
+    costs = [(arm, f"{cost['candidates']:,}", f"{cost['seconds']:,.0f}") for arm, cost in trained.items()]
+    lines += ["", "**training**", "", *table(["arm", "candidates", "seconds"], costs)]
     return "\n".join(lines) + "\n"
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _interval(difference: Mapping[str, float] | None) -> str:
-    if difference is None:
-        return "-"
-    return f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
 
 
 def _draw(path: Path, record: Mapping[str, Any]) -> None:
@@ -82,7 +74,7 @@ def _draw(path: Path, record: Mapping[str, Any]) -> None:
                 values = [day["arms"][arm]["tasks"][task][metric] for day in days]
                 panel.plot(range(1, 1 + len(days)), values, marker="o", label=arm)
             panel.set_xlabel("day")
-            panel.set_ylabel(f"{METRICS[metric]} of {task}")
+            panel.set_ylabel(f"{NAMES[metric]} of {task}")
             panel.grid(alpha=0.3)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=8)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from torchrec_amort.bench.markdown import interval, table
 from torchrec_amort.data.counts import unknown_in_words
 from torchrec_amort.files import new_file, write_json, write_text
 from torchrec_amort.training.metrics import NAMES, SHOWN
@@ -54,36 +55,23 @@ def markdown(record: dict[str, Any]) -> str:
             name: [_spread([run[task][metric] for run in arm["test"]]) for metric in metrics]
             for name, arm in record["arms"].items()
         }
-        versus = {name: [_interval(differences.get(name, {}).get(metric)) for metric in metrics] for name in quality}
+        versus = {name: [interval(differences.get(name, {}).get(metric)) for metric in metrics] for name in quality}
         changes = [f"{name} difference" for name in names]
         lines += ["", f"**{task}**", ""]
         if len(metrics) <= MOST_IN_ROW:
-            lines += _table(names + changes, {name: quality[name] + versus[name] for name in quality})
+            lines += table(["encoder", *names, *changes], [(name, *quality[name], *versus[name]) for name in quality])
         else:
-            lines += [*_table(names, quality), "", *_table(changes, versus)]
-    lines += [
-        "",
-        "**speed**",
-        "",
-        "| encoder | training, cand/s | padded | as impressions | scoring, ms | as impressions | amortizable |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+            lines += table(["encoder", *names], [(name, *cells) for name, cells in quality.items()])
+            lines += ["", *table(["encoder", *changes], [(name, *cells) for name, cells in versus.items()])]
+    ways = ("training, cand/s", "padded", "as impressions", "scoring, ms", "as impressions")
+    rows = []
     for name, arm in record["arms"].items():
         training = [_number(speed["training"][name].get(way), ",.0f") for way in ("requests", "padded", "impressions")]
         milliseconds = scoring["median_ms"][name]
         latencies = [_number(milliseconds.get(way), ".2f") for way in ("requests_ms", "impressions_ms")]
-        lines.append(_row(name, *training, *latencies, "yes" if arm["is_amortizable"] else "no"))
+        rows.append((name, *training, *latencies, "yes" if arm["is_amortizable"] else "no"))
+    lines += ["", "**speed**", "", *table(["encoder", *ways, "amortizable"], rows)]
     return "\n".join(lines) + "\n"
-
-
-def _table(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
-    """A row for each arm."""
-    lines = [_row("encoder", *heads), _row(*["---"] * (1 + len(heads)))]
-    return lines + [_row(name, *cells) for name, cells in rows.items()]
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _by_task(record: dict[str, Any]) -> dict[str, Any]:
@@ -94,12 +82,6 @@ def _by_task(record: dict[str, Any]) -> dict[str, Any]:
 def _spread(values: Sequence[float]) -> str:
     deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):.4f}{deviation}"
-
-
-def _interval(difference: dict[str, float] | None) -> str:
-    if difference is None:
-        return "-"
-    return f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
 
 
 def _number(value: float | None, digits: str) -> str:
