@@ -17,19 +17,48 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.modules.encoder import AmortizableEncoder, HistoryEncoder, HistoryState, refuse_other_requests
 from torchrec_amort.modules.events import EventEncoder, recency
-from torchrec_amort.ops.fingerprints import fingerprints
+from torchrec_amort.ops.fingerprints import fingerprints, mixed
 from torchrec_amort.ops.jagged import add_up, expand, requests
 
 # Latest events of each window; one more is of all events.
 WINDOWS = (10, 50, 200)
 
 
-def _refuse_windows(windows: Sequence[int]) -> None:
-    if list(windows) != sorted({window for window in windows if window >= 1}):
-        raise ValueError(f"windows are {list(windows)}: give numbers of latest events, 1 or more, in rising order")
+class _ByWindow(AmortizableEncoder):
+    """What candidates get of numbers that are told of the latest events, of more of them, and of all.
+
+    Args:
+        embedding_dim: D.
+        windows: numbers of latest events; all events are one window more.
+        numbers: of each window.
+        num_vectors: S.
+        device: where to put the weights.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        windows: Sequence[int],
+        numbers: int,
+        num_vectors: int,
+        device: torch.device | None,
+    ) -> None:
+        if list(windows) != sorted({window for window in windows if window >= 1}):
+            raise ValueError(f"windows are {list(windows)}: give numbers of latest events, 1 or more, in rising order")
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors is {num_vectors}, not 1 or more")
+        super().__init__(embedding_dim, num_vectors)
+        self.windows = tuple(windows)
+        self.num_windows = len(windows) + 1
+        self.vectors = nn.Linear(self.num_windows * numbers, num_vectors * embedding_dim, bias=False, device=device)
+
+    def _window_of(self, lengths_B: Tensor, num_events: int) -> Tensor:
+        """int64 [N]: the narrowest window that has each event."""
+        bounds = torch.tensor(self.windows, dtype=torch.int64, device=lengths_B.device)
+        return torch.bucketize(recency(lengths_B, num_events), bounds, right=True)
 
 
-class HistorySimilarity(AmortizableEncoder):
+class HistorySimilarity(_ByWindow):
     """How alike a candidate is to the user's latest events, to more of them, and to all.
 
     In each head and window: the product of the candidate's vector with the mean of the events' vectors, which is the
@@ -61,24 +90,19 @@ class HistorySimilarity(AmortizableEncoder):
         num_vectors: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_vectors)
         if embedding_dim % num_heads:
             raise ValueError(f"embedding_dim {embedding_dim} is not a multiple of num_heads {num_heads}")
-        if num_vectors < 1:
-            raise ValueError(f"num_vectors is {num_vectors}, not 1 or more")
-        _refuse_windows(windows)
-        self.num_heads, self.windows = num_heads, tuple(windows)
-        num_products = num_heads * (len(windows) + 1)
-        self.vectors = nn.Linear(num_products, num_vectors * embedding_dim, bias=False, device=device)
+        super().__init__(embedding_dim, windows, num_heads, num_vectors, device)
+        self.num_heads = num_heads
 
     def encode_history(self, history: JaggedTensor) -> HistoryState:
         """Phase one: the mean of each window; see `AmortizableEncoder.encode_history`."""
         events_ND, lengths_B = history.values(), history.lengths()
-        num_windows = len(self.windows) + 1
+        num_events = events_ND.shape[0]
         # Events of the narrowest window that has them; wider ones are sums of these.
-        places_N = requests(lengths_B, events_ND.shape[0]) * num_windows + window_of(events_ND, lengths_B, self.windows)
-        sums = add_up(events_ND, places_N, lengths_B.shape[0] * num_windows)
-        sums_BWD = sums.unflatten(0, (-1, num_windows)).cumsum(1)
+        places_N = requests(lengths_B, num_events) * self.num_windows + self._window_of(lengths_B, num_events)
+        sums = add_up(events_ND, places_N, lengths_B.shape[0] * self.num_windows)
+        sums_BWD = sums.unflatten(0, (-1, self.num_windows)).cumsum(1)
         widths = [lengths_B.clamp(max=window) for window in self.windows]
         counts_BW = torch.stack([*widths, lengths_B], 1).clamp(min=1)
         means_BWD = (sums_BWD / counts_BW[:, :, None]).to(events_ND.dtype)
@@ -95,7 +119,7 @@ class HistorySimilarity(AmortizableEncoder):
         return vectors_CX
 
 
-class HistoryMatches(AmortizableEncoder):
+class HistoryMatches(_ByWindow):
     """How often a candidate is among the user's latest events already, among more of them, and among all.
 
     An event matches if its vector is the candidate's, entry by entry, as two rows of one table are for one id, trained
@@ -126,16 +150,11 @@ class HistoryMatches(AmortizableEncoder):
         num_vectors: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(embedding_dim, num_vectors)
-        if num_vectors < 1:
-            raise ValueError(f"num_vectors is {num_vectors}, not 1 or more")
-        _refuse_windows(windows)
-        self.windows = tuple(windows)
-        self.vectors = nn.Linear(2 * (len(windows) + 1), num_vectors * embedding_dim, bias=False, device=device)
+        super().__init__(embedding_dim, windows, 2, num_vectors, device)
 
     def encode_history(self, history: JaggedTensor) -> HistoryState:
-        """Phase one: the events themselves; see `AmortizableEncoder.encode_history`."""
-        return HistoryState((), (history.values().unsqueeze(1),), history.lengths())
+        """Phase one: a fingerprint of each event, int64 [N, 1, 1]; see `AmortizableEncoder.encode_history`."""
+        return HistoryState((), (_fingerprints(history)[:, None, None],), history.lengths())
 
     def score_candidates(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
         """Phase two: [C, S D]; see `AmortizableEncoder.score_candidates`."""
@@ -147,14 +166,12 @@ class HistoryMatches(AmortizableEncoder):
 
     def _counts(self, state: HistoryState, candidates: JaggedTensor) -> Tensor:
         """int64 [C, W]: events of each window that match."""
-        events_ND, lengths_B = state.values[0].squeeze(1), state.lengths
-        keys_N, keys_C = _keys(events_ND, lengths_B), _keys(candidates.values(), candidates.lengths())
+        keys_N = _of_requests(state.values[0].flatten(), state.lengths)
+        keys_C = _of_requests(_fingerprints(candidates), candidates.lengths())
         sorted_N, order_N = keys_N.sort()
-        num_windows = len(self.windows) + 1
-        is_of_window_NW = torch.arange(num_windows, device=keys_N.device) >= window_of(
-            events_ND, lengths_B, self.windows
-        ).index_select(0, order_N).unsqueeze(1)
-        below_NW = torch.cat([keys_N.new_zeros(1, num_windows), is_of_window_NW.long().cumsum(0)])
+        window_N = self._window_of(state.lengths, keys_N.shape[0]).index_select(0, order_N)
+        is_of_window_NW = torch.arange(self.num_windows, device=keys_N.device) >= window_N.unsqueeze(1)
+        below_NW = torch.cat([keys_N.new_zeros(1, self.num_windows), is_of_window_NW.long().cumsum(0)])
         first_C, stop_C = (torch.searchsorted(sorted_N, keys_C, right=right) for right in (False, True))
         return below_NW.index_select(0, stop_C) - below_NW.index_select(0, first_C)
 
@@ -184,18 +201,12 @@ def refuse_never_matching(encoder: HistoryEncoder, events: EventEncoder, candida
         )
 
 
-def window_of(events_ND: Tensor, lengths_B: Tensor, windows: Sequence[int]) -> Tensor:
-    """int64 [N]: the narrowest window that has each event, `len(windows)` for the one of all.
-
-    Args:
-        events_ND: one row of B per request, oldest event first.
-        lengths_B: their numbers.
-        windows: numbers of latest events, rising.
-    """
-    bounds = torch.tensor(windows, dtype=torch.int64, device=events_ND.device)
-    return torch.bucketize(recency(lengths_B, events_ND.shape[0]), bounds, right=True)
+def _fingerprints(rows: JaggedTensor) -> Tensor:
+    """int64 [R]: the same for equal rows, and for others as good as never."""
+    rows_RD = rows.values()
+    return fingerprints(rows_RD, torch.zeros(rows_RD.shape[0], dtype=torch.int64, device=rows_RD.device))
 
 
-def _keys(rows_RD: Tensor, lengths_B: Tensor) -> Tensor:
-    """int64 [R]: the same for equal rows of one request, and for others as good as never."""
-    return fingerprints(rows_RD, requests(lengths_B, rows_RD.shape[0]))
+def _of_requests(prints_R: Tensor, lengths_B: Tensor) -> Tensor:
+    """int64 [R]: fingerprints that are other ones in another request."""
+    return mixed(prints_R, requests(lengths_B, prints_R.shape[0]))

@@ -357,6 +357,7 @@ def _compile(
         "has_head": head is not None,
         "num_keys": num_keys,
         "states": [[list(tensor.shape) for tensor in ones] for ones in of_one_event],
+        "state_dtypes": [[str(tensor.dtype).removeprefix("torch.") for tensor in ones] for ones in of_one_event],
         "terms": [list(tensor.shape) for tensor in terms],
         "num_tasks": candidates(*given).shape[1],
     }

@@ -116,6 +116,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{told}: export the model again")
     if package_version == _FIRST_OF_RANKERS:
         manifest = _renewed(manifest)
+    if "state_dtypes" not in manifest:
+        # Written when every state was in the dtype of its encoder.
+        manifest["state_dtypes"] = [[manifest["dtype"]] * len(shapes) for shapes in manifest["states"]]
     refuse_damaged(folder, checksums)
     if cpu != torch.backends.cpu.get_cpu_capability():
         raise InputError(
@@ -252,8 +255,9 @@ class _PackagedPhases(Phases):
         if events[0].shape[0] > 0:
             return to_state(self._histories[place]([rows_nW.contiguous() for rows_nW in events]), num_keys)
         # Compiled attention does not take zero keys: a value that is zero adds exactly zero, too.
-        shapes = self._manifest["states"][place]
-        return to_state([torch.zeros(shape, dtype=self._dtype) for shape in shapes], num_keys)
+        shapes, dtypes = self._manifest["states"][place], self._manifest["state_dtypes"][place]
+        zeros = [torch.zeros(shape, dtype=getattr(torch, of)) for shape, of in zip(shapes, dtypes, strict=True)]
+        return to_state(zeros, num_keys)
 
     def is_extendable(self, tower: str) -> bool:
         """Whether a state can be extended by the events since: none can."""
