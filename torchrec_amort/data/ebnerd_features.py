@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from torchrec_amort.data.ebnerd_counters import HALF_LIVES_HOURS, VECTOR_SIZE, DecayedCounts, Embedding, Readers
 from torchrec_amort.data.ebnerd_files import Articles, Split
 from torchrec_amort.data.splits import ranges
-from torchrec_amort.errors import InputError
-
-HistoryOf = Literal["own", "another user"]
 
 DEVICES = (1, 2, 3)
 
@@ -32,8 +27,6 @@ OF_CANDIDATE = (
 # What is told of an article, of an event's as of a candidate's.
 ATTRIBUTES = ("premium", "article_length", "readers")
 
-_SEED_OF_OTHER_USERS = 0
-
 
 class KnownBefore:
     """Features of requests, candidates and events of one split, of what was known before each request.
@@ -42,7 +35,6 @@ class KnownBefore:
         split: its requests and events.
         articles: what is known of all articles.
         embedding: of the split's users with a history.
-        history_of: whose events are a request's history.
 
     Example::
 
@@ -50,7 +42,7 @@ class KnownBefore:
         dense, vectors = known.of_candidates(0, 4096)
     """
 
-    def __init__(self, split: Split, articles: Articles, embedding: Embedding, history_of: HistoryOf = "own") -> None:
+    def __init__(self, split: Split, articles: Articles, embedding: Embedding) -> None:
         self.split, self._articles = split, articles
         events, num_articles, start = split.events, len(articles.ids), split.start
         without_history = np.zeros((len(split.user_ids) - split.num_readers, VECTOR_SIZE))
@@ -74,15 +66,11 @@ class KnownBefore:
         newest_earlier = np.append(-1, np.maximum.accumulate(newest))[num_earlier]
         self._newest_id = articles.ids[np.maximum(newest, newest_earlier)]
         self._num_of_history = np.append(0, np.cumsum(events.time < start))
-        self._own = self._before(events.user, events.time, split.user)
-        user = split.user
-        if history_of == "another user":
-            user = other_users(len(split.user_ids))[split.user]
-        self._clicked = self._before(events.user, events.time, user)
+        self._clicked = self._before(events.user, events.time, split.user)
         user_shown = np.repeat(split.user, np.diff(split.bounds))
         order = np.lexsort((split.candidate, time_shown, user_shown))
         self._views = split.candidate[order], time_shown[order]
-        self._viewed = self._before(user_shown[order], time_shown[order], user)
+        self._viewed = self._before(user_shown[order], time_shown[order], split.user)
 
     def _before(self, users: np.ndarray, times: np.ndarray, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the rows of a user for each request start, and where those before the request stop.
@@ -98,7 +86,7 @@ class KnownBefore:
 
     def of_requests(self, begin: int, end: int) -> dict[str, np.ndarray]:
         """The dense features of requests, float64, as they are before they are standardized."""
-        split, (first, stop) = self.split, self._own
+        split, (first, stop) = self.split, self._clicked
         angle = 2 * np.pi * (split.time[begin:end] % 86_400) / 86_400
         num_candidates = np.diff(split.bounds[begin : end + 1])
         num_before_week = self._num_of_history[stop[begin:end]] - self._num_of_history[first[begin:end]]
@@ -169,20 +157,6 @@ def _latest(
     first, stop = (places[begin:end] for places in rows)
     first = np.maximum(first, stop - history_length)
     return stop - first, ranges(first, stop)[1]
-
-
-def other_users(num_users: int) -> np.ndarray:
-    """For each user another one, so that no two have the same: int64 [U].
-
-    Raises:
-        InputError: there is no other user.
-    """
-    if num_users < 2:
-        raise InputError(f"history_of is 'another user', but a split has {num_users} user: it needs 2 or more")
-    cycle = np.random.default_rng(_SEED_OF_OTHER_USERS).permutation(num_users)
-    other = np.empty_like(cycle)
-    other[cycle] = np.roll(cycle, -1)
-    return other
 
 
 def _rank(article: np.ndarray, bounds: np.ndarray, num_articles: int) -> np.ndarray:
