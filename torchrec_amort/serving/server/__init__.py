@@ -1,0 +1,1 @@
+"""A server of scores over the Open Inference Protocol."""
