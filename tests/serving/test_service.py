@@ -8,7 +8,7 @@ import torch
 
 from tests.serving.test_scorer import assert_same, by_impressions, make_batch, make_model
 from torchrec_amort import AmortizedScorer, InputError
-from torchrec_amort.serving.service import Overloaded, ScoringService
+from torchrec_amort.serving.service import DeadlineExceeded, Overloaded, ScoringService
 
 
 class Held:
@@ -22,6 +22,11 @@ class Held:
         self.started.release()
         self.go_on.wait()
         return batch
+
+
+def ended(service: ScoringService) -> dict[str, int]:
+    """What became of requests, less what became of none."""
+    return {name: count for name, count in service.counters().items() if count}
 
 
 def run(*functions: Callable[[], object]) -> list[threading.Thread]:
@@ -49,7 +54,7 @@ def test_results_and_errors_go_to_who_sent_the_request() -> None:
                     future.result()
             else:
                 assert_same(future.result(), by_impressions(model, batch))
-        assert service.counters() == {"accepted": 8, "refused": 0, "done": 7, "failed": 1, "cancelled": 0}
+        assert ended(service) == {"accepted": 8, "done": 7, "failed": 1}
     with pytest.raises(RuntimeError, match="closed"):
         service.submit(batches[0])
 
@@ -67,7 +72,106 @@ def test_a_full_queue_refuses_at_once_and_loses_nothing() -> None:
     held.go_on.set()
     service.close()
     assert all(future.done() for future in wait([first, *waiting]).done)
-    assert service.counters() == {"accepted": 4, "refused": 5, "done": 3, "failed": 0, "cancelled": 1}
+    assert ended(service) == {"accepted": 4, "refused": 5, "done": 3, "cancelled": 1}
+
+
+class Clock:
+    """Seconds that a test tells; each request takes some to score."""
+
+    def __init__(self, seconds_to_score: float = 0.0) -> None:
+        self.now, self.seconds_to_score = 100.0, seconds_to_score
+
+    def __call__(self) -> float:
+        return self.now
+
+    def score(self, requests: Any) -> Any:
+        self.now += self.seconds_to_score
+        return requests
+
+
+class HeldInOrder(Held):
+    """A scorer that waits, and keeps the order in which requests were scored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scored: list[Any] = []
+
+    def score(self, batch: Any) -> Any:
+        super().score(batch)
+        self.scored.append(batch)
+        return batch
+
+
+def test_requests_of_lower_priority_numbers_go_first_and_take_the_place_of_others() -> None:
+    held = HeldInOrder()
+    service = ScoringService(held, num_workers=1, max_waiting=3)
+    service.submit("first")
+    held.started.acquire()
+    late, usual, later = (service.submit(word, priority=p) for word, p in (("late", 2), ("usual", 1), ("later", 2)))
+    with pytest.raises(Overloaded, match="3 requests are waiting"):
+        service.submit("too late", priority=2)
+    urgent = service.submit("urgent")
+    with pytest.raises(Overloaded, match="a request that goes first came"):
+        later.result(60)
+    held.go_on.set()
+    service.close()
+    assert held.scored == ["first", "urgent", "usual", "late"]
+    assert [future.result(0) for future in (late, usual, urgent)] == ["late", "usual", "urgent"]
+    assert ended(service) == {"accepted": 5, "refused": 1, "done": 4, "displaced": 1}
+
+
+def test_what_waits_is_bounded_in_bytes() -> None:
+    held = Held()
+    service = ScoringService(held, num_workers=1, max_waiting=9, max_bytes=100)
+    service.submit("first", num_bytes=90)
+    held.started.acquire()
+    service.submit("second", num_bytes=60)
+    with pytest.raises(Overloaded, match="1 requests of 60 bytes are waiting, and it has 41: the limit is 100 bytes"):
+        service.submit("third", num_bytes=41)
+    with pytest.raises(Overloaded, match="and it has 101"):
+        service.submit("large", num_bytes=101, priority=-1)
+    service.submit("fourth", num_bytes=40)
+    held.go_on.set()
+    service.close()
+    assert ended(service) == {"accepted": 3, "refused": 2, "done": 3}
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    clock = Clock(seconds_to_score=2.0)
+    with ScoringService(clock, num_workers=1, max_waiting=9, clock=clock) as service:
+        # Nothing is known of how long a request takes, and then it is.
+        assert service.submit("first", deadline=101.0).result(60) == "first"
+        with pytest.raises(DeadlineExceeded, match="the deadline was 2 s ago"):
+            service.submit("over", deadline=100.0)
+        with pytest.raises(Overloaded, match=r"0 requests are before it, and a request takes 2e\+03 ms"):
+            service.submit("soon", deadline=103.9)
+        assert service.submit("in time", deadline=104.1).result(60) == "in time"
+        assert ended(service) == {"accepted": 2, "refused": 2, "done": 2}
+
+
+def test_those_that_wait_count_against_a_deadline() -> None:
+    clock, held = Clock(seconds_to_score=2.0), Held()
+
+    class Scorer:
+        def score(self, requests: Any) -> Any:
+            if requests == "held":
+                held.score(requests)
+            return clock.score(requests)
+
+    service = ScoringService(Scorer(), num_workers=1, max_waiting=9, clock=clock)
+    service.submit("first").result(60)
+    service.submit("held")
+    held.started.acquire()
+    behind = service.submit("behind", deadline=106.5, priority=1)
+    with pytest.raises(Overloaded, match="2 requests are before it"):
+        service.submit("last", deadline=107.5, priority=1)
+    service.submit("ahead", deadline=106.5)
+    held.go_on.set()
+    service.close()
+    # The one that went first took its time.
+    with pytest.raises(DeadlineExceeded, match="while it waited"):
+        behind.result(0)
+    assert ended(service) == {"accepted": 4, "refused": 1, "done": 3, "late": 1}
 
 
 def test_it_is_closed_by_many_threads_while_its_queue_is_full() -> None:
@@ -82,7 +186,7 @@ def test_it_is_closed_by_many_threads_while_its_queue_is_full() -> None:
     held.go_on.set()
     assert_end(closing)
     assert all(future.done() for future in futures)
-    assert service.counters() == {"accepted": 4, "refused": 0, "done": 4, "failed": 0, "cancelled": 0}
+    assert ended(service) == {"accepted": 4, "done": 4}
     assert_end(run(service.close))
     with pytest.raises(RuntimeError, match="the service is closed"):
         service.submit(make_batch([(1, 1)]))
@@ -106,6 +210,7 @@ def test_who_waits_for_a_future_may_close_it_in_the_workers_own_thread() -> None
 
     first: Future[torch.Tensor] = service.submit(make_batch([(1, 1)]))
     first.add_done_callback(close)
+    assert held.started.acquire(timeout=60)
     others = [service.submit(make_batch([(1, 1)])) for _ in range(2)]
     held.go_on.set()
     assert closed.wait(60)
@@ -126,7 +231,7 @@ def test_a_scorer_that_exits_is_its_senders_and_ends_no_worker() -> None:
     assert_end(run(service.close))
     assert isinstance(futures[0].exception(0), SystemExit)
     assert len(futures[1].result(0)) == 1
-    assert service.counters() == {"accepted": 2, "refused": 0, "done": 1, "failed": 1, "cancelled": 0}
+    assert ended(service) == {"accepted": 2, "done": 1, "failed": 1}
 
 
 def test_workers_have_threads_of_their_own_and_leave_those_of_all_others() -> None:

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from torchrec_amort.batch import RequestBatch
 from torchrec_amort.serving.workers import Workers
+
+# Share of the latest request in the mean time to score one.
+_LATEST = 0.05
 
 
 class Scorer(Protocol):
     """What a service needs of a scorer: an `AmortizedScorer` and a `Rollout` have it."""
 
-    def score(self, requests: RequestBatch, /) -> Tensor:
+    def score(self, requests: Any, /) -> Tensor:
         """Logits [C, T] of every candidate of every request; called by many threads."""
         ...
 
 
 class Overloaded(RuntimeError):
-    """The queue is full: the request was not taken, and may be sent again later or elsewhere."""
+    """The request was not scored, since others were before it: it may be sent again later or elsewhere."""
+
+
+class DeadlineExceeded(RuntimeError):
+    """The request's time was over before it was scored."""
 
 
 @dataclass
 class ServiceCounters:
-    """What became of the requests so far: each was refused or accepted, and then ends done, failed or cancelled.
+    """What became of the requests so far: each was refused or accepted, and then ends in one of the other ways.
 
     Args:
         accepted: taken into the queue.
-        refused: not taken, since the queue was full.
+        refused: not taken, since the queue was full or the deadline could not be met.
         done: scored.
         failed: ended in an error, which the sender gets.
         cancelled: given up by their sender while they waited.
+        displaced: given up for one that goes first, since the queue was full.
+        late: whose deadline came while they waited.
     """
 
     accepted: int = 0
@@ -42,10 +54,24 @@ class ServiceCounters:
     done: int = 0
     failed: int = 0
     cancelled: int = 0
+    displaced: int = 0
+    late: int = 0
+
+
+@dataclass(order=True)
+class _Waiting:
+    """A request in the queue, which those of lower priority numbers, and then those that came before, leave first."""
+
+    priority: int
+    number: int
+    requests: Any = field(compare=False)
+    num_bytes: int = field(compare=False)
+    deadline: float | None = field(compare=False)
+    future: Future[Tensor] = field(compare=False)
 
 
 class ScoringService:
-    """Scores requests in worker threads; a request that finds the queue full is refused at once.
+    """Scores requests in worker threads; one that finds the queue full, or would come too late, is refused at once.
 
     So that memory and waiting times stay bounded however many requests come. An error in one request is its sender's
     and leaves the others alone.
@@ -55,6 +81,8 @@ class ScoringService:
         num_workers: requests that are scored at the same time.
         max_waiting: requests that may wait for a worker.
         threads_per_request: CPU threads of each worker.
+        max_bytes: bytes that requests which wait may have together; any number if None.
+        clock: seconds, of deadlines.
 
     Raises:
         ValueError: a number is below 1.
@@ -65,49 +93,88 @@ class ScoringService:
             logits_CT = service.submit(batch).result()
     """
 
-    def __init__(self, scorer: Scorer, num_workers: int, max_waiting: int, threads_per_request: int = 1) -> None:
-        if min(num_workers, max_waiting, threads_per_request) < 1:
+    def __init__(
+        self,
+        scorer: Scorer,
+        num_workers: int,
+        max_waiting: int,
+        threads_per_request: int = 1,
+        *,
+        max_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if min(num_workers, max_waiting, threads_per_request, max_bytes or 1) < 1:
             raise ValueError(
-                f"num_workers is {num_workers}, max_waiting {max_waiting}, threads_per_request {threads_per_request}: "
-                "all need 1 or more"
+                f"num_workers is {num_workers}, max_waiting {max_waiting}, threads_per_request {threads_per_request}, "
+                f"max_bytes {max_bytes}: all need 1 or more"
             )
         self.scorer = scorer
-        self._max_waiting = max_waiting
-        self._num_waiting = 0
+        self._num_workers, self._max_waiting, self._max_bytes = num_workers, max_waiting, max_bytes
+        self._clock = clock
+        # A heap; who leaves first stands first.
+        self._queue: list[_Waiting] = []
+        self._num_bytes = 0
+        self._numbers = itertools.count()
+        self._num_scored_now = 0
+        self._mean_seconds = 0.0
         self._counters = ServiceCounters()
         self._lock = threading.Lock()
         self._is_closed = False
         self._workers = Workers(num_workers, threads_per_request)
 
-    def submit(self, batch: RequestBatch) -> Future[Tensor]:
+    def submit(
+        self, requests: Any, *, deadline: float | None = None, priority: int = 0, num_bytes: int = 0
+    ) -> Future[Tensor]:
         """Hand in requests.
 
         Args:
-            batch: one request or several, scored together.
+            requests: one request or several, scored together: whatever the scorer takes.
+            deadline: by the service's clock, `time.monotonic` unless given, in seconds: later, no one wants the scores.
+            priority: those of lower numbers go first; where the queue is full, they take the place of others.
+            num_bytes: what the request takes while it waits.
 
         Returns:
-            Future: of their logits [C, T].
+            Future: of their logits [C, T]. It ends in `Overloaded` for a request that gives up its place, and in
+            `DeadlineExceeded` for one whose deadline comes while it waits.
 
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, or too long for the deadline.
+            DeadlineExceeded: the deadline is over.
             RuntimeError: the service is closed.
         """
         future: Future[Tensor] = Future()
+        request = _Waiting(priority, next(self._numbers), requests, num_bytes, deadline, future)
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the service is closed")
-            if self._num_waiting == self._max_waiting:
+            try:
+                self._refuse_late(request)
+                displaced = self._displaced_for(request)
+            except (Overloaded, DeadlineExceeded):
                 self._counters.refused += 1
-                raise Overloaded(f"{self._max_waiting} requests are waiting: the limit")
-            self._workers.submit(self._work, batch, future)
-            self._num_waiting += 1
+                raise
+            for other in displaced:
+                self._queue.remove(other)
+                self._num_bytes -= other.num_bytes
+            if displaced:
+                heapq.heapify(self._queue)
+            heapq.heappush(self._queue, request)
+            self._num_bytes += num_bytes
             self._counters.accepted += 1
+            self._workers.submit(self._work)
+        for other in displaced:
+            self._give_up(other, "displaced", Overloaded("the queue is full, and a request that goes first came"))
         return future
 
     def counters(self) -> dict[str, int]:
         """What became of the requests so far: see `ServiceCounters`."""
         with self._lock:
             return asdict(self._counters)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
 
     def close(self) -> None:
         """Take no more requests, and return when those that were accepted are scored.
@@ -125,21 +192,88 @@ class ScoringService:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _work(self, batch: RequestBatch, future: Future[Tensor]) -> None:
-        # Who cancels a request that waits does not want it scored; later it cannot be cancelled.
-        is_wanted = future.set_running_or_notify_cancel()
-        with self._lock:
-            self._num_waiting -= 1
-            self._counters.cancelled += not is_wanted
-        if not is_wanted:
+    def _refuse_late(self, request: _Waiting) -> None:
+        """Refuse a request whose scores would come after its deadline, as long as others have taken so far."""
+        if request.deadline is None:
             return
+        now = self._clock()
+        if now >= request.deadline:
+            raise DeadlineExceeded(f"the deadline was {now - request.deadline:.3g} s ago")
+        num_before = self._num_scored_now + sum(other < request for other in self._queue)
+        # Until a worker is free, and then to be scored.
+        turns = max(0, num_before - self._num_workers + 1) / self._num_workers + 1
+        if now + turns * self._mean_seconds > request.deadline:
+            raise Overloaded(
+                f"{num_before} requests are before it, and a request takes {self._mean_seconds * 1e3:.3g} ms: its "
+                f"scores would come after its deadline in {(request.deadline - now) * 1e3:.3g} ms"
+            )
+
+    def _displaced_for(self, request: _Waiting) -> list[_Waiting]:
+        """The requests that have to leave the queue for another one."""
+        displaced: list[_Waiting] = []
+        last_first = iter(sorted(self._queue, reverse=True))
+        while reason := self._why_full(request, displaced):
+            other = next(last_first, None)
+            if other is None or other.priority <= request.priority:
+                raise Overloaded(reason)
+            displaced.append(other)
+        return displaced
+
+    def _why_full(self, request: _Waiting, displaced: Sequence[_Waiting]) -> str | None:
+        """Why the queue, less some requests, has no place for another one; None if it has."""
+        num_waiting = len(self._queue) - len(displaced)
+        num_bytes = self._num_bytes - sum(other.num_bytes for other in displaced)
+        if num_waiting == self._max_waiting:
+            return f"{num_waiting} requests are waiting: the limit"
+        if self._max_bytes is not None and num_bytes + request.num_bytes > self._max_bytes:
+            return (
+                f"{num_waiting} requests of {num_bytes} bytes are waiting, and it has {request.num_bytes}: the limit "
+                f"is {self._max_bytes} bytes"
+            )
+        return None
+
+    def _work(self) -> None:
+        """Score the request that goes first, if there is one: one that was displaced has left its turn."""
+        with self._lock:
+            if not self._queue:
+                return
+            request = heapq.heappop(self._queue)
+            self._num_bytes -= request.num_bytes
+            started = self._clock()
+            is_late = request.deadline is not None and started + self._mean_seconds > request.deadline
+        if is_late:
+            self._give_up(request, "late", DeadlineExceeded("its deadline came while it waited"))
+            return
+        # Who cancels a request that waits does not want it scored; later it cannot be cancelled.
+        if not request.future.set_running_or_notify_cancel():
+            self._count("cancelled")
+            return
+        with self._lock:
+            self._num_scored_now += 1
         try:
-            logits_CT = self.scorer.score(batch)
+            logits_CT = self.scorer.score(request.requests)
         except BaseException as error:  # noqa: BLE001 - it is the sender's, and the worker goes on
-            with self._lock:
-                self._counters.failed += 1
-            future.set_exception(error)
+            self._scored(started, "failed")
+            request.future.set_exception(error)
         else:
-            with self._lock:
-                self._counters.done += 1
-            future.set_result(logits_CT)
+            self._scored(started, "done")
+            request.future.set_result(logits_CT)
+
+    def _scored(self, started: float, how: str) -> None:
+        with self._lock:
+            self._num_scored_now -= 1
+            if how == "done":
+                seconds = self._clock() - started
+                self._mean_seconds += (seconds - self._mean_seconds) * (_LATEST if self._counters.done else 1)
+        self._count(how)
+
+    def _give_up(self, request: _Waiting, how: str, error: Exception) -> None:
+        if not request.future.set_running_or_notify_cancel():
+            self._count("cancelled")
+            return
+        self._count(how)
+        request.future.set_exception(error)
+
+    def _count(self, how: str) -> None:
+        with self._lock:
+            setattr(self._counters, how, getattr(self._counters, how) + 1)
