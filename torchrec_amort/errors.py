@@ -1,6 +1,9 @@
-"""Bad input, told in one line."""
+"""Errors, told in one line."""
 
 from __future__ import annotations
+
+import traceback
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -10,3 +13,14 @@ class InputError(ValueError):
 def one_line(error: Exception) -> str:
     """The message of another error on one line, to be told in an `InputError`."""
     return " ".join(str(error).split())
+
+
+def place_of(error: BaseException) -> str:
+    """An error's kind and the line that raised it; its message may tell ids.
+
+    Example::
+
+        logger.error("scoring raised %s", place_of(error))  # KeyError (scorer.py:71)
+    """
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno})"

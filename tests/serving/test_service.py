@@ -24,7 +24,7 @@ class Held:
         return batch
 
 
-def ended(service: ScoringService) -> dict[str, int]:
+def ended(service: ScoringService[Any]) -> dict[str, int]:
     """What became of requests, less what became of none."""
     return {name: count for name, count in service.counters().items() if count}
 
@@ -134,6 +134,26 @@ def test_what_waits_is_bounded_in_bytes() -> None:
     held.go_on.set()
     service.close()
     assert ended(service) == {"accepted": 3, "refused": 2, "done": 3}
+
+
+def test_what_was_accepted_before_it_is_drained_has_ended() -> None:
+    held, drained = Held(), threading.Event()
+    service = ScoringService(held, num_workers=1, max_waiting=9)
+    futures = [service.submit(word) for word in ("first", "second", "third")]
+    assert held.started.acquire(timeout=60)
+
+    def drain() -> None:
+        service.drain()
+        drained.set()
+
+    draining = run(drain)
+    assert not drained.is_set()
+    futures[2].cancel()
+    held.go_on.set()
+    assert_end(draining)
+    assert all(future.done() for future in futures)
+    service.close()
+    service.drain()
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:

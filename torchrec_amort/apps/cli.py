@@ -16,6 +16,7 @@ COMMANDS = {
     "throughput": "time reading and training, request by request and impression by impression",
     "export": "write a trained model as a package of compiled phases, quantized tables and a manifest",
     "apply": "make a package of an earlier one and what export --since wrote",
+    "serve": "answer requests for scores over gRPC and HTTP, by the Open Inference Protocol",
     "benchmark": "time the same weights amortized and impression by impression",
     "pilot": "replay logged requests through two arms: latency, quality and cost side by side",
 }

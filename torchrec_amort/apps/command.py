@@ -21,6 +21,7 @@ EXTRAS = {
     "train": ("tensorboard", "torchx"),
     "report": ("jinja2", "matplotlib"),
     "build": ("duckdb",),
+    "serve": ("grpc", "grpc_health", "starlette", "uvicorn", "msgspec", "prometheus_client"),
     "spark": ("pyspark", "sqlglot"),
 }
 # No space, over quota, file too large, read-only, not permitted (twice), a file where a folder should be (twice).

@@ -61,7 +61,7 @@ class _Clients:
     """
 
     def __init__(
-        self, service: ScoringService, batches: Sequence[RequestBatch], expected: Sequence[Tensor], seed: int
+        self, service: ScoringService[Tensor], batches: Sequence[RequestBatch], expected: Sequence[Tensor], seed: int
     ) -> None:
         self._service, self._batches, self._expected = service, batches, expected
         self._seed = seed
@@ -178,7 +178,7 @@ def _capacity(scorer: AmortizedScorer, batches: Sequence[RequestBatch], workers:
         return done / (time.perf_counter() - started)
 
 
-def _result(clients: _Clients, service: ScoringService, seconds: float, grown: int) -> dict[str, Any]:
+def _result(clients: _Clients, service: ScoringService[Tensor], seconds: float, grown: int) -> dict[str, Any]:
     counters = service.counters()
     answered = len(clients.seconds)
     percentiles = _percentiles(clients.seconds) if answered else {}

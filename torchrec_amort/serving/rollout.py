@@ -10,18 +10,16 @@ import logging
 import math
 import random
 import threading
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchrec_amort.batch import RequestBatch
-from torchrec_amort.errors import InputError
+from torchrec_amort.errors import InputError, place_of
 from torchrec_amort.hashing import mix
 from torchrec_amort.models.ranker import CollectionRanker, Ranker
 from torchrec_amort.serving.workers import Workers
@@ -309,7 +307,7 @@ class Rollout:
         except Exception as error:  # noqa: BLE001 - whatever it is, the control answers
             with self._lock:
                 self._counters.failed += len(batch)
-            self.switch_back(f"the treatment raised {_place(error)} for {_sizes(batch)}")
+            self.switch_back(f"the treatment raised {place_of(error)} for {_sizes(batch)}")
             return self._control(batch)
         self._shadow.offer(batch, logits_CT)
         return logits_CT
@@ -370,7 +368,7 @@ class _Shadow:
         except InputError:
             self._uncompared(len(rows))
         except Exception as error:  # noqa: BLE001 - the request is answered, and its sample must not fail it
-            self._uncompared(len(rows), f"sample {first}: to copy it raised {_place(error)}")
+            self._uncompared(len(rows), f"sample {first}: to copy it raised {place_of(error)}")
         else:
             for sample in samples:
                 self._put(sample)
@@ -411,13 +409,13 @@ class _Shadow:
             self._uncompared(1)
             return
         except BaseException as error:  # noqa: BLE001 - a thread cannot exit the process, and the worker goes on
-            self._uncompared(1, f"sample {sample.number}: the treatment raised {_place(error)} for {sizes}")
+            self._uncompared(1, f"sample {sample.number}: the treatment raised {place_of(error)} for {sizes}")
             return
         try:
             expected_CT = self._reference(sample.request)
             difference = _largest_difference(logits_CT, expected_CT)
         except BaseException as error:  # noqa: BLE001 - a thread cannot exit the process, and the worker goes on
-            self._uncompared(1, f"sample {sample.number}: the reference raised {_place(error)} for {sizes}")
+            self._uncompared(1, f"sample {sample.number}: the reference raised {place_of(error)} for {sizes}")
             return
         with self._lock:
             self._counters.compared += 1
@@ -463,9 +461,3 @@ def _largest_difference(logits_CT: Tensor, expected_CT: Tensor) -> float:
 def _sizes(batch: RequestBatch) -> str:
     num_candidates, num_ids = batch.candidate_dense.shape[0], batch.sequences.values().numel()
     return f"{len(batch)} requests, {num_candidates} candidates, {num_ids} ids of events and candidates"
-
-
-def _place(error: BaseException) -> str:
-    """An error's kind and the line that raised it; its message may tell ids."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno})"

@@ -7,11 +7,9 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any, Generic, Protocol, TypeVar
 
 from torchrec_amort.serving.workers import Workers
 
@@ -19,11 +17,19 @@ from torchrec_amort.serving.workers import Workers
 _LATEST = 0.05
 
 
-class Scorer(Protocol):
-    """What a service needs of a scorer: an `AmortizedScorer` and a `Rollout` have it."""
+class Closed(RuntimeError):
+    """The service takes no more requests."""
 
-    def score(self, requests: Any, /) -> Tensor:
-        """Logits [C, T] of every candidate of every request; called by many threads."""
+
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Scorer(Protocol[Result_co]):
+    """What a service needs of a scorer: an `AmortizedScorer`, a `Rollout` and `Versions` have it."""
+
+    def score(self, requests: Any, /) -> Result_co:
+        """The scores of every candidate of every request; called by many threads."""
         ...
 
 
@@ -59,7 +65,7 @@ class ServiceCounters:
 
 
 @dataclass(order=True)
-class _Waiting:
+class _Waiting(Generic[Result]):
     """A request in the queue, which those of lower priority numbers, and then those that came before, leave first."""
 
     priority: int
@@ -67,10 +73,10 @@ class _Waiting:
     requests: Any = field(compare=False)
     num_bytes: int = field(compare=False)
     deadline: float | None = field(compare=False)
-    future: Future[Tensor] = field(compare=False)
+    future: Future[Result] = field(compare=False)
 
 
-class ScoringService:
+class ScoringService(Generic[Result]):
     """Scores requests in worker threads; one that finds the queue full, or would come too late, is refused at once.
 
     So that memory and waiting times stay bounded however many requests come. An error in one request is its sender's
@@ -95,7 +101,7 @@ class ScoringService:
 
     def __init__(
         self,
-        scorer: Scorer,
+        scorer: Scorer[Result],
         num_workers: int,
         max_waiting: int,
         threads_per_request: int = 1,
@@ -112,9 +118,10 @@ class ScoringService:
         self._num_workers, self._max_waiting, self._max_bytes = num_workers, max_waiting, max_bytes
         self._clock = clock
         # A heap; who leaves first stands first.
-        self._queue: list[_Waiting] = []
+        self._queue: list[_Waiting[Result]] = []
         self._num_bytes = 0
         self._numbers = itertools.count()
+        self._unfinished: set[Future[Result]] = set()
         self._num_scored_now = 0
         self._mean_seconds = 0.0
         self._counters = ServiceCounters()
@@ -124,7 +131,7 @@ class ScoringService:
 
     def submit(
         self, requests: Any, *, deadline: float | None = None, priority: int = 0, num_bytes: int = 0
-    ) -> Future[Tensor]:
+    ) -> Future[Result]:
         """Hand in requests.
 
         Args:
@@ -134,19 +141,19 @@ class ScoringService:
             num_bytes: what the request takes while it waits.
 
         Returns:
-            Future: of their logits [C, T]. It ends in `Overloaded` for a request that gives up its place, and in
+            Future: of what the scorer returns. It ends in `Overloaded` for a request that gives up its place, and in
             `DeadlineExceeded` for one whose deadline comes while it waits.
 
         Raises:
             Overloaded: the queue is full, or too long for the deadline.
             DeadlineExceeded: the deadline is over.
-            RuntimeError: the service is closed.
+            Closed: the service is closed.
         """
-        future: Future[Tensor] = Future()
+        future: Future[Result] = Future()
         request = _Waiting(priority, next(self._numbers), requests, num_bytes, deadline, future)
         with self._lock:
             if self._is_closed:
-                raise RuntimeError("the service is closed")
+                raise Closed("the service is closed")
             try:
                 self._refuse_late(request)
                 displaced = self._displaced_for(request)
@@ -161,7 +168,9 @@ class ScoringService:
             heapq.heappush(self._queue, request)
             self._num_bytes += num_bytes
             self._counters.accepted += 1
+            self._unfinished.add(future)
             self._workers.submit(self._work)
+        future.add_done_callback(self._unfinished.discard)
         for other in displaced:
             self._give_up(other, "displaced", Overloaded("the queue is full, and a request that goes first came"))
         return future
@@ -176,6 +185,12 @@ class ScoringService:
         """Requests in the queue."""
         return len(self._queue)
 
+    def drain(self) -> None:
+        """Return when all requests that were accepted so far have ended."""
+        with self._lock:
+            unfinished = self._unfinished.copy()
+        wait(unfinished)
+
     def close(self) -> None:
         """Take no more requests, and return when those that were accepted are scored.
 
@@ -186,13 +201,13 @@ class ScoringService:
             self._is_closed = True
         self._workers.close()
 
-    def __enter__(self) -> ScoringService:
+    def __enter__(self) -> ScoringService[Result]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_late(self, request: _Waiting) -> None:
+    def _refuse_late(self, request: _Waiting[Result]) -> None:
         """Refuse a request whose scores would come after its deadline, as long as others have taken so far."""
         if request.deadline is None:
             return
@@ -208,9 +223,9 @@ class ScoringService:
                 f"scores would come after its deadline in {(request.deadline - now) * 1e3:.3g} ms"
             )
 
-    def _displaced_for(self, request: _Waiting) -> list[_Waiting]:
+    def _displaced_for(self, request: _Waiting[Result]) -> list[_Waiting[Result]]:
         """The requests that have to leave the queue for another one."""
-        displaced: list[_Waiting] = []
+        displaced: list[_Waiting[Result]] = []
         last_first = iter(sorted(self._queue, reverse=True))
         while reason := self._why_full(request, displaced):
             other = next(last_first, None)
@@ -219,7 +234,7 @@ class ScoringService:
             displaced.append(other)
         return displaced
 
-    def _why_full(self, request: _Waiting, displaced: Sequence[_Waiting]) -> str | None:
+    def _why_full(self, request: _Waiting[Result], displaced: Sequence[_Waiting[Result]]) -> str | None:
         """Why the queue, less some requests, has no place for another one; None if it has."""
         num_waiting = len(self._queue) - len(displaced)
         num_bytes = self._num_bytes - sum(other.num_bytes for other in displaced)
@@ -251,13 +266,13 @@ class ScoringService:
         with self._lock:
             self._num_scored_now += 1
         try:
-            logits_CT = self.scorer.score(request.requests)
+            scores = self.scorer.score(request.requests)
         except BaseException as error:  # noqa: BLE001 - it is the sender's, and the worker goes on
             self._scored(started, "failed")
             request.future.set_exception(error)
         else:
             self._scored(started, "done")
-            request.future.set_result(logits_CT)
+            request.future.set_result(scores)
 
     def _scored(self, started: float, how: str) -> None:
         with self._lock:
@@ -267,7 +282,7 @@ class ScoringService:
                 self._mean_seconds += (seconds - self._mean_seconds) * (_LATEST if self._counters.done else 1)
         self._count(how)
 
-    def _give_up(self, request: _Waiting, how: str, error: Exception) -> None:
+    def _give_up(self, request: _Waiting[Result], how: str, error: Exception) -> None:
         if not request.future.set_running_or_notify_cancel():
             self._count("cancelled")
             return

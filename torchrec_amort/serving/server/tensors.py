@@ -38,6 +38,8 @@ _DTYPES: dict[str, Any] = {
     "FP64": np.float64,
 }
 DATATYPES = (*_DTYPES, "BYTES")
+# Of arrays, the protocol's word.
+DATATYPE_OF: dict[Any, str] = {np.dtype(dtype): datatype for datatype, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,66 @@
+"""How a server is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
+from torchrec_amort.errors import InputError
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """Answer requests for scores over gRPC and HTTP, by the Open Inference Protocol, until a signal ends it.
+
+    With SIGTERM it is not ready any more, goes on for `seconds_unready`, answers what came, and ends.
+
+    Args:
+        package: what `export` wrote.
+        run_folder: or a training run, whose best or last checkpoint answers.
+        name: of the model, as clients ask for it; the schema's data set unless given.
+        host: that is listened on; this machine alone unless given. Give tokens and TLS with any other.
+        grpc_port: of gRPC; any free one if 0.
+        http_port: of HTTP; any free one if 0.
+        workers: requests that are scored at the same time; as many as this process may use CPUs unless given.
+        threads_per_request: CPU threads of each.
+        microbatch_size: candidates that are scored at a time; all at once unless given.
+        max_waiting: requests that may wait for a worker; more are refused.
+        max_waiting_bytes: what those may have together.
+        max_message_bytes: of one message; larger ones are refused unread.
+        timeout_ms: of requests that give none, in milliseconds; any time unless given.
+        cache_bytes: of encoded histories, which are kept from one request of a user to the next; none if 0.
+        cache_seconds: how long they are kept; without limit unless given.
+        tokens: JSON file of tokens by role, `score` and `admin`; without the token of a role, anybody has it.
+        certificate: PEM file of the server's certificate chain, for TLS.
+        private_key: PEM file of its key.
+        client_ca: PEM file of the authority whose certificates clients have to show.
+        seconds_unready: how long it goes on when it is told to end, so that balancers learn of it.
+    """
+
+    package: str | None = None
+    run_folder: str | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    grpc_port: int = 8001
+    http_port: int = 8000
+    workers: int | None = None
+    threads_per_request: int = 1
+    microbatch_size: int | None = None
+    max_waiting: int = 64
+    max_waiting_bytes: int = 2**26
+    max_message_bytes: int = 2**24
+    timeout_ms: float | None = None
+    cache_bytes: int = 0
+    cache_seconds: float | None = None
+    tokens: str | None = None
+    certificate: str | None = None
+    private_key: str | None = None
+    client_ca: str | None = None
+    seconds_unready: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least_one = ("workers", "threads_per_request", "microbatch_size", "max_waiting", "max_waiting_bytes")
+        not_negative = ("grpc_port", "http_port", "cache_bytes", "seconds_unready")
+        refuse_out_of_bounds(self, {AT_LEAST_ONE: (*at_least_one, "max_message_bytes"), NOT_NEGATIVE: not_negative})
+        if (self.package is None) == (self.run_folder is None):
+            raise InputError("give a package or a run_folder, one of the two")

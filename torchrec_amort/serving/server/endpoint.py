@@ -1,0 +1,260 @@
+"""Endpoint: what a server does for every protocol.
+
+Shape suffixes: B requests; C candidates, all requests together; T tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from torchrec_amort.errors import InputError, place_of
+from torchrec_amort.schema import KINDS_OF_LABELS
+from torchrec_amort.serving.server.access import Unauthenticated
+from torchrec_amort.serving.server.metrics import Metrics
+from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService
+from torchrec_amort.serving.versions import Requests, Scored, Versions
+
+logger = logging.getLogger(__name__)
+
+PLATFORM = "torchrec_amort"
+LOGITS, NUM_CANDIDATES = "logits", "num_candidates"
+# Of a request: how many milliseconds its scores may take, and which ones go first.
+TIMEOUT, PRIORITY = "timeout_ms", "priority"
+_OIP_TYPES = {pa.int64(): "INT64", pa.float32(): "FP32", pa.string(): "BYTES"}
+
+
+class Tensor(NamedTuple):
+    """What the protocol tells of a tensor; a size of -1 may be any."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class NotHere(LookupError):
+    """There is no such model, version or path."""
+
+
+class Endpoint:
+    """A model under a name, its versions, and the queue before them.
+
+    Args:
+        name: of the model.
+        versions: the ones that answer.
+        service: scores by them.
+        metrics: what became of requests is told there.
+        timeout_ms: of requests that give none, in milliseconds; any time if None.
+
+    Example::
+
+        endpoint = Endpoint("films", versions, ScoringService(versions, num_workers=2, max_waiting=64), Metrics())
+        scored = endpoint.submit([request], {"timeout_ms": 50}).result()
+    """
+
+    def __init__(
+        self,
+        name: str,
+        versions: Versions,
+        service: ScoringService[Scored],
+        metrics: Metrics,
+        timeout_ms: float | None = None,
+    ) -> None:
+        self.name, self.versions, self.service, self.metrics = name, versions, service, metrics
+        self._timeout_ms = timeout_ms
+        self._is_draining = threading.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return not self._is_draining.is_set()
+
+    def drain(self) -> None:
+        """Be not ready from now on, but go on with what comes."""
+        self._is_draining.set()
+
+    def refuse_other(self, name: str, version: str = "") -> None:
+        """Refuse a model or a version that is not here.
+
+        Raises:
+            NotHere: names what is here.
+        """
+        if name != self.name:
+            raise NotHere(f"model {name!r}: is not here: there is {self.name!r}")
+        if version not in ("", current := self.versions.current.name):
+            raise NotHere(f"model {name!r}: version {version!r} does not answer: {current!r} does")
+
+    def submit(
+        self,
+        requests: Requests,
+        parameters: Mapping[str, Any],
+        *,
+        seconds_left: float | None = None,
+        num_bytes: int = 0,
+    ) -> Future[Scored]:
+        """Hand in requests that came together.
+
+        Args:
+            requests: of the schema of the version that answers.
+            parameters: `timeout_ms` and `priority`, if they are given.
+            seconds_left: what the protocol itself leaves until no one waits for the scores any more.
+            num_bytes: of the message.
+
+        Returns:
+            Future: of the scores.
+
+        Raises:
+            InputError: a parameter is unknown or not a number.
+            Overloaded: as `ScoringService.submit`.
+            DeadlineExceeded: as `ScoringService.submit`.
+            Closed: as `ScoringService.submit`.
+        """
+        for name, value in parameters.items():
+            if name not in (TIMEOUT, PRIORITY):
+                raise InputError(f"parameter {name!r}: is unknown: there are {TIMEOUT!r} and {PRIORITY!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
+                raise InputError(f"parameter {name!r}: is {value!r}, not a number")
+        timeout_ms = parameters.get(TIMEOUT, self._timeout_ms)
+        left = [s for s in (seconds_left, None if timeout_ms is None else timeout_ms / 1e3) if s is not None]
+        deadline = time.monotonic() + min(left) if left else None
+        priority = int(parameters.get(PRIORITY, 0))
+        future = self.service.submit(requests, deadline=deadline, priority=priority, num_bytes=num_bytes)
+        future.add_done_callback(self._count)
+        return future
+
+    @contextmanager
+    def counted(self, protocol: str) -> Iterator[None]:
+        """Time and count a call, which is answered within, by what becomes of it.
+
+        Args:
+            protocol: by which it came.
+        """
+        started, kind = time.perf_counter(), "ok"
+        try:
+            yield
+        except BaseException as error:
+            kind = failure_of(error).kind
+            raise
+        finally:
+            self.metrics.ended(protocol, kind, time.perf_counter() - started)
+
+    def forget(self, user: int) -> bool:
+        """Remove every trace of a user; what came before is scored first, so that it leaves none either.
+
+        Args:
+            user: whom to forget.
+
+        Returns:
+            bool: whether there was anything.
+        """
+        self.service.drain()
+        return self.versions.forget(user)
+
+    def _count(self, future: Future[Scored]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            scored = future.result()
+            self.metrics.scored(scored.version, sum(scored.num_candidates))
+
+    def inputs(self) -> Sequence[Tensor]:
+        """The tensors that a request may have; those of lists may have their lengths beside them."""
+        schema = self.versions.current.schema
+        unread = {"request_id", *(feature.source for feature in schema.of("candidate", *KINDS_OF_LABELS))}
+        fields = [field for field in schema.arrow_schema() if field.name not in unread]
+        return [Tensor(field.name, *_described(field.type)) for field in fields]
+
+    def outputs(self) -> Sequence[Tensor]:
+        """The tensors of an answer."""
+        num_tasks = len(self.versions.current.schema.labels)
+        return [Tensor(LOGITS, "FP32", (-1, num_tasks)), Tensor(NUM_CANDIDATES, "INT64", (-1,))]
+
+
+def _described(kind: pa.DataType) -> tuple[str, tuple[int, ...]]:
+    """Datatype and shape of a column."""
+    if pa.types.is_list(kind):
+        datatype, shape = _described(kind.value_type)
+        return datatype, (-1, *shape)
+    return _OIP_TYPES[kind], (-1,)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What protocols send of scores.
+
+    Args:
+        version: the one that scored.
+        tensors: by name, numpy arrays: `logits` [C, T] and `num_candidates` [B].
+    """
+
+    version: str
+    tensors: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, scored: Scored, wanted: Sequence[str]) -> Answer:
+        """An answer.
+
+        Args:
+            scored: the scores.
+            wanted: names of the tensors that it has; all of them if none is named.
+
+        Raises:
+            InputError: there is no such tensor.
+        """
+        counts = np.asarray(scored.num_candidates, np.int64)
+        tensors: dict[str, np.ndarray] = {LOGITS: scored.logits_CT.numpy().astype(np.float32), NUM_CANDIDATES: counts}
+        if other := [name for name in wanted if name not in tensors]:
+            raise InputError(f"output {other[0]!r}: is unknown: there are {list(tensors)}")
+        return cls(scored.version, {name: tensors[name] for name in wanted or list(tensors)})
+
+
+class Failure(NamedTuple):
+    """How protocols tell an error.
+
+    Args:
+        grpc: name of the status code.
+        http: status.
+        kind: a word for counters and logs, which must not have what a request has.
+    """
+
+    grpc: str
+    http: int
+    kind: str
+
+
+FAULT = Failure("INTERNAL", 500, "fault")
+_FAILURES: list[tuple[type[BaseException], Failure]] = [
+    (InputError, Failure("INVALID_ARGUMENT", 400, "bad_input")),
+    (NotHere, Failure("NOT_FOUND", 404, "not_here")),
+    (Unauthenticated, Failure("UNAUTHENTICATED", 401, "unauthenticated")),
+    (Overloaded, Failure("RESOURCE_EXHAUSTED", 429, "overloaded")),
+    (DeadlineExceeded, Failure("DEADLINE_EXCEEDED", 504, "deadline")),
+    (Closed, Failure("UNAVAILABLE", 503, "closed")),
+    (CancelledError, Failure("CANCELLED", 499, "cancelled")),
+    (FloatingPointError, Failure("INTERNAL", 500, "not_finite")),
+]
+
+
+def failure_of(error: BaseException) -> Failure:
+    """How an error is told.
+
+    Example::
+
+        failure_of(InputError("film: has id 70")).http  # 400
+    """
+    return next((failure for kind, failure in _FAILURES if isinstance(error, kind)), FAULT)
+
+
+def told(error: BaseException) -> str:
+    """What a caller may read of an error; of a fault of the server's own, where it is, which is logged, too."""
+    if failure_of(error) is not FAULT:
+        return str(error)
+    logger.error("a call raised %s", place_of(error))
+    return f"a fault of the server: {place_of(error)}"

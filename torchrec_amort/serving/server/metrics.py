@@ -1,0 +1,72 @@
+"""Metrics of a server, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+_SECONDS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
+_CANDIDATES = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+# What a cache tells that may fall again; all else only rises.
+_LEVELS = ("users", "bytes")
+
+
+class Metrics:
+    """What a server counts and times; nothing of what requests have.
+
+    Example::
+
+        metrics = Metrics()
+        metrics.ended("grpc", "ok", 0.002)
+        print(metrics.text().decode())
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._seconds = Histogram(
+            "amort_request_seconds",
+            "From the message that is read to the answer that is made.",
+            ["protocol", "result"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._candidates = Histogram(
+            "amort_candidates", "Candidates of a call.", buckets=_CANDIDATES, registry=self._registry
+        )
+        self._by_version = Counter("amort_scored", "Calls that were scored.", ["version"], registry=self._registry)
+
+    def ended(self, protocol: str, result: str, seconds: float) -> None:
+        """A call has ended: `ok`, or in an error of some kind."""
+        self._seconds.labels(protocol, result).observe(seconds)
+
+    def scored(self, version: str, num_candidates: int) -> None:
+        """A call was scored by a version."""
+        self._candidates.observe(num_candidates)
+        self._by_version.labels(version).inc()
+
+    def collect(self, name: str, counters: Callable[[], Mapping[str, float]]) -> None:
+        """Tell counters of something else, as they are when they are asked for.
+
+        Args:
+            name: what they are of.
+            counters: all of them rise but `users` and `bytes`.
+        """
+        self._registry.register(_Counters(name, counters))
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+
+class _Counters:
+    """Counters that are kept elsewhere."""
+
+    def __init__(self, name: str, counters: Callable[[], Mapping[str, float]]) -> None:
+        self._name, self._counters = name, counters
+
+    def collect(self) -> Iterator[Metric]:
+        for key, value in self._counters().items():
+            family = GaugeMetricFamily if key in _LEVELS else CounterMetricFamily
+            yield family(f"amort_{self._name}_{key}", f"See the counters of the {self._name}.", value=value)

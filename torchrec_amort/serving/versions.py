@@ -1,0 +1,183 @@
+"""Versions: which weights and tables answer, changed while requests come.
+
+Shape suffixes: B requests; C candidates, all requests together; T tasks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+from torch import Tensor
+
+from torchrec_amort.errors import InputError
+from torchrec_amort.schema import RequestSchema
+from torchrec_amort.serving.scorer import AmortizedScorer
+
+# Requests, of one call each: a table with a row for each, or mappings.
+Requests: TypeAlias = pa.Table | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """Weights and tables of one moment, with the histories that they have encoded.
+
+    Args:
+        name: tells it from others.
+        scorer: has a schema, and a cache of its own if it has one.
+    """
+
+    name: str
+    scorer: AmortizedScorer
+
+    def __post_init__(self) -> None:
+        if self.scorer.schema is None:
+            raise ValueError(f"version {self.name!r}: its scorer has no schema: give it one")
+
+    @property
+    def schema(self) -> RequestSchema:
+        """Of the requests that it scores."""
+        assert self.scorer.schema is not None
+        return self.scorer.schema
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores of requests that came together.
+
+    Args:
+        logits_CT: of all candidates, in their order.
+        num_candidates: of each request.
+        version: the one that scored all of them.
+    """
+
+    logits_CT: Tensor
+    num_candidates: Sequence[int]
+    version: str
+
+
+class Versions:
+    """The version that answers, and the one before it, to go back to.
+
+    A request is scored by one version, whichever it was when its turn came; a switch waits for nothing. All methods may
+    be called by several threads.
+
+    Args:
+        first: the version that answers.
+        num_recorded: latest requests that are kept in memory, to warm up the next version with.
+
+    Example::
+
+        versions = Versions(Version("monday", scorer))
+        scored = versions.score([request])
+        versions.switch(Version("tuesday", scorer_of_tuesday))
+        versions.roll_back()
+    """
+
+    def __init__(self, first: Version, num_recorded: int = 16) -> None:
+        self._current = first
+        self._previous: Version | None = None
+        self._recorded: deque[Requests] = deque(maxlen=num_recorded)
+        self._num_forgotten = 0
+        self._lock = threading.Lock()
+
+    @property
+    def current(self) -> Version:
+        """The version that answers."""
+        return self._current
+
+    @property
+    def previous(self) -> Version | None:
+        """The version that answered before, if it is there still."""
+        return self._previous
+
+    def score(self, requests: Requests) -> Scored:
+        """Score requests by the version that answers.
+
+        Args:
+            requests: of its schema.
+
+        Raises:
+            InputError: as `AmortizedScorer.score`.
+        """
+        version, num_forgotten = self._current, self._num_forgotten
+        logits_CT = version.scorer.score(requests)
+        with self._lock:
+            # Who was forgotten since may be whose request this is.
+            if num_forgotten == self._num_forgotten:
+                self._recorded.append(requests)
+        return Scored(logits_CT, _num_candidates(requests, version.schema), version.name)
+
+    def switch(self, version: Version) -> None:
+        """Let another version answer from now on, once it has scored what was recorded; the one before it is kept.
+
+        Args:
+            version: which takes all requests that the present one takes.
+
+        Raises:
+            InputError: it has the name of the present one, reads a column that requests do not have, or scores other
+                tasks.
+        """
+        current = self._current
+        if version.name == current.name:
+            raise InputError(f"version {version.name!r}: is the one that answers: give another one")
+        version.schema.refuse_other_data(current.schema, f"version {current.name!r}")
+        if version.schema.labels != current.schema.labels:
+            raise InputError(
+                f"version {version.name!r}: scores {list(version.schema.labels)}, but {current.name!r} "
+                f"{list(current.schema.labels)}: clients would read the wrong scores"
+            )
+        with self._lock:
+            recorded = list(self._recorded)
+        for requests in recorded:
+            version.scorer.warm_up(requests, times=1)
+        with self._lock:
+            if self._current is not current:
+                raise InputError(f"version {version.name!r}: {self._current.name!r} came before it: switch once more")
+            self._current, self._previous = version, current
+
+    def roll_back(self) -> Version:
+        """Let the version before answer again; the present one is not kept.
+
+        Returns:
+            Version: the one that answers now.
+
+        Raises:
+            InputError: there is none.
+        """
+        with self._lock:
+            if self._previous is None:
+                raise InputError(f"version {self._current.name!r}: there is none before it to roll back to")
+            self._current, self._previous = self._previous, None
+            return self._current
+
+    def forget(self, user: int) -> bool:
+        """Remove every trace of a user from the caches of all versions, and from what was recorded.
+
+        Args:
+            user: whom to forget.
+
+        Returns:
+            bool: whether there was anything.
+        """
+        with self._lock:
+            # What was recorded is only to warm up with: all of it goes.
+            found = len(self._recorded) > 0
+            self._recorded.clear()
+            self._num_forgotten += 1
+            versions = [version for version in (self._current, self._previous) if version is not None]
+        for version in versions:
+            if version.scorer.cache is not None:
+                found |= version.scorer.cache.forget(user)
+        return found
+
+
+def _num_candidates(requests: Requests, schema: RequestSchema) -> list[int]:
+    column = schema.candidate_column
+    if isinstance(requests, pa.Table):
+        return [len(entries) for entries in requests[column]]
+    return [len(request[column]) for request in requests]
