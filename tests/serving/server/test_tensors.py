@@ -1,4 +1,5 @@
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ def flat(values: Any) -> list[Any]:
     return [one for value in values for one in flat(value)] if isinstance(values, list) else [values]
 
 
-def as_tensors(requests: list[dict[str, Any]], schema: RequestSchema, is_raw: bool) -> list[InputTensor]:
+def as_tensors(
+    requests: list[dict[str, Any]], schema: RequestSchema, is_raw: bool, columns: Sequence[str] | None = None
+) -> list[InputTensor]:
     """What a client sends, told in loops."""
     tensors = []
 
@@ -44,6 +47,8 @@ def as_tensors(requests: list[dict[str, Any]], schema: RequestSchema, is_raw: bo
         tensors.append(InputTensor.of(name, datatype, shape, data))
 
     for field in schema.arrow_schema():
+        if columns is not None and field.name not in columns:
+            continue
         column = [request[field.name] for request in requests]
         depth = str(field.type).count("list")
         scalar = "FP32" if "float" in str(field.type) else "BYTES" if "string" in str(field.type) else "INT64"
