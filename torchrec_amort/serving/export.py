@@ -25,7 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.data.sample import random_requests
 from torchrec_amort.errors import InputError
-from torchrec_amort.files import new_folder, write_json
+from torchrec_amort.files import new_folder
 from torchrec_amort.lists import shortest
 from torchrec_amort.models.collection import AmortizedEmbeddingBagCollection
 from torchrec_amort.models.managed import SequenceTables
@@ -40,17 +40,17 @@ from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.heads import Head
 from torchrec_amort.serving.lookup import PLAIN_TABLES, Embeddings, Lookups
 from torchrec_amort.serving.package import (
-    MANIFEST_FILE,
     PACKAGE_VERSION,
     TABLES_FILE,
-    checksum,
     load_package,
     row_count,
     save_tables,
     to_state,
     to_tensors,
+    write_manifest,
 )
 from torchrec_amort.serving.phases import RankerPhases, RequestTerms, ServedTower
+from torchrec_amort.serving.samples import write_samples
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.serving.served import Served, serve
 from torchrec_amort.versions import installed_versions
@@ -198,22 +198,22 @@ def export_package(
         program = _compile(phases, collection, schema, temporary)
         table_configs = _save_tables(collections, temporary / TABLES_FILE, tables)
         schema.save(temporary)
-        write_json(
-            temporary / MANIFEST_FILE,
-            {
-                "package_version": PACKAGE_VERSION,
-                "versions": {"python": platform.python_version(), **installed_versions()},
-                "cpu": torch.backends.cpu.get_cpu_capability(),
-                "dtype": str(dtype).removeprefix("torch."),
-                "history_lengths": dict(served.history_lengths),
-                "reads": {tower: asdict(reads) for tower, reads in served.lookups.reads.items()},
-                "sequence_bags": {name: asdict(bag) for name, bag in served.lookups.sequence_bags.items()},
-                **program,
-                "tables": table_configs,
-                "sha256": {path.name: checksum(path) for path in sorted(temporary.iterdir())},
-            },
-        )
-        return _difference(_checked(temporary, requests, own, dtype), in_float32)
+        manifest = {
+            "package_version": PACKAGE_VERSION,
+            "versions": {"python": platform.python_version(), **installed_versions()},
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "history_lengths": dict(served.history_lengths),
+            "reads": {tower: asdict(reads) for tower, reads in served.lookups.reads.items()},
+            "sequence_bags": {name: asdict(bag) for name, bag in served.lookups.sequence_bags.items()},
+            **program,
+            "tables": table_configs,
+        }
+        write_manifest(temporary, manifest)
+        logits_CT = _checked(temporary, requests, own, dtype)
+        write_samples(temporary, schema, requests, logits_CT)
+        write_manifest(temporary, manifest)
+        return _difference(logits_CT, in_float32)
 
 
 def _checked(folder: Path, requests: Sequence[Mapping[str, Any]], own: Served, dtype: torch.dtype) -> Tensor:

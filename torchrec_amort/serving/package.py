@@ -3,7 +3,7 @@
 A package is a folder: `history_0.pt2` and so on, one for each tower, `request.pt2` if there is a head that folds
 requests in, and `candidates.pt2`, AOTInductor's compiled phases for one request with any number of events and
 candidates; `tables.pt`, the embedding tables, quantized to int8 or not; `schema.json`; and `manifest.json`, which tells
-versions, shapes and checksums.
+versions, shapes and checksums; `samples.parquet`, requests and the scores that they have to have.
 
 Shape suffixes: B requests; N events and C candidates, all requests together; n events and m candidates of one request;
 I dense inputs; W widths of tables and bags; T tasks.
@@ -25,6 +25,7 @@ from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddi
 
 from torchrec_amort.batch import RequestBatch
 from torchrec_amort.errors import InputError
+from torchrec_amort.files import write_json
 from torchrec_amort.models.bags import Reads, SequenceBag
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.modules.tower import CANDIDATE_ITEM, refuse_other_numbers
@@ -33,10 +34,13 @@ from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, SequenceLookup
 from torchrec_amort.serving.native_encoder import NativeState
 from torchrec_amort.serving.phases import Histories, Phases, RequestTerms
+from torchrec_amort.serving.samples import SAMPLES_FILE, refuse_other_scores
 from torchrec_amort.serving.served import Served
 from torchrec_amort.stores import local_path
 
 PACKAGE_VERSION = 4
+# Of probabilities of samples: other numbers of threads add up in another order.
+_MOST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-2}
 # Packages of it are read, too.
 _FIRST_OF_RANKERS = 3
 MANIFEST_FILE = "manifest.json"
@@ -55,7 +59,7 @@ def load_package(folder: str | Path) -> Served:
 
     Raises:
         InputError: it is no package, or of another version; a file is missing or damaged; it was compiled for another
-            processor, or needs operators that were not built here.
+            processor, needs operators that were not built here, or scores its samples otherwise than when it was made.
 
     Example::
 
@@ -81,13 +85,27 @@ def load_package(folder: str | Path) -> Served:
         sequences.append(SequenceLookup(collection, name))
     reads = {tower: Reads(**of_tower) for tower, of_tower in manifest["reads"].items()}
     sequence_bags = {name: SequenceBag(**bag) for name, bag in manifest["sequence_bags"].items()}
-    return Served(
+    served = Served(
         Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, sequence_bags),
         _PackagedPhases(folder, manifest, schema),
         manifest["history_lengths"],
         device,
         schema,
     )
+    if SAMPLES_FILE in manifest["sha256"]:
+        refuse_other_scores(served, folder, _MOST_DIFFERENCE[manifest["dtype"]])
+    return served
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest of a package, with checksums of all files that are there.
+
+    Args:
+        folder: of the package.
+        manifest: all else that it tells.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST_FILE]
+    write_json(folder / MANIFEST_FILE, {**manifest, "sha256": {path.name: checksum(path) for path in paths}})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -116,9 +134,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{told}: export the model again")
     if package_version == _FIRST_OF_RANKERS:
         manifest = _renewed(manifest)
-    if "state_dtypes" not in manifest:
-        # Written when every state was in the dtype of its encoder.
-        manifest["state_dtypes"] = [[manifest["dtype"]] * len(shapes) for shapes in manifest["states"]]
     refuse_damaged(folder, checksums)
     if cpu != torch.backends.cpu.get_cpu_capability():
         raise InputError(
@@ -214,6 +229,9 @@ class _PackagedPhases(Phases):
         # A package has scored requests of its schema: its towers read these numbers.
         self._numbers = {feature.name: feature.num_inputs for feature in schema.dense_sequence_features}
         self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        # Earlier manifests do not tell them: every state was in the dtype of its encoder.
+        all_one = [[manifest["dtype"]] * len(shapes) for shapes in manifest["states"]]
+        self._state_dtypes: list[list[str]] = manifest.get("state_dtypes", all_one)
         self._towers: dict[str, int] = {name: place for place, name in enumerate(manifest["reads"])}
         open_: Any = lambda name: torch._inductor.aoti_load_package(str(folder / name))  # noqa: E731
         self._histories = [open_(f"history_{place}.pt2") for place in self._towers.values()]
@@ -255,7 +273,7 @@ class _PackagedPhases(Phases):
         if events[0].shape[0] > 0:
             return to_state(self._histories[place]([rows_nW.contiguous() for rows_nW in events]), num_keys)
         # Compiled attention does not take zero keys: a value that is zero adds exactly zero, too.
-        shapes, dtypes = self._manifest["states"][place], self._manifest["state_dtypes"][place]
+        shapes, dtypes = self._manifest["states"][place], self._state_dtypes[place]
         zeros = [torch.zeros(shape, dtype=getattr(torch, of)) for shape, of in zip(shapes, dtypes, strict=True)]
         return to_state(zeros, num_keys)
 
