@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.serving.server.access import Access, Role
 from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.endpoint import Endpoint
+from torchrec_amort.serving.server.memory import refuse_without_room
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.run import ScoringServer
 from torchrec_amort.serving.service import ScoringService
 from torchrec_amort.serving.versions import Version, Versions
+from torchrec_amort.stores import local_path
 from torchrec_amort.training.processes import stop_signals
 from torchrec_amort.training.run import load_model
 
@@ -38,7 +41,7 @@ def serve_until_told(config: ServeConfig) -> None:
     """
     # Work is spread over requests; what one thread does of it is the service's to say.
     torch.set_num_threads(config.threads_per_request)
-    versions = Versions(_version(config))
+    versions = Versions(_of_package(config, config.package) if config.package else _of_run(config))
     metrics = Metrics()
     workers = config.workers or len(os.sched_getaffinity(0))
     service = ScoringService(
@@ -47,7 +50,8 @@ def serve_until_told(config: ServeConfig) -> None:
     metrics.collect("service", service.counters)
     metrics.collect("cache", lambda: _cache_counters(versions))
     name = config.name or versions.current.schema.dataset
-    endpoint = Endpoint(name, versions, service, metrics, config.timeout_ms)
+    load = partial(_of_package, config) if config.package else None
+    endpoint = Endpoint(name, versions, service, metrics, config.timeout_ms, load)
     access = Access(
         tokens=_tokens(config.tokens),
         certificate=config.certificate,
@@ -80,15 +84,25 @@ def serve_until_told(config: ServeConfig) -> None:
     print(json.dumps({"service": service.counters(), "cache": _cache_counters(versions)}))
 
 
-def _version(config: ServeConfig) -> Version:
-    cache = HistoryCache(config.cache_bytes, config.cache_seconds) if config.cache_bytes else None
-    if config.package is not None:
-        scorer = AmortizedScorer(load_package(config.package), config.microbatch_size, cache)
-        return Version(Path(config.package).resolve().name, scorer)
+def _of_package(config: ServeConfig, package: str) -> Version:
+    """A version, by the name of the package's folder."""
+    folder = local_path(package)
+    if folder.is_dir():
+        refuse_without_room(folder)
+    scorer = AmortizedScorer(load_package(folder), config.microbatch_size, _cache(config))
+    return Version(folder.resolve().name, scorer)
+
+
+def _of_run(config: ServeConfig) -> Version:
     assert config.run_folder is not None
     model, trained, schema = load_model(config.run_folder)
-    scorer = AmortizedScorer(model, config.microbatch_size, cache, schema=schema.without(trained.model.leave_out))
-    return Version(Path(config.run_folder).resolve().name, scorer)
+    read = schema.without(trained.model.leave_out)
+    scorer = AmortizedScorer(model, config.microbatch_size, _cache(config), schema=read)
+    return Version(local_path(config.run_folder).resolve().name, scorer)
+
+
+def _cache(config: ServeConfig) -> HistoryCache | None:
+    return HistoryCache(config.cache_bytes, config.cache_seconds) if config.cache_bytes else None
 
 
 def _cache_counters(versions: Versions) -> dict[str, int]:

@@ -30,6 +30,7 @@ from torchrec_amort import AmortizedScorer, HistoryCache, InputError, RequestBat
 from torchrec_amort.serving.server.access import Access
 from torchrec_amort.serving.server.endpoint import Endpoint
 from torchrec_amort.serving.server.messages import METHODS, SERVICE, message
+from torchrec_amort.serving.server.memory import available_bytes, refuse_without_room
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.rest import HEADER_LENGTH
 from torchrec_amort.serving.server.run import ScoringServer
@@ -90,12 +91,12 @@ def arrow_of(requests: list[dict[str, Any]]) -> bytes:
 
 @contextmanager
 def serving(
-    versions: Any, access: Access | None = None, timeout_ms: float | None = None, **options: Any
+    versions: Any, access: Access | None = None, timeout_ms: float | None = None, load: Any = None, **options: Any
 ) -> Iterator[Client]:
     service = ScoringService(versions, **({"num_workers": 2, "max_waiting": 9} | options))
     metrics = Metrics()
     metrics.collect("service", service.counters)
-    endpoint = Endpoint("films", versions, service, metrics, timeout_ms)
+    endpoint = Endpoint("films", versions, service, metrics, timeout_ms, load)
     ports: Any = {"grpc_port": 0, "http_port": 0, "num_threads": 12, "max_bytes": MAX_BYTES, "access": access}
     with (
         ScoringServer(endpoint, "127.0.0.1", **ports) as server,
@@ -295,7 +296,7 @@ class Held:
 
 def test_a_full_queue_refuses_at_once_and_a_drained_server_answers_what_came() -> None:
     held = Held()
-    with serving(held, num_workers=1, max_waiting=1) as client:
+    with serving(held, timeout_ms=60_000, num_workers=1, max_waiting=1) as client:
         results: list[Any] = []
         threads = []
         for _ in range(2):
@@ -361,6 +362,35 @@ def test_versions_are_switched_and_users_forgotten() -> None:
         assert client.http.post("/v1/roll_back").json() == {"version": "monday"}
         assert client.http.post("/v1/roll_back").status_code == 400
         assert client.http.post("/v1/score", json={"requests": requests}).json()["scores"] == before["scores"]
+
+
+def test_a_package_is_switched_to_if_it_can_be_loaded() -> None:
+    def load(folder: str) -> Version:
+        if folder == "sunday":
+            raise InputError("sunday: no such package")
+        return version(folder, seed=1)
+
+    with serving(Versions(version("monday")), load=load) as client:
+        reply = client.http.post("/v1/versions", json={"folder": "sunday"})
+        assert (reply.status_code, reply.json()["error"]) == (400, "sunday: no such package")
+        assert client.infer(unlabelled()).model_version == "monday"
+        assert client.http.post("/v1/versions", json={"folder": "tuesday"}).json() == {"version": "tuesday"}
+        response = client.infer(unlabelled())
+        assert response.model_version == "tuesday"
+        np.testing.assert_allclose(of_tensor(response, "logits", "<f4"), scores_of(unlabelled(), seed=1), atol=1e-5)
+        assert client.http.post("/v1/versions", json={"folder": "tuesday"}).status_code == 400
+        text = client.http.get("/metrics").text
+        assert 'amort_switches_total{result="ok"} 1.0' in text and 'result="refused"} 2.0' in text
+    with serving(Versions(version("monday"))) as client:
+        assert "start it with a package" in client.http.post("/v1/versions", json={"folder": "a"}).json()["error"]
+
+
+def test_a_package_larger_than_what_is_left_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tables.pt").write_bytes(b"0" * 2_000_000)
+    refuse_without_room(tmp_path, available=3_000_000)
+    with pytest.raises(InputError, match="needs 3 MB beside the version that answers, but 2 MB are left"):
+        refuse_without_room(tmp_path, available=2_000_000)
+    assert (available_bytes() or 10**9) > 10**6
 
 
 def certificate(folder: Path) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torchrec_amort.schema import KINDS_OF_LABELS
 from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService
-from torchrec_amort.serving.versions import Requests, Scored, Versions
+from torchrec_amort.serving.versions import Requests, Scored, Version, Versions
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Endpoint:
         service: scores by them.
         metrics: what became of requests is told there.
         timeout_ms: of requests that give none, in milliseconds; any time if None.
+        load: makes a version of the package in a folder; None if versions stay.
 
     Example::
 
@@ -68,9 +69,11 @@ class Endpoint:
         service: ScoringService[Scored],
         metrics: Metrics,
         timeout_ms: float | None = None,
+        load: Callable[[str], Version] | None = None,
     ) -> None:
         self.name, self.versions, self.service, self.metrics = name, versions, service, metrics
-        self._timeout_ms = timeout_ms
+        self._timeout_ms, self._load = timeout_ms, load
+        self._loading = threading.Lock()
         self._is_draining = threading.Event()
 
     @property
@@ -130,6 +133,35 @@ class Endpoint:
         future = self.service.submit(requests, deadline=deadline, priority=priority, num_bytes=num_bytes)
         future.add_done_callback(self._count)
         return future
+
+    def switch(self, folder: str) -> str:
+        """Load the package of a folder, and let it answer once it has scored its samples and the latest requests.
+
+        Args:
+            folder: on the server's machine.
+
+        Returns:
+            str: the name of the version.
+
+        Raises:
+            InputError: it cannot be loaded, or as `Versions.switch`; the version that answers goes on.
+        """
+        if self._load is None:
+            raise InputError("this server answers by what it was started with: start it with a package to switch")
+        if not self._loading.acquire(blocking=False):
+            raise InputError(f"{folder}: another version is being loaded: wait until it answers")
+        try:
+            version = self._load(folder)
+            self.versions.switch(version)
+        except Exception as error:
+            self.metrics.switched("refused")
+            logger.error("%s does not answer: %s", folder, error)
+            raise
+        finally:
+            self._loading.release()
+        self.metrics.switched("ok")
+        logger.info("version %s answers", version.name)
+        return version.name
 
     @contextmanager
     def counted(self, protocol: str) -> Iterator[None]:

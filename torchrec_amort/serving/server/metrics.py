@@ -37,6 +37,8 @@ class Metrics:
         )
         self._by_version = Counter("amort_scored", "Calls that were scored.", ["version"], registry=self._registry)
 
+        self._switches = Counter("amort_switches", "Versions that were loaded.", ["result"], registry=self._registry)
+
     def ended(self, protocol: str, result: str, seconds: float) -> None:
         """A call has ended: `ok`, or in an error of some kind."""
         self._seconds.labels(protocol, result).observe(seconds)
@@ -45,6 +47,10 @@ class Metrics:
         """A call was scored by a version."""
         self._candidates.observe(num_candidates)
         self._by_version.labels(version).inc()
+
+    def switched(self, result: str) -> None:
+        """A version was loaded: it answers, `ok`, or was `refused`."""
+        self._switches.labels(result).inc()
 
     def collect(self, name: str, counters: Callable[[], Mapping[str, float]]) -> None:
         """Tell counters of something else, as they are when they are asked for.

@@ -59,7 +59,11 @@ class _User(msgspec.Struct):
     user: int
 
 
-_INFERENCE, _SCORING, _USER = (msgspec.json.Decoder(kind) for kind in (_Inference, _Scoring, _User))
+class _Package(msgspec.Struct):
+    folder: str
+
+
+_INFERENCE, _SCORING, _USER, _FOLDER = (msgspec.json.Decoder(kind) for kind in (_Inference, _Scoring, _User, _Package))
 
 
 def rest_app(endpoint: Endpoint, access: Access, max_bytes: int) -> Starlette:
@@ -95,6 +99,7 @@ class _Rest:
             ("GET", "/metrics", None, self._metrics),
             ("POST", "/v1/score", "score", self._score),
             ("POST", "/v1/forget", "admin", self._forget),
+            ("POST", "/v1/versions", "admin", self._switch),
             ("POST", "/v1/roll_back", "admin", self._roll_back),
         ]
         for path in (model, model + "/versions/{version}"):
@@ -173,6 +178,10 @@ class _Rest:
         user = _decoded(_USER, await self._body(request)).user
         # It waits for what came before.
         return JSONResponse({"found": await asyncio.to_thread(self._endpoint.forget, user)})
+
+    async def _switch(self, request: Request) -> Response:
+        folder = _decoded(_FOLDER, await self._body(request)).folder
+        return JSONResponse({"version": await asyncio.to_thread(self._endpoint.switch, folder)})
 
     async def _roll_back(self, _: Request) -> Response:
         return JSONResponse({"version": self._endpoint.versions.roll_back().name})
