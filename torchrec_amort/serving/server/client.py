@@ -332,9 +332,8 @@ def split_logits(logits_CT: np.ndarray, num_candidates: np.ndarray) -> list[np.n
         split_logits(np.zeros((3, 1)), np.array([2, 1]))  # [2, 1] and [1, 1]
     """
     if len(logits_CT) != num_candidates.sum():
-        raise InputError(
-            f"answer: {len(logits_CT)} rows of logits, but num_candidates adds up to {num_candidates.sum()}"
-        )
+        total = int(num_candidates.sum())
+        raise InputError(f"answer: logits have {len(logits_CT)} rows, but num_candidates adds up to {total}")
     return np.split(logits_CT.astype(np.float32), np.cumsum(num_candidates)[:-1])
 
 
