@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Semaphore, Thread
 from typing import Any
 
 import grpc
@@ -101,13 +101,16 @@ def answer_of(table: pa.Table, logits_CT: np.ndarray, raw: bool) -> Any:
 
 @contextmanager
 def http_server(
-    answer: Callable[[str, dict[str, Any]], dict[str, Any]], seen: list[tuple[str, dict[str, str], bytes]] | None = None
+    answer: Callable[[str, dict[str, Any]], dict[str, Any]],
+    seen: list[tuple[str, dict[str, str], bytes]] | None = None,
+    closed: Semaphore | None = None,
 ) -> Iterator[str]:
     """Serve, and tell the address.
 
     Args:
         answer: of a path and the body there; may raise `Refusal`.
         seen: gets the path, headers and body of each request.
+        closed: if given, each connection is closed after its first answer, which does not tell, and released here.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -126,11 +129,18 @@ def http_server(
             self.send_header("Content-Length", str(len(told)))
             self.end_headers()
             self.wfile.write(told)
+            self.close_connection = self.close_connection or closed is not None
 
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("localhost", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def shutdown_request(self, request: Any) -> None:
+            super().shutdown_request(request)
+            if closed is not None:
+                closed.release()
+
+    server = Server(("localhost", 0), Handler)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

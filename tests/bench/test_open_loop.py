@@ -81,7 +81,8 @@ def test_what_a_slow_sender_does_not_send_in_time_is_in_the_latency() -> None:
 
 @given(st.lists(st.sampled_from(ENDINGS), max_size=30))
 def test_every_request_is_counted_once(endings: list[Ending]) -> None:
-    simulation, calls = Simulation(0), []
+    simulation = Simulation(0)
+    calls: list[Call] = []
     for ending in endings:
         call = Call(0, simulation.now(), simulation)
         call.start()
@@ -108,7 +109,7 @@ def test_arrivals_are_those_of_a_poisson_process() -> None:
     gaps = np.diff(arrivals.seconds_R)
     # Five standard deviations.
     assert abs(len(arrivals.seconds_R) - 10_000) < 500
-    assert 0 <= gaps.min()
+    assert gaps.min() >= 0
     assert 0 <= arrivals.seconds_R[0] <= arrivals.seconds_R[-1] < 200
     # Of an exponential distribution, the standard deviation is the mean.
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.07)

@@ -49,6 +49,7 @@ def bodies_of(
 
     Example::
 
+        table = pa.table({"candidate_item": [[5, 6, 9]]})
         bodies = bodies_of(table, schema, "rest", model="films", timeout=0.1)
     """
     rows = [requests.slice(row, 1) for row in range(requests.num_rows)]

@@ -32,10 +32,6 @@ def markdown(record: Mapping[str, Any]) -> str:
 
     Args:
         record: what was measured.
-
-    Example::
-
-        markdown({"config": {}, "rates": [], "machine": "", "finished": ""})
     """
     config = record["config"]
     deadline = "no deadline" if config["timeout_ms"] is None else f"a deadline of {config['timeout_ms']} ms"
