@@ -267,7 +267,7 @@ def infer_request(table: pa.Table, *, model: str = "", timeout: float | None = N
         priority: see `ScoringClient.score`.
 
     Returns:
-        ModelInferRequest: of the Open Inference Protocol.
+        The message `ModelInferRequest` of the Open Inference Protocol.
 
     Example::
 
@@ -291,7 +291,7 @@ def read_answer(response: Any) -> tuple[list[np.ndarray], str]:
     """The logits of each request, float32 [m, T], and the version of the model.
 
     Args:
-        response: ModelInferResponse of the Open Inference Protocol.
+        response: the message `ModelInferResponse` of the Open Inference Protocol.
 
     Raises:
         InputError: it is no answer of a server of scores.
