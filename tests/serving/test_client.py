@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tests.conftest import SCHEMA, make_requests
 from tests.oip_server import Refusal, echo, grpc_server, table_of
 from torchrec_amort.errors import InputError
-from torchrec_amort.serving.server.client import DeadlineExceeded, ScoringClient, address_of
-from torchrec_amort.serving.service import Overloaded
+from torchrec_amort.serving.server.client import ScoringClient, address_of
+from torchrec_amort.serving.service import DeadlineExceeded, Overloaded
 
 REQUESTS = make_requests([(3, 2), (0, 1), (5, 4)])
 
@@ -59,6 +59,7 @@ def test_columns_have_the_types_of_the_schema_if_there_is_one() -> None:
     typed, inferred = (table_of(request) for request, _ in seen)
     assert typed.schema.equals(pa.schema([f for f in SCHEMA.arrow_schema() if f.name in request]))
     assert typed["time"].to_pylist() == [86_400]
+    assert [request.model_name for request, _ in seen] == [SCHEMA.dataset, ""]
     assert pa.types.is_timestamp(inferred["time"].type)
     assert inferred["hour"].type == pa.int64()
 

@@ -21,7 +21,6 @@ EXTRAS = {
     "train": ("tensorboard", "torchx"),
     "report": ("jinja2", "matplotlib"),
     "build": ("duckdb",),
-    "serve": ("grpc", "grpc_health", "starlette", "uvicorn", "msgspec", "prometheus_client"),
     "spark": ("pyspark", "sqlglot"),
     "client": ("grpcio", "protobuf"),
     "serve": ("grpcio", "grpcio-health-checking", "msgspec", "prometheus-client", "starlette", "uvicorn"),

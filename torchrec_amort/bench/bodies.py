@@ -42,7 +42,7 @@ def bodies_of(
         schema: what they are made of.
         protocol: which.
         model: name of the model; of `score` none.
-        timeout: seconds that the answer may take, which `score` does not tell; any number if None.
+        timeout: seconds that the answer may take; any number if None.
 
     Raises:
         InputError: a request has a null, which tensors in JSON cannot have.
@@ -55,10 +55,10 @@ def bodies_of(
     rows = [requests.slice(row, 1) for row in range(requests.num_rows)]
     if protocol == "grpc":
         return [infer_request(row, model=model, timeout=timeout).SerializeToString() for row in rows]
-    if protocol == "score":
-        return [json.dumps({"requests": row.to_pylist()}).encode() for row in rows]
-    sizes = {feature.source: feature.size for feature in schema.features if feature.kind == "vector"}
     parameters = {} if timeout is None else {"parameters": {"timeout_ms": max(1, round(1e3 * timeout))}}
+    if protocol == "score":
+        return [json.dumps({"requests": row.to_pylist(), **parameters}).encode() for row in rows]
+    sizes = {feature.source: feature.size for feature in schema.features if feature.kind == "vector"}
     return [json.dumps({"inputs": _tensors(row, sizes), **parameters}).encode() for row in rows]
 
 

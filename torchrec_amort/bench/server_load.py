@@ -53,11 +53,11 @@ class ServerLoadConfig:
         body: JSON file that is sent as it is in place of requests of `data`: a body of `rest`, for any server of the
             protocol.
         protocol: `grpc` or `rest`: the Open Inference Protocol over gRPC, or in JSON; `score`: `POST /v1/score`.
-        model: name of the model; of `score` none.
+        model: name of the model; the data set of `data` unless given.
         rates: requests a second, one load after the other.
         seconds: how long each load lasts.
         warmup: seconds of each load before those that count.
-        timeout_ms: deadline of each request, of which `grpc` and `rest` tell the server; none unless given.
+        timeout_ms: deadline of each request, of which the server is told; none unless given.
         give_up: seconds after which an answer is not waited for any more.
         connections: of `rest` and `score` to each server.
         token_file: file of a token that the servers want to be shown.
@@ -106,13 +106,13 @@ class ServerLoadConfig:
         if (self.data is None) == (self.body is None):
             raise InputError(f"data is {self.data} and body {self.body}: give one of them")
         if self.body is not None:
+            if not self.model:
+                raise InputError("model is '', but body does not tell it: give the name that the server has for it")
             if self.protocol != "rest":
                 raise InputError(f"protocol is {self.protocol}, but body is one of rest: use it, or data")
             of_data = ("candidates", "history_length", "timeout_ms", "save_answers", "check_run", "check_package")
             if given := [name for name in of_data if getattr(self, name) is not None]:
                 raise InputError(f"{given[0]} is {getattr(self, given[0])}, but body is sent as it is: leave out one")
-        if self.protocol == "rest" and not self.model:
-            raise InputError("model is '': rest needs the name that the server has for it")
         if self.check_run is not None and self.check_package is not None:
             raise InputError(f"check_run is {self.check_run}, check_package {self.check_package}: give one of them")
 
@@ -165,19 +165,21 @@ def _sender(config: ServerLoadConfig, requests: pa.Table | None) -> tuple[Sender
     from torchrec_amort.bench.senders import GrpcSender, HttpSender  # noqa: PLC0415
     from torchrec_amort.serving.server.client import address_of, users_of  # noqa: PLC0415
 
+    model = config.model
     if requests is None:
-        # To each server in turn.
+        # To any of the servers.
         bodies, addresses = [_read(config.body)] * len(config.addresses), config.addresses
     else:
         schema = RequestSchema.load(str(config.data))
+        model = model or schema.dataset
         timeout = None if config.timeout_ms is None else config.timeout_ms / 1e3
-        bodies = bodies_of(requests, schema, config.protocol, model=config.model, timeout=timeout)
+        bodies = bodies_of(requests, schema, config.protocol, model=model, timeout=timeout)
         addresses = [address_of(user, config.addresses) for user in users_of(requests)]
     token = None if config.token_file is None else _read(config.token_file).decode().strip()
     ca = None if config.ca_file is None else _read(config.ca_file)
     if config.protocol == "grpc":
         return GrpcSender(bodies, addresses, token=token, ca=ca, give_up=config.give_up), len(bodies)
-    path, connections = path_of(config.protocol, config.model), config.connections
+    path, connections = path_of(config.protocol, model), config.connections
     sender = HttpSender(bodies, addresses, path, connections=connections, token=token, ca=ca, give_up=config.give_up)
     return sender, len(bodies)
 

@@ -21,15 +21,11 @@ from torchrec_amort.columns import typed_table
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.server.messages import SERVICE, message
-from torchrec_amort.serving.service import Overloaded
+from torchrec_amort.serving.service import DeadlineExceeded, Overloaded
 
 INFER = f"/{SERVICE}/ModelInfer"
 # A message is as large as the requests in it.
 CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-
-
-class DeadlineExceeded(TimeoutError):
-    """There was no answer in time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +50,7 @@ class ScoringClient:
 
     Args:
         addresses: `host:port` of each server, written alike in all clients.
-        model: name of the model.
+        model: name of the model; the data set of the schema unless given.
         token: what the servers want to be shown, if anything.
         tls: as `grpc.ssl_channel_credentials` makes them; plain text unless given.
         schema: gives columns their types; those that Arrow infers unless given, which servers convert.
@@ -80,7 +76,7 @@ class ScoringClient:
     ) -> None:
         if not addresses:
             raise InputError("addresses is empty: give host:port of 1 server or more")
-        self._model = model
+        self._model = model or ("" if schema is None else schema.dataset)
         self._schema = schema
         self._metadata = authorization(token)
         self._channels = {address: channel(address, tls) for address in addresses}
