@@ -34,7 +34,7 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 # Names in annotations and docstrings of what other projects define, and, last, of our own aliases for types.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|torchrec|np|numpy|pa|pyarrow|pathlib|collections|concurrent|signal|typing)\..*"),
+    ("py:.*", r"(torch|nn|torchrec|np|numpy|pa|pyarrow|pathlib|collections|concurrent|grpc|signal|typing)\..*"),
     ("py:.*", r"(Keyed)?(Jagged)?Tensor|DLRM|Embedding(Bag)?(Collection|Config)|Future|Path|int64|B \+ 1"),
     ("py:.*", "KeyedOptimizer|tqdm"),
     ("py:.*", r"Backend|Call|HistoryAttention|Location|Loss|Paths|Precision|Score|WhenLonger"),

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from tests.launch import ROOT, launch
 from torchrec_amort import versions
-from torchrec_amort.apps.command import EXTRAS
+from torchrec_amort.apps.command import EXTRAS, MODULES
 
 # Stands by itself: it runs where the package is installed, and its tests' requirements are not.
 SCORE = """
@@ -44,7 +44,7 @@ import contextlib, importlib.abc, io, json, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in {packages}:
+        if {{name, name.partition(".")[0]}} & {packages}:
             raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Missing())
@@ -66,6 +66,7 @@ COMMANDS = {
     "compare": ["--data=nowhere", "--out=nowhere"],
     "benchmark": ["--run_folder=nowhere"],
     "pilot": ["--control.run_folder=nowhere", "--treatment.run_folder=nowhere", "--out=nowhere"],
+    "load": ["--addresses=[nowhere:1]", "--data=nowhere", "--out=nowhere"],
     "export": ["--run_folder=nowhere", "--out=nowhere"],
 }
 
@@ -77,11 +78,17 @@ def setup_cfg(section: str, name: str) -> list[Requirement]:
 
 
 def test_a_plain_install_scores_and_a_command_without_its_extra_says_what_to_install() -> None:
-    packages = {package for extra in EXTRAS.values() for package in extra}
+    packages = {MODULES.get(package, package) for extra in EXTRAS.values() for package in extra}
     commands = [[name, *options] for name, options in COMMANDS.items()]
     script = WITHOUT_EXTRAS.format(packages=packages, score=SCORE, commands=commands)
     told = json.loads(launch("python", "-c", script).stdout.splitlines()[-1])
-    for command, extra in {"train": "train", "evaluate": "train", "compare": "train", "pilot": "report"}.items():
+    for command, extra in {
+        "train": "train",
+        "evaluate": "train",
+        "compare": "train",
+        "pilot": "report",
+        "load": "client",
+    }.items():
         first = EXTRAS[extra][0]
         assert told[command] == [2, f"error: {first} is not installed: pip install 'torchrec-amort[{extra}]'\n"]
     assert told["benchmark"] == told["pilot"]

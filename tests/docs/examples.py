@@ -57,6 +57,7 @@ LOG = "needs a log of impressions; the tests of its module write one"
 STORE = "asks a store"
 RANKS = "needs a process group; the tests of its module make one"
 COMPILES = "compiles for half a minute; tests/serving/test_export.py does the same"
+SERVER = "asks a server; the tests of its module start one"
 NATIVE = "needs native code, which is built where there is a compiler; the tests of its module run it there"
 
 
@@ -104,6 +105,9 @@ def _not_run() -> dict[str, str]:
         "serving.delta.write_delta": COMPILES,
         "serving.export.export_package": COMPILES,
         "serving.package.load_package": COMPILES,
+        "serving.server.client.ScoringClient": SERVER,
+        "serving.server.client.ScoringClient.score": SERVER,
+        "serving.server.client.ScoringClient.submit": SERVER,
         "models.graft.old_optimizer_state_dict": RANKS,
         "stores.Stored": STORE,
         "training.lock.run_lock": TRAINING,

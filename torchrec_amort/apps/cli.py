@@ -18,6 +18,7 @@ COMMANDS = {
     "apply": "make a package of an earlier one and what export --since wrote",
     "serve": "answer requests for scores over gRPC and HTTP, by the Open Inference Protocol",
     "benchmark": "time the same weights amortized and impression by impression",
+    "load": "send requests to servers at given rates: latency, goodput, and what became of each",
     "pilot": "replay logged requests through two arms: latency, quality and cost side by side",
 }
 

@@ -21,8 +21,16 @@ EXTRAS = {
     "train": ("tensorboard", "torchx"),
     "report": ("jinja2", "matplotlib"),
     "build": ("duckdb",),
-    "serve": ("grpc", "grpc_health", "starlette", "uvicorn", "msgspec", "prometheus_client"),
     "spark": ("pyspark", "sqlglot"),
+    "client": ("grpcio", "protobuf"),
+    "serve": ("grpcio", "grpcio-health-checking", "msgspec", "prometheus-client", "starlette", "uvicorn"),
+}
+# Packages whose module has another name.
+MODULES = {
+    "grpcio": "grpc",
+    "grpcio-health-checking": "grpc_health",
+    "prometheus-client": "prometheus_client",
+    "protobuf": "google.protobuf",
 }
 # No space, over quota, file too large, read-only, not permitted (twice), a file where a folder should be (twice).
 UNWRITABLE = (
@@ -88,9 +96,9 @@ def _stop(number: signal.Signals) -> NoReturn:
 def _require(extra: str) -> None:
     for package in EXTRAS[extra]:
         try:
-            importlib.import_module(package)
+            importlib.import_module(MODULES.get(package, package))
         except ModuleNotFoundError as error:
-            raise InputError(f"{error.name} is not installed: pip install 'torchrec-amort[{extra}]'") from error
+            raise InputError(f"{package} is not installed: pip install 'torchrec-amort[{extra}]'") from error
 
 
 def _end(kind: str, message: object, status: int) -> NoReturn:

@@ -18,7 +18,7 @@ from torchrec_amort.stores import Location, location
 
 
 def sample_requests(
-    folder: str | Location, split: str, *, num_requests: int, num_candidates: int, history_length: int, seed: int
+    folder: str | Location, split: str, *, num_requests: int, num_candidates: int | None, history_length: int, seed: int
 ) -> pa.Table:
     """Real requests with long enough histories, each with candidates drawn from those of the whole split.
 
@@ -26,7 +26,7 @@ def sample_requests(
         folder: prepared data folder.
         split: of it.
         num_requests: rows of the table.
-        num_candidates: candidates of each request.
+        num_candidates: candidates of each request; its own if None.
         history_length: least number of events of each history.
         seed: of the draw.
 
@@ -45,8 +45,11 @@ def sample_requests(
     schema = RequestSchema.load(folder)
     table = pa.concat_tables(read_piece(piece, schema) for piece in _pieces(folder, split, schema)).combine_chunks()
     random = np.random.default_rng(seed)
-    features = [f for f in schema.features if f.kind not in KINDS_NOT_READ]
-    pools = {f.source: pc.list_flatten(table[f.source]).combine_chunks() for f in features if f.side == "candidate"}
+    pools = {
+        f.source: pc.list_flatten(table[f.source]).combine_chunks()
+        for f in schema.features
+        if f.side == "candidate" and f.kind not in KINDS_NOT_READ
+    }
     long_enough = np.arange(table.num_rows)
     if columns := list(schema.event_columns.values()):
         lengths = np.stack([pc.list_value_length(table[column]).to_numpy() for column in columns])
@@ -57,16 +60,57 @@ def sample_requests(
             f"{location(folder) / split}: {len(long_enough)} requests have {history_length} events or more{each}, not "
             f"{num_requests}: ask for fewer requests or shorter histories"
         )
-    table = table.take(np.sort(random.choice(long_enough, num_requests, replace=False)))
+    table = inputs_of(table.take(np.sort(random.choice(long_enough, num_requests, replace=False))), schema)
+    if num_candidates is None:
+        return table
     pool_size = len(pools[schema.candidate_column])
     drawn = random.integers(pool_size, size=num_requests * num_candidates)
     offsets = pa.array(np.arange(num_requests + 1) * num_candidates, pa.int32())
-    inputs = {f.source for f in features}
-    left_out = {f.source for f in schema.features} - inputs
-    drawn_of: dict[str, Any] = {name: table[name] for name in schema.arrow_schema().names if name not in left_out}
+    drawn_of: dict[str, Any] = {name: table[name] for name in table.column_names}
     for name, pool in pools.items():
         drawn_of[name] = pa.ListArray.from_arrays(offsets, pool.take(drawn))
     return pa.table(drawn_of)
+
+
+def inputs_of(requests: pa.Table, schema: RequestSchema) -> pa.Table:
+    """Requests without their labels and weights.
+
+    Args:
+        requests: with the columns of `schema.arrow_schema()`.
+        schema: what they are made of.
+
+    Example::
+
+        requests = first_requests("data/movielens-1m", "test", 100)
+        table = inputs_of(requests, RequestSchema.load("data/movielens-1m"))
+    """
+    read = {f.source for f in schema.features if f.kind not in KINDS_NOT_READ}
+    left_out = {f.source for f in schema.features} - read
+    return requests.select([name for name in schema.arrow_schema().names if name not in left_out])
+
+
+def latest_events(requests: pa.Table, schema: RequestSchema, history_length: int) -> pa.Table:
+    """Requests with at most so many events of each history, the latest ones.
+
+    Args:
+        requests: one row per request.
+        schema: what they are made of.
+        history_length: the limit.
+
+    Example::
+
+        requests = first_requests("data/movielens-1m", "test", 100)
+        table = latest_events(requests, RequestSchema.load("data/movielens-1m"), 20)
+    """
+    for name in {f.source for f in schema.features if f.side == "event"}:
+        histories = requests[name].combine_chunks()
+        starts, stops = histories.offsets[:-1].to_numpy(), histories.offsets[1:].to_numpy()
+        starts = np.maximum(starts, stops - history_length)
+        kept = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        offsets = pa.array(np.concatenate([[0], np.cumsum(stops - starts)]), pa.int32())
+        latest = pa.ListArray.from_arrays(offsets, histories.values.take(pa.array(np.concatenate(kept))))
+        requests = requests.set_column(requests.column_names.index(name), name, latest)
+    return requests
 
 
 def first_requests(folder: str | Location, split: str, num_requests: int) -> pa.Table:
