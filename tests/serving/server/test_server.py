@@ -29,8 +29,8 @@ from tests.serving.test_scorer import make_model
 from torchrec_amort import AmortizedScorer, HistoryCache, InputError, RequestBatch, ScoringService
 from torchrec_amort.serving.server.access import Access
 from torchrec_amort.serving.server.endpoint import Endpoint
-from torchrec_amort.serving.server.messages import METHODS, SERVICE, message
 from torchrec_amort.serving.server.memory import available_bytes, refuse_without_room
+from torchrec_amort.serving.server.messages import METHODS, SERVICE, message
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.rest import HEADER_LENGTH
 from torchrec_amort.serving.server.run import ScoringServer
