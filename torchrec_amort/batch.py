@@ -17,13 +17,13 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from torchrec_amort.checks import Checks, array_of
-from torchrec_amort.columns import MisfitError, column_of, wanted
+from torchrec_amort.columns import MisfitError, column_of, typed_columns, wanted
 from torchrec_amort.errors import InputError
 from torchrec_amort.grouping import Impressions, Keys, first_rows, whole_numbers
 from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, taken
 from torchrec_amort.lists import Layout, Lists
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import KINDS_OF_LABELS, Content, RequestSchema, refuse_missing
+from torchrec_amort.schema import RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)
@@ -100,10 +100,10 @@ class RequestBatch(Pipelineable):
         requests = _listed(requests)
         if not requests:
             raise InputError("requests: an empty list: a batch needs at least 1 request")
-        known = [field for field in schema.arrow_schema() if any(field.name in request for request in requests)]
-        contents = schema.contents
-        rows = [_to_arrow(request, known, contents, row) for row, request in enumerate(requests)]
-        return cls.from_arrow(pa.concat_tables(rows), schema, history_length)
+        columns = _columns_of(requests, schema)
+        schema.refuse_missing_columns(columns, "requests")
+        batch = cls._of_rows(Rows(columns, schema, "requests", 0)).validate(schema.table_sizes, source="requests")
+        return batch if history_length is None else batch.keep_latest(history_length)
 
     @classmethod
     def from_arrow(
@@ -134,28 +134,32 @@ class RequestBatch(Pipelineable):
             InputError: a column is missing, has a null or a value that its type does not hold (text or a boolean for
                 an id, a time after the year 2200), lists of one request differ in length, or what `validate` refuses.
         """
-        rows = Rows(table, schema, source, first_row)
-        labels = schema.of("candidate", *KINDS_OF_LABELS)
-        has_labels = any(f.source in table.column_names for f in labels)
+        schema.refuse_missing_columns(table.schema.names, source)
+        columns = typed_columns(table, schema, source, first_row)
+        batch = cls._of_rows(Rows(columns, schema, source, first_row))
+        if validate:
+            batch.validate(schema.table_sizes, source=source, first_row=first_row)
+        return batch if history_length is None else batch.keep_latest(history_length)
+
+    @classmethod
+    def _of_rows(cls, rows: Rows) -> RequestBatch:
+        schema, labels = rows.schema, rows.schema.label_features
         sequences, num_ids = rows.sequences()
-        batch = cls(
+        return cls(
             request_dense=rows.dense("request"),
             candidate_dense=rows.dense("candidate"),
             request_sparse=rows.sparse("request"),
             candidate_sparse=rows.sparse("candidate"),
             sequences=sequences,
-            num_candidates=torch.tensor(rows.num_candidates, dtype=torch.int64),
-            labels=rows.stack(labels) if has_labels else None,
-            users=torch.from_numpy(rows.scalars("user").copy()) if "user" in table.column_names else None,
+            num_candidates=torch.from_numpy(rows.num_candidates.copy()),
+            labels=rows.stack(labels) if any(rows.has(label.source) for label in labels) else None,
+            users=torch.from_numpy(rows.scalars("user").copy()) if rows.has("user") else None,
             dense_sequences=rows.dense_sequences(),
             num_ids=num_ids,
             weights=rows.weights(),
             layout=schema.layout,
             targets=_targets_of(schema),
         )
-        if validate:
-            batch.validate(schema.table_sizes, source=source, first_row=first_row)
-        return batch if history_length is None else batch.keep_latest(history_length)
 
     @classmethod
     def from_impressions(
@@ -571,21 +575,37 @@ def _listed(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return listed
 
 
-def _to_arrow(
-    request: Mapping[str, Any], columns: Sequence[pa.Field], contents: Mapping[str, Content], row: int
-) -> pa.Table:
-    """One request as a table of one row."""
-    refuse_missing([column.name for column in columns], request, f"requests: request {row}")
-    arrays = {}
-    for column in columns:
-        name, content = column.name, contents[column.name]
+def _columns_of(requests: Sequence[Mapping[str, Any]], schema: RequestSchema) -> dict[str, pa.Array]:
+    """The columns of requests that one of them has at least.
+
+    Raises:
+        InputError: a request lacks one, or has a value that its column cannot hold: the first of them is named, as if
+            they were read one by one.
+    """
+    fields = [field for field in schema.arrow_schema() if any(field.name in request for request in requests)]
+    names = [field.name for field in fields]
+    stop, wrong = len(requests), None
+    for row, request in enumerate(requests):
+        if not all(name in request for name in names):
+            stop = row
+            break
+    columns = {}
+    for field in fields:
+        name, content = field.name, schema.contents[field.name]
         try:
-            arrays[name] = column_of(request[name], column.type, content, column.nullable)
+            values = [request[name] for request in requests[:stop]]
+            columns[name] = column_of(values, field.type, content, field.nullable)
         except MisfitError as misfit:
-            raise InputError(
-                f"requests: request {row}: {name} {misfit}: write {wanted(column.type, content, column.nullable)}"
-            ) from misfit
-    return pa.table(arrays)
+            stop = misfit.place
+            wrong = InputError(
+                f"requests: request {stop}: {name} {misfit}: write {wanted(field.type, content, field.nullable)}"
+            )
+            wrong.__cause__ = misfit
+    if wrong is not None:
+        raise wrong
+    if stop < len(requests):
+        refuse_missing(names, requests[stop], f"requests: request {stop}")
+    return columns
 
 
 def refuse_missing_features(batch: RequestBatch, features: Mapping[str, Sequence[str]]) -> None:

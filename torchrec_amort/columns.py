@@ -7,7 +7,10 @@ another unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -79,41 +82,67 @@ def typed_table(table: pa.Table, schema: RequestSchema, source: str = "requests"
 
         typed_table(pa.table({"time": [datetime(2020, 1, 1)], "user": [7]}), schema)  # user: 7, time: 1577836800
     """
-    types, contents = schema.arrow_schema(), schema.contents
-    fields = [field for field in types if field.name in table.column_names]
-    arrays = []
-    for field in fields:
-        content = contents[field.name]
-        try:
-            column, nullable = table[field.name], field.nullable
-            arrays.append(typed(column, field.type, content, rounded=True, finite=False, nullable=nullable))
-        except MisfitError as misfit:
-            raise InputError(
-                f"{source}: request {first_row + misfit.place}: {field.name} {misfit}: write "
-                f"{wanted(field.type, content, field.nullable)}"
-            ) from misfit
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+    arrays = typed_columns(table, schema, source, first_row)
+    fields = [field for field in schema.arrow_schema() if field.name in arrays]
+    return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields))
 
 
-def column_of(value: Any, expected: pa.DataType, content: Content, nullable: bool = False) -> pa.Array:
-    """One Python value of a request as a column of one row.
+def typed_columns(table: pa.Table, schema: RequestSchema, source: str, first_row: int) -> dict[str, pa.Array]:
+    """The columns of `typed_table`, by their names.
 
     Args:
-        value: a number or time, or a list or numpy array of them.
+        table: see `typed_table`.
+        schema: what the requests are made of.
+        source: where the table comes from, for error messages.
+        first_row: number of the table's first row there, for error messages.
+
+    Raises:
+        InputError: see `typed_table`.
+    """
+    contents, present = schema.contents, set(table.schema.names)
+    arrays = {}
+    for field in schema.arrow_schema():
+        name, nullable = field.name, field.nullable
+        if name not in present:
+            continue
+        try:
+            arrays[name] = typed(
+                table[name], field.type, contents[name], rounded=True, finite=False, nullable=nullable
+            )
+        except MisfitError as misfit:
+            raise InputError(
+                f"{source}: request {first_row + misfit.place}: {name} {misfit}: write "
+                f"{wanted(field.type, contents[name], nullable)}"
+            ) from misfit
+    return arrays
+
+
+def column_of(values: Sequence[Any], expected: pa.DataType, content: Content, nullable: bool = False) -> pa.Array:
+    """Python values of requests as a column of as many rows.
+
+    Args:
+        values: of each request a number or time, or a list or numpy array of them.
         expected: the column's type.
         content: what its values are.
         nullable: whether ids, and lists of them, may be null.
 
     Raises:
-        MisfitError: the value cannot be had in the column's type.
+        MisfitError: the first value that cannot be had in the column's type.
     """
-    if content != "number" and (mixed := _mixed_kinds(value)):
-        raise MisfitError(0, f"has entries of several types, {mixed}")
-    try:
-        array = pa.array([_seconds_of_numpy(value)])
-    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
-        raise MisfitError(0, f"cannot be read ({one_line(error)})") from error
-    return typed(pa.chunked_array([array]), expected, content, rounded=True, finite=False, nullable=nullable)
+    if _are_alike(values):
+        with suppress(MisfitError):
+            return _read(values, expected, content, nullable)
+    # Arrow reads values together in one type, and does not tell which of them it cannot read.
+    arrays = []
+    for row, value in enumerate(values):
+        try:
+            if content != "number" and (mixed := _mixed_kinds(value)):
+                raise MisfitError(0, f"has entries of several types, {mixed}")
+            arrays.append(_read([value], expected, content, nullable))
+        except MisfitError as misfit:
+            misfit.place = row
+            raise
+    return pa.concat_arrays(arrays)
 
 
 def typed(
@@ -201,16 +230,21 @@ def _typed(
         raise MisfitError(0, f"is {array.type}, not a list")
     # Not a cast: pyarrow's own of a list view leaves its sizes out.
     entries = array.flatten()
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     try:
         converted = _typed(entries, expected.value_type, content, rounded, finite, nullable)
     except MisfitError as misfit:
-        row = int(np.searchsorted(np.cumsum(lengths), misfit.place, side="right"))
+        row = int(np.searchsorted(_ends(array), misfit.place, side="right"))
         raise MisfitError(row, _of_list(str(misfit)), misfit.if_rounded) from misfit
     if converted is entries and array.type.equals(expected) and not array.null_count:
         return array
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    offsets = np.concatenate([[0], _ends(array)])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), converted)
+
+
+def _ends(lists: pa.Array) -> np.ndarray:
+    """Where the entries of each list end among those of all."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return np.cumsum(lengths, dtype=np.int64)
 
 
 def _scalars(array: pa.Array, content: Content, rounded: bool, finite: bool) -> pa.Array:
@@ -362,6 +396,25 @@ def _seconds(array: pa.Array, rounded: bool) -> pa.Array:
 
 
 # ----- Python values ------------------------------------------------------------------------------------------------
+
+
+def _read(values: Sequence[Any], expected: pa.DataType, content: Content, nullable: bool) -> pa.Array:
+    try:
+        array = pa.array([_seconds_of_numpy(value) for value in values])
+    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
+        raise MisfitError(0, f"cannot be read ({one_line(error)})") from error
+    return typed(pa.chunked_array([array]), expected, content, rounded=True, finite=False, nullable=nullable)
+
+
+def _are_alike(values: Sequence[Any]) -> bool:
+    """Whether the values, or the entries of lists and arrays of them, have one type, of which Arrow makes one, too."""
+    types = set(map(type, values)) - {type(None)}
+    if types and types <= {list, tuple}:
+        return _are_alike(list(chain.from_iterable(value for value in values if value is not None)))
+    if types == {np.ndarray}:
+        dtypes = {value.dtype for value in values if value is not None}
+        return len(dtypes) == 1 and dtypes.pop().kind in "iuf"
+    return len(types) <= 1 and types <= {bool, int, float, str}
 
 
 def _seconds_of_numpy(value: Any) -> Any:
