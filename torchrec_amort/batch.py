@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from torchrec_amort.checks import Checks, array_of
+from torchrec_amort.checks import Checks
 from torchrec_amort.columns import MisfitError, column_of, typed_columns, wanted
 from torchrec_amort.errors import InputError
 from torchrec_amort.grouping import Impressions, Keys, first_rows, whole_numbers
@@ -367,8 +367,11 @@ class RequestBatch(Pipelineable):
     @property
     def request_lists(self) -> Lists:
         """All that the requests list."""
-        sequences, layout = shallow_copy(self.sequences), self.layout or Layout({}, ())
-        return Lists(sequences, self.dense_sequences, self.num_ids, layout.with_usual(sequences.keys()))
+        return Lists(shallow_copy(self.sequences), self.dense_sequences, self.num_ids, self._layout())
+
+    def _layout(self) -> Layout:
+        """Whose all of the keys are."""
+        return (self.layout or Layout({}, ())).with_usual(self.sequences.keys())
 
     def _with_lists(self, lists: Lists, **changed: Any) -> RequestBatch:
         return replace(self, sequences=lists.sequences, dense_sequences=lists.dense, num_ids=lists.num_ids, **changed)
@@ -511,13 +514,15 @@ class RequestBatch(Pipelineable):
         checks.ids("request_sparse", batch.request_sparse, False, sizes)
         checks.ids("candidate_sparse", batch.candidate_sparse, True, sizes)
         lengths = checks.ids("sequences", batch.sequences, False, sizes)
+        entries = dict(lengths)
+        of_ids = {}
         for key, num_ids in batch.num_ids.items():
             if key not in lengths:
                 raise InputError(f"{source}: num_ids has {key!r}, but sequences has {list(lengths)}: leave it out")
-            checks.num_ids(key, num_ids, lengths[key])
+            of_ids[key] = checks.num_ids(key, num_ids, lengths[key])
         for key, numbers in batch.dense_sequences.items():
-            checks.jagged(f"dense_sequences[{key!r}]", numbers)
-        _check_entries(batch.request_lists, checks, array_of(self.num_candidates))
+            entries[key] = checks.jagged(f"dense_sequences[{key!r}]", numbers)
+        checks.entries(batch._layout(), entries | of_ids)
         checks.finite("request_dense", self.request_dense, False)
         checks.finite("candidate_dense", self.candidate_dense, True)
         if self.labels is not None:
@@ -538,21 +543,6 @@ def _shallow_copies(jagged: Mapping[str, JaggedTensor]) -> dict[str, JaggedTenso
 # Whether they have a row for each candidate, or for each request.
 _FIELDS_OF_ROWS = {"request_dense": False, "candidate_dense": True, "users": False, "labels": True, "weights": True}
 _GREATEST = float(np.finfo(np.float32).max)
-
-
-def _check_entries(lists: Lists, checks: Checks, num_candidates: np.ndarray) -> None:
-    """Refuse features of one history, of the candidates or of the requests that differ in their numbers of entries."""
-    layout = lists.layout
-    entries = {key: array_of(of_key) for key in lists.keys() if (of_key := lists.num_entries(key)) is not None}
-    groups = [(layout.candidates, "num_candidates", num_candidates)]
-    groups.append((layout.requests, "a request", np.ones_like(num_candidates)))
-    for keys in layout.histories.values():
-        if present := tuple(key for key in keys if key in entries):
-            groups.append((present[1:], f"sequences[{present[0]!r}]", entries[present[0]]))
-    for keys, other, expected in groups:
-        for key in keys:
-            if key in entries:
-                checks.lengths(key, entries[key], other, expected)
 
 
 def _listed(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

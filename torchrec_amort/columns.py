@@ -129,16 +129,16 @@ def column_of(values: Sequence[Any], expected: pa.DataType, content: Content, nu
     Raises:
         MisfitError: the first value that cannot be had in the column's type.
     """
-    if _are_alike(values):
-        with suppress(MisfitError):
-            return _read(values, expected, content, nullable)
-    # Arrow reads values together in one type, and does not tell which of them it cannot read.
+    if _types(values) <= _PYTHON_TYPES[content]:
+        # What does not fit, or is not finite, is told of below.
+        with suppress(ValueError, TypeError, OverflowError, MisfitError):
+            array = pa.chunked_array([pa.array(values, expected)])
+            return typed(array, expected, content, rounded=True, finite=True, nullable=nullable)
+    # One by one: Arrow finds one type for all that it reads together, and does not tell which value has none.
     arrays = []
     for row, value in enumerate(values):
         try:
-            if content != "number" and (mixed := _mixed_kinds(value)):
-                raise MisfitError(0, f"has entries of several types, {mixed}")
-            arrays.append(_read([value], expected, content, nullable))
+            arrays.append(_value(value, expected, content, nullable))
         except MisfitError as misfit:
             misfit.place = row
             raise
@@ -233,18 +233,19 @@ def _typed(
     try:
         converted = _typed(entries, expected.value_type, content, rounded, finite, nullable)
     except MisfitError as misfit:
-        row = int(np.searchsorted(_ends(array), misfit.place, side="right"))
+        row = int(np.searchsorted(_offsets(array)[1:], misfit.place, side="right"))
         raise MisfitError(row, _of_list(str(misfit)), misfit.if_rounded) from misfit
     if converted is entries and array.type.equals(expected) and not array.null_count:
         return array
-    offsets = np.concatenate([[0], _ends(array)])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), converted)
+    return pa.ListArray.from_arrays(pa.array(_offsets(array), pa.int32()), converted)
 
 
-def _ends(lists: pa.Array) -> np.ndarray:
-    """Where the entries of each list end among those of all."""
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    return np.cumsum(lengths, dtype=np.int64)
+def _offsets(lists: pa.Array) -> np.ndarray:
+    """Where each list begins among the entries of all, and where the last one ends."""
+    lengths = pc.list_value_length(lists)
+    if lengths.null_count:
+        lengths = lengths.fill_null(0)
+    return np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)])
 
 
 def _scalars(array: pa.Array, content: Content, rounded: bool, finite: bool) -> pa.Array:
@@ -398,23 +399,27 @@ def _seconds(array: pa.Array, rounded: bool) -> pa.Array:
 # ----- Python values ------------------------------------------------------------------------------------------------
 
 
-def _read(values: Sequence[Any], expected: pa.DataType, content: Content, nullable: bool) -> pa.Array:
+# Those that Arrow reads as a column's type or refuses.
+_PYTHON_TYPES: dict[Content, set[type]] = {"id": {int}, "text": {str}, "time": {int}, "number": {int, float}}
+
+
+def _types(values: Sequence[Any]) -> set[type]:
+    """The types of values, or of the entries of lists of them, but for None."""
+    types = set(map(type, values)) - {type(None)}
+    if types and types <= {list, tuple}:
+        return _types(list(chain.from_iterable(value for value in values if value is not None)))
+    return types
+
+
+def _value(value: Any, expected: pa.DataType, content: Content, nullable: bool) -> pa.Array:
+    """A value of one request, of any type, as a column of one row."""
+    if content != "number" and (mixed := _mixed_kinds(value)):
+        raise MisfitError(0, f"has entries of several types, {mixed}")
     try:
-        array = pa.array([_seconds_of_numpy(value) for value in values])
+        array = pa.array([_seconds_of_numpy(value)])
     except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
         raise MisfitError(0, f"cannot be read ({one_line(error)})") from error
     return typed(pa.chunked_array([array]), expected, content, rounded=True, finite=False, nullable=nullable)
-
-
-def _are_alike(values: Sequence[Any]) -> bool:
-    """Whether the values, or the entries of lists and arrays of them, have one type, of which Arrow makes one, too."""
-    types = set(map(type, values)) - {type(None)}
-    if types and types <= {list, tuple}:
-        return _are_alike(list(chain.from_iterable(value for value in values if value is not None)))
-    if types == {np.ndarray}:
-        dtypes = {value.dtype for value in values if value is not None}
-        return len(dtypes) == 1 and dtypes.pop().kind in "iuf"
-    return len(types) <= 1 and types <= {bool, int, float, str}
 
 
 def _seconds_of_numpy(value: Any) -> Any:
