@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -572,13 +573,11 @@ def _columns_of(requests: Sequence[Mapping[str, Any]], schema: RequestSchema) ->
         InputError: a request lacks one, or has a value that its column cannot hold: the first of them is named, as if
             they were read one by one.
     """
-    fields = [field for field in schema.arrow_schema() if any(field.name in request for request in requests)]
-    names = [field.name for field in fields]
-    stop, wrong = len(requests), None
-    for row, request in enumerate(requests):
-        if not all(name in request for name in names):
-            stop = row
-            break
+    present = set(chain.from_iterable(requests))
+    fields = [field for field in schema.arrow_schema() if field.name in present]
+    names = {field.name for field in fields}
+    wrong = None
+    stop = next((row for row, request in enumerate(requests) if not names <= request.keys()), len(requests))
     columns = {}
     for field in fields:
         name, content = field.name, schema.contents[field.name]
@@ -594,7 +593,7 @@ def _columns_of(requests: Sequence[Mapping[str, Any]], schema: RequestSchema) ->
     if wrong is not None:
         raise wrong
     if stop < len(requests):
-        refuse_missing(names, requests[stop], f"requests: request {stop}")
+        refuse_missing([field.name for field in fields], requests[stop], f"requests: request {stop}")
     return columns
 
 

@@ -7,7 +7,7 @@ another unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from itertools import chain
@@ -129,9 +129,9 @@ def column_of(values: Sequence[Any], expected: pa.DataType, content: Content, nu
     Raises:
         MisfitError: the first value that cannot be had in the column's type.
     """
-    if _types(values) <= _PYTHON_TYPES[content]:
-        # What does not fit, or is not finite, is told of below.
-        with suppress(ValueError, TypeError, OverflowError, MisfitError):
+    # What does not fit, or is not finite, is told of below.
+    with suppress(ValueError, TypeError, OverflowError, MisfitError):
+        if _types(values, expected) <= _PYTHON_TYPES[content]:
             array = pa.chunked_array([pa.array(values, expected)])
             return typed(array, expected, content, rounded=True, finite=True, nullable=nullable)
     # One by one: Arrow finds one type for all that it reads together, and does not tell which value has none.
@@ -213,6 +213,8 @@ def decoded(array: pa.Array) -> pa.Array:
 def _typed(
     array: pa.Array, expected: pa.DataType, content: Content, rounded: bool, finite: bool, nullable: bool
 ) -> pa.Array:
+    if _is_typed(array, expected, content, finite):
+        return array
     if not len(array):
         return array if array.type.equals(expected) else pa.array([], expected)
     array = decoded(array)
@@ -222,8 +224,6 @@ def _typed(
         raise MisfitError(int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), "is null")
     if pa.types.is_null(array.type):
         array = array.cast(expected)
-    if _is_typed(array, expected, content, finite):
-        return array
     if not is_list:
         return _scalars(array, content, rounded, finite)
     if not any(is_kind(array.type) for is_kind in _KINDS_OF_LISTS):
@@ -403,12 +403,16 @@ def _seconds(array: pa.Array, rounded: bool) -> pa.Array:
 _PYTHON_TYPES: dict[Content, set[type]] = {"id": {int}, "text": {str}, "time": {int}, "number": {int, float}}
 
 
-def _types(values: Sequence[Any]) -> set[type]:
-    """The types of values, or of the entries of lists of them, but for None."""
-    types = set(map(type, values)) - {type(None)}
-    if types and types <= {list, tuple}:
-        return _types(list(chain.from_iterable(value for value in values if value is not None)))
-    return types
+def _types(values: Iterable[Any], expected: pa.DataType) -> set[type]:
+    """The types of values, or of the entries of lists of them, but for None.
+
+    Raises:
+        TypeError: a value should be a list.
+    """
+    while pa.types.is_list(expected):
+        values = chain.from_iterable(value for value in values if value is not None)
+        expected = expected.value_type
+    return set(map(type, values)) - {type(None)}
 
 
 def _value(value: Any, expected: pa.DataType, content: Content, nullable: bool) -> pa.Array:
