@@ -7,7 +7,7 @@ another unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from itertools import chain
@@ -129,9 +129,9 @@ def column_of(values: Sequence[Any], expected: pa.DataType, content: Content, nu
     Raises:
         MisfitError: the first value that cannot be had in the column's type.
     """
-    # What does not fit, or is not finite, is told of below.
-    with suppress(ValueError, TypeError, OverflowError, MisfitError):
-        if _types(values, expected) <= _PYTHON_TYPES[content]:
+    if _are_of(_PYTHON_TYPES[content], values, expected):
+        # What does not fit, or is not finite, is told of below.
+        with suppress(ValueError, TypeError, OverflowError, MisfitError):
             array = pa.chunked_array([pa.array(values, expected)])
             return typed(array, expected, content, rounded=True, finite=True, nullable=nullable)
     # One by one: Arrow finds one type for all that it reads together, and does not tell which value has none.
@@ -403,16 +403,16 @@ def _seconds(array: pa.Array, rounded: bool) -> pa.Array:
 _PYTHON_TYPES: dict[Content, set[type]] = {"id": {int}, "text": {str}, "time": {int}, "number": {int, float}}
 
 
-def _types(values: Iterable[Any], expected: pa.DataType) -> set[type]:
-    """The types of values, or of the entries of lists of them, but for None.
-
-    Raises:
-        TypeError: a value should be a list.
-    """
-    while pa.types.is_list(expected):
-        values = chain.from_iterable(value for value in values if value is not None)
-        expected = expected.value_type
-    return set(map(type, values)) - {type(None)}
+def _are_of(types: set[type], values: Sequence[Any], expected: pa.DataType) -> bool:
+    """Whether the values of a column, or the entries of its lists, have certain types or are None."""
+    have = set(map(type, values)) - {type(None)}
+    if not pa.types.is_list(expected):
+        return have <= types
+    # Of no other sequences: Arrow takes text for a list of letters, and bytes for one of integers.
+    if not have <= {list, tuple}:
+        return False
+    entries = list(chain.from_iterable(value for value in values if value is not None))
+    return _are_of(types, entries, expected.value_type)
 
 
 def _value(value: Any, expected: pa.DataType, content: Content, nullable: bool) -> pa.Array:
