@@ -574,27 +574,26 @@ def _columns_of(requests: Sequence[Mapping[str, Any]], schema: RequestSchema) ->
             they were read one by one.
     """
     present = set(chain.from_iterable(requests))
-    fields = [field for field in schema.arrow_schema() if field.name in present]
-    names = {field.name for field in fields}
-    wrong = None
-    stop = next((row for row, request in enumerate(requests) if not names <= request.keys()), len(requests))
-    columns = {}
-    for field in fields:
-        name, content = field.name, schema.contents[field.name]
+    columns = [column for column in schema.arrow_schema() if column.name in present]
+    names = [column.name for column in columns]
+    needed = set(names)
+    lacking = (row for row, request in enumerate(requests) if not needed <= request.keys())
+    first_wrong, wrong = next(lacking, len(requests)), None
+    arrays = {}
+    for column in columns:
+        name, content = column.name, schema.contents[column.name]
+        values = [request[name] for request in requests[:first_wrong]]
         try:
-            values = [request[name] for request in requests[:stop]]
-            columns[name] = column_of(values, field.type, content, field.nullable)
+            arrays[name] = column_of(values, column.type, content, column.nullable)
         except MisfitError as misfit:
-            stop = misfit.place
-            wrong = InputError(
-                f"requests: request {stop}: {name} {misfit}: write {wanted(field.type, content, field.nullable)}"
-            )
-            wrong.__cause__ = misfit
+            # Of other columns, only what is wrong in a request before this one comes first.
+            first_wrong, wrong = misfit.place, misfit
+            told = f"{name} {misfit}: write {wanted(column.type, content, column.nullable)}"
     if wrong is not None:
-        raise wrong
-    if stop < len(requests):
-        refuse_missing([field.name for field in fields], requests[stop], f"requests: request {stop}")
-    return columns
+        raise InputError(f"requests: request {first_wrong}: {told}") from wrong
+    if first_wrong < len(requests):
+        refuse_missing(names, requests[first_wrong], f"requests: request {first_wrong}")
+    return arrays
 
 
 def refuse_missing_features(batch: RequestBatch, features: Mapping[str, Sequence[str]]) -> None:

@@ -106,9 +106,7 @@ def typed_columns(table: pa.Table, schema: RequestSchema, source: str, first_row
         if name not in present:
             continue
         try:
-            arrays[name] = typed(
-                table[name], field.type, contents[name], rounded=True, finite=False, nullable=nullable
-            )
+            arrays[name] = typed(table[name], field.type, contents[name], rounded=True, finite=False, nullable=nullable)
         except MisfitError as misfit:
             raise InputError(
                 f"{source}: request {first_row + misfit.place}: {name} {misfit}: write "
