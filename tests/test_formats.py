@@ -1,17 +1,20 @@
 """Batches of schemas of any features hold what their requests say, whatever becomes of them."""
 
 from dataclasses import replace
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from tests.schemas import Shapes, entries_of, make_requests, schemas, shapes
+from tests.schemas import NOW, Shapes, entries_of, make_requests, schemas, shapes
 from tests.test_batch import assert_same
 from torchrec_amort import Feature, InputError, RequestBatch, RequestSchema
 from torchrec_amort.data.reader import RequestDataset
@@ -65,6 +68,81 @@ def refuse_other_batch(batch: RequestBatch, requests: list[dict[str, Any]], sche
 def test_a_batch_holds_what_its_requests_say(schema: RequestSchema, sizes: Shapes, seed: int) -> None:
     requests = make_requests(schema, sizes, seed)
     refuse_other_batch(RequestBatch.from_requests(requests, schema), requests, schema)
+
+
+@given(schemas(), shapes(), st.data(), st.integers(0, 2**20))
+@settings(max_examples=40)
+def test_a_part_of_a_table_in_chunks_is_read_as_its_requests(
+    schema: RequestSchema, sizes: Shapes, data: st.DataObject, seed: int
+) -> None:
+    requests = make_requests(schema, sizes, seed)
+    # What stands before and after may be anything, nulls included.
+    others: list[dict[str, Any]] = [dict.fromkeys(requests[0]), *make_requests(schema, sizes, seed + 1)]
+    table = pa.Table.from_pylist([*others, *requests, *others], schema.arrow_schema())
+    part = table.slice(len(others), len(requests))
+    cut = data.draw(st.integers(0, len(requests)))
+    part = data.draw(st.sampled_from([part, pa.concat_tables([part.slice(0, cut), part.slice(cut)])]))
+    batch = RequestBatch.from_arrow(part, schema)
+    refuse_other_batch(batch, requests, schema)
+    assert_same(batch, RequestBatch.from_requests(requests, schema))
+
+
+ODD = [0, 3, 3.0, 2.5, True, None, 2**24 + 1, 2**53 + 1, 2**63, 1e300, "ab", b"ab", Decimal(3), Decimal("2.5")]
+ODD += [datetime(1970, 1, 2), date(1970, 1, 2), timedelta(1), np.int64(3), np.float32(2.5), np.datetime64(3, "s")]
+ODD_LISTS = [
+    [],
+    (),
+    [None],
+    [1, 2],
+    (1, 2),
+    [1.0],
+    [2.5, 1],
+    [True],
+    [True, 1],
+    ["ab"],
+    ["a", None],
+    [b"a"],
+    [[1]],
+    {1},
+]
+ODD_LISTS += [np.array([1, 2]), np.array([1.0]), np.array([], "M8[s]"), np.array([True]), np.array(["a"])]
+READ_FROM_ANY = {
+    "id": Feature("x", "request", "id", 9, vocabulary="unknown"),
+    "nullable id": Feature("x", "request", "id", 9, vocabulary="unknown", nullable=True),
+    "ids": Feature("x", "request", "ids", 9, vocabulary="unknown"),
+    "text": Feature("x", "request", "id", 9, vocabulary="hash", text=True),
+    "texts": Feature("x", "request", "ids", 9, vocabulary="hash", text=True, nullable=True),
+    "number": Feature("x", "request", "dense"),
+    "time": Feature("x", "request", "age", 64),
+    "vector": Feature("x", "request", "vector", size=1),
+}
+
+
+@given(st.sampled_from(sorted(READ_FROM_ANY)), st.lists(st.sampled_from([*ODD, *ODD_LISTS]), min_size=2, max_size=3))
+@example("texts", [["ab"], "ab"])
+@example("ids", [[1], b"ab"])
+@example("id", [True, 3.0])
+@settings(max_examples=300)
+def test_requests_that_are_read_together_are_what_each_is_alone(kind: str, values: list[Any]) -> None:
+    schema = RequestSchema("any", (Feature("film", "candidate", "id", 9), READ_FROM_ANY[kind]))
+    requests = [{"time": NOW, "film": [1], "x": value} for value in values]
+
+    def read(requests: list[dict[str, Any]]) -> RequestBatch | str:
+        try:
+            return RequestBatch.from_requests(requests, schema)
+        except InputError as error:
+            return str(error)
+
+    together, alone = read(requests), [read([request]) for request in requests]
+    refused = [row for row, one in enumerate(alone) if isinstance(one, str)]
+    if isinstance(together, str):
+        # Of values that no column holds, the first; what it holds is checked afterwards.
+        assert together in [str(alone[row]).replace("request 0", f"request {row}") for row in refused]
+        return
+    assert not refused
+    for row, one in enumerate(alone):
+        assert isinstance(one, RequestBatch)
+        assert_same(together.select(torch.tensor([row])), one)
 
 
 def without_candidates(request: dict[str, Any], schema: RequestSchema, keep: slice) -> dict[str, Any]:

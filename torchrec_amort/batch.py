@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from torchrec_amort.checks import Checks, array_of
-from torchrec_amort.columns import MisfitError, column_of, wanted
+from torchrec_amort.checks import Checks
+from torchrec_amort.columns import MisfitError, column_of, typed_columns, wanted
 from torchrec_amort.errors import InputError
 from torchrec_amort.grouping import Impressions, Keys, first_rows, whole_numbers
 from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, taken
 from torchrec_amort.lists import Layout, Lists
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import KINDS_OF_LABELS, Content, RequestSchema, refuse_missing
+from torchrec_amort.schema import RequestSchema, refuse_missing
 
 
 @dataclass(eq=False)
@@ -100,10 +101,10 @@ class RequestBatch(Pipelineable):
         requests = _listed(requests)
         if not requests:
             raise InputError("requests: an empty list: a batch needs at least 1 request")
-        known = [field for field in schema.arrow_schema() if any(field.name in request for request in requests)]
-        contents = schema.contents
-        rows = [_to_arrow(request, known, contents, row) for row, request in enumerate(requests)]
-        return cls.from_arrow(pa.concat_tables(rows), schema, history_length)
+        columns = _columns_of(requests, schema)
+        schema.refuse_missing_columns(columns, "requests")
+        batch = cls._of_rows(Rows(columns, schema, "requests", 0)).validate(schema.table_sizes, source="requests")
+        return batch if history_length is None else batch.keep_latest(history_length)
 
     @classmethod
     def from_arrow(
@@ -134,28 +135,32 @@ class RequestBatch(Pipelineable):
             InputError: a column is missing, has a null or a value that its type does not hold (text or a boolean for
                 an id, a time after the year 2200), lists of one request differ in length, or what `validate` refuses.
         """
-        rows = Rows(table, schema, source, first_row)
-        labels = schema.of("candidate", *KINDS_OF_LABELS)
-        has_labels = any(f.source in table.column_names for f in labels)
+        schema.refuse_missing_columns(table.schema.names, source)
+        columns = typed_columns(table, schema, source, first_row)
+        batch = cls._of_rows(Rows(columns, schema, source, first_row))
+        if validate:
+            batch.validate(schema.table_sizes, source=source, first_row=first_row)
+        return batch if history_length is None else batch.keep_latest(history_length)
+
+    @classmethod
+    def _of_rows(cls, rows: Rows) -> RequestBatch:
+        schema, labels = rows.schema, rows.schema.label_features
         sequences, num_ids = rows.sequences()
-        batch = cls(
+        return cls(
             request_dense=rows.dense("request"),
             candidate_dense=rows.dense("candidate"),
             request_sparse=rows.sparse("request"),
             candidate_sparse=rows.sparse("candidate"),
             sequences=sequences,
-            num_candidates=torch.tensor(rows.num_candidates, dtype=torch.int64),
-            labels=rows.stack(labels) if has_labels else None,
-            users=torch.from_numpy(rows.scalars("user").copy()) if "user" in table.column_names else None,
+            num_candidates=torch.from_numpy(rows.num_candidates.copy()),
+            labels=rows.stack(labels) if any(rows.has(label.source) for label in labels) else None,
+            users=torch.from_numpy(rows.scalars("user").copy()) if rows.has("user") else None,
             dense_sequences=rows.dense_sequences(),
             num_ids=num_ids,
             weights=rows.weights(),
             layout=schema.layout,
             targets=_targets_of(schema),
         )
-        if validate:
-            batch.validate(schema.table_sizes, source=source, first_row=first_row)
-        return batch if history_length is None else batch.keep_latest(history_length)
 
     @classmethod
     def from_impressions(
@@ -363,8 +368,11 @@ class RequestBatch(Pipelineable):
     @property
     def request_lists(self) -> Lists:
         """All that the requests list."""
-        sequences, layout = shallow_copy(self.sequences), self.layout or Layout({}, ())
-        return Lists(sequences, self.dense_sequences, self.num_ids, layout.with_usual(sequences.keys()))
+        return Lists(shallow_copy(self.sequences), self.dense_sequences, self.num_ids, self._layout())
+
+    def _layout(self) -> Layout:
+        """Whose all of the keys are."""
+        return (self.layout or Layout({}, ())).with_usual(self.sequences.keys())
 
     def _with_lists(self, lists: Lists, **changed: Any) -> RequestBatch:
         return replace(self, sequences=lists.sequences, dense_sequences=lists.dense, num_ids=lists.num_ids, **changed)
@@ -507,13 +515,15 @@ class RequestBatch(Pipelineable):
         checks.ids("request_sparse", batch.request_sparse, False, sizes)
         checks.ids("candidate_sparse", batch.candidate_sparse, True, sizes)
         lengths = checks.ids("sequences", batch.sequences, False, sizes)
+        entries = dict(lengths)
+        of_ids = {}
         for key, num_ids in batch.num_ids.items():
             if key not in lengths:
                 raise InputError(f"{source}: num_ids has {key!r}, but sequences has {list(lengths)}: leave it out")
-            checks.num_ids(key, num_ids, lengths[key])
+            of_ids[key] = checks.num_ids(key, num_ids, lengths[key])
         for key, numbers in batch.dense_sequences.items():
-            checks.jagged(f"dense_sequences[{key!r}]", numbers)
-        _check_entries(batch.request_lists, checks, array_of(self.num_candidates))
+            entries[key] = checks.jagged(f"dense_sequences[{key!r}]", numbers)
+        checks.entries(batch._layout(), entries | of_ids)
         checks.finite("request_dense", self.request_dense, False)
         checks.finite("candidate_dense", self.candidate_dense, True)
         if self.labels is not None:
@@ -536,21 +546,6 @@ _FIELDS_OF_ROWS = {"request_dense": False, "candidate_dense": True, "users": Fal
 _GREATEST = float(np.finfo(np.float32).max)
 
 
-def _check_entries(lists: Lists, checks: Checks, num_candidates: np.ndarray) -> None:
-    """Refuse features of one history, of the candidates or of the requests that differ in their numbers of entries."""
-    layout = lists.layout
-    entries = {key: array_of(of_key) for key in lists.keys() if (of_key := lists.num_entries(key)) is not None}
-    groups = [(layout.candidates, "num_candidates", num_candidates)]
-    groups.append((layout.requests, "a request", np.ones_like(num_candidates)))
-    for keys in layout.histories.values():
-        if present := tuple(key for key in keys if key in entries):
-            groups.append((present[1:], f"sequences[{present[0]!r}]", entries[present[0]]))
-    for keys, other, expected in groups:
-        for key in keys:
-            if key in entries:
-                checks.lengths(key, entries[key], other, expected)
-
-
 def _listed(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Requests that are given as mappings, each read once.
 
@@ -571,21 +566,34 @@ def _listed(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return listed
 
 
-def _to_arrow(
-    request: Mapping[str, Any], columns: Sequence[pa.Field], contents: Mapping[str, Content], row: int
-) -> pa.Table:
-    """One request as a table of one row."""
-    refuse_missing([column.name for column in columns], request, f"requests: request {row}")
+def _columns_of(requests: Sequence[Mapping[str, Any]], schema: RequestSchema) -> dict[str, pa.Array]:
+    """The columns of requests that one of them has at least.
+
+    Raises:
+        InputError: a request lacks one, or has a value that its column cannot hold: the first of them is named, as if
+            they were read one by one.
+    """
+    present = set(chain.from_iterable(requests))
+    columns = [column for column in schema.arrow_schema() if column.name in present]
+    names = [column.name for column in columns]
+    needed = set(names)
+    lacking = (row for row, request in enumerate(requests) if not needed <= request.keys())
+    first_wrong, wrong = next(lacking, len(requests)), None
     arrays = {}
     for column in columns:
-        name, content = column.name, contents[column.name]
+        name, content = column.name, schema.contents[column.name]
+        values = [request[name] for request in requests[:first_wrong]]
         try:
-            arrays[name] = column_of(request[name], column.type, content, column.nullable)
+            arrays[name] = column_of(values, column.type, content, column.nullable)
         except MisfitError as misfit:
-            raise InputError(
-                f"requests: request {row}: {name} {misfit}: write {wanted(column.type, content, column.nullable)}"
-            ) from misfit
-    return pa.table(arrays)
+            # Of other columns, only what is wrong in a request before this one comes first.
+            first_wrong, wrong = misfit.place, misfit
+            told = f"{name} {misfit}: write {wanted(column.type, content, column.nullable)}"
+    if wrong is not None:
+        raise InputError(f"requests: request {first_wrong}: {told}") from wrong
+    if first_wrong < len(requests):
+        refuse_missing(names, requests[first_wrong], f"requests: request {first_wrong}")
+    return arrays
 
 
 def refuse_missing_features(batch: RequestBatch, features: Mapping[str, Sequence[str]]) -> None:

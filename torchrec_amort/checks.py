@@ -5,6 +5,7 @@ Shape suffixes: B requests; K keys; R rows of a field.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_amort.errors import InputError
-from torchrec_amort.lists import sums
+from torchrec_amort.lists import Layout, sums
 from torchrec_amort.schema import ANY_ID
 
 
@@ -37,6 +38,7 @@ class Checks:
                 "int64 [B]"
             )
         self._num_candidates = array_of(num_candidates)
+        self._total = int(self._num_candidates.sum())
         if len(empty := np.flatnonzero(self._num_candidates < 1)):
             row = int(empty[0])
             raise InputError(
@@ -56,7 +58,7 @@ class Checks:
 
     def rows(self, name: str, have: int, per_candidate: bool) -> None:
         """Refuse a field that has not a row for each request, or for each candidate."""
-        requests, candidates = len(self._num_candidates), int(self._num_candidates.sum())
+        requests, candidates = len(self._num_candidates), self._total
         expected = candidates if per_candidate else requests
         if have != expected:
             raise InputError(
@@ -132,13 +134,16 @@ class Checks:
         key, row = divmod(place, lengths.shape[1])
         return f"{self._where(row, per_candidate)}: {name}[{keys[key]!r}]"
 
-    def num_ids(self, key: str, num_ids: JaggedTensor, num_values: np.ndarray) -> None:
+    def num_ids(self, key: str, num_ids: JaggedTensor, num_values: np.ndarray) -> np.ndarray:
         """Refuse numbers of ids of a key's entries that do not add up to its ids.
 
         Args:
             key: of the sequences.
             num_ids: of each entry, one row per request.
             num_values: [B], ids of each request.
+
+        Returns:
+            np.ndarray: [B], entries of each request.
         """
         counts, lengths = array_of(num_ids.values()), array_of(num_ids.lengths())
         self.rows(f"num_ids[{key!r}]", len(lengths), False)
@@ -148,9 +153,27 @@ class Checks:
                 "entry one, 0 or more"
             )
         totals = array_of(sums(num_ids.values(), num_ids.lengths()))
-        self.lengths(key, num_values, f"num_ids[{key!r}]", totals)
+        self._lengths(key, num_values, f"num_ids[{key!r}]", totals)
+        return lengths
 
-    def lengths(self, key: str, have: np.ndarray, other: str, expected: np.ndarray) -> None:
+    def entries(self, layout: Layout, entries: Mapping[str, np.ndarray]) -> None:
+        """Refuse features of one history, of the candidates or of the requests that differ in their entries.
+
+        Args:
+            layout: whose they are.
+            entries: of each feature, [B] how many each request has.
+        """
+        groups = [(layout.candidates, "num_candidates", self._num_candidates)]
+        groups.append((layout.requests, "a request", np.ones_like(self._num_candidates)))
+        for keys in layout.histories.values():
+            if present := tuple(key for key in keys if key in entries):
+                groups.append((present[1:], f"sequences[{present[0]!r}]", entries[present[0]]))
+        for keys, other, expected in groups:
+            for key in keys:
+                if key in entries:
+                    self._lengths(key, entries[key], other, expected)
+
+    def _lengths(self, key: str, have: np.ndarray, other: str, expected: np.ndarray) -> None:
         """Refuse a key of the sequences with more or fewer entries than another field tells of.
 
         Args:
@@ -159,13 +182,17 @@ class Checks:
             other: the field.
             expected: [B], what it tells.
         """
-        if len(wrong := np.flatnonzero(have != expected)):
-            row = int(wrong[0])
+        if (is_wrong := have != expected).any():
+            row = int(np.argmax(is_wrong))
             told = f"{other} tells of {expected[row]}"
             raise InputError(f"{self._request(row)}: sequences[{key!r}] has {have[row]} entries, but {told}")
 
-    def jagged(self, name: str, jagged: JaggedTensor) -> None:
-        """Refuse numbers of entries that do not add up, or are not finite."""
+    def jagged(self, name: str, jagged: JaggedTensor) -> np.ndarray:
+        """Refuse numbers of entries that do not add up, or are not finite.
+
+        Returns:
+            np.ndarray: [B], entries of each request.
+        """
         values, lengths = jagged.values(), array_of(jagged.lengths())
         self.rows(name, len(lengths), False)
         if values.dim() != 2 or not values.is_floating_point():
@@ -184,6 +211,7 @@ class Checks:
             raise InputError(
                 f"{self._request(row)}: {name} column {column} is {array[entry, column]}, not a finite number"
             )
+        return lengths
 
     def finite(self, name: str, values: Tensor, per_candidate: bool) -> None:
         """Refuse numbers that are not finite."""
@@ -235,7 +263,7 @@ def array_of(tensor: Tensor) -> np.ndarray:
 def _are_ids(counts: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> bool:
     if values.size == 0:
         return True
-    starts = np.cumsum(counts) - counts
+    starts = counts.cumsum() - counts
     if counts.min() == 0:
         sizes, starts = sizes[counts > 0], starts[counts > 0]
     # The greatest id of each key, without an array of the size of the batch.
@@ -245,4 +273,4 @@ def _are_ids(counts: np.ndarray, values: np.ndarray, sizes: np.ndarray) -> bool:
 def _is_finite(array: np.ndarray) -> bool:
     # The sum of what is not finite is not finite, either, and needs no array of the size of the batch.
     with np.errstate(invalid="ignore"):
-        return bool(np.isfinite(array.sum(dtype=np.float64)))
+        return math.isfinite(array.sum(dtype=np.float64))

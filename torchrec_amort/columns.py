@@ -7,7 +7,10 @@ another unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -79,41 +82,65 @@ def typed_table(table: pa.Table, schema: RequestSchema, source: str = "requests"
 
         typed_table(pa.table({"time": [datetime(2020, 1, 1)], "user": [7]}), schema)  # user: 7, time: 1577836800
     """
-    types, contents = schema.arrow_schema(), schema.contents
-    fields = [field for field in types if field.name in table.column_names]
-    arrays = []
-    for field in fields:
-        content = contents[field.name]
-        try:
-            column, nullable = table[field.name], field.nullable
-            arrays.append(typed(column, field.type, content, rounded=True, finite=False, nullable=nullable))
-        except MisfitError as misfit:
-            raise InputError(
-                f"{source}: request {first_row + misfit.place}: {field.name} {misfit}: write "
-                f"{wanted(field.type, content, field.nullable)}"
-            ) from misfit
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+    arrays = typed_columns(table, schema, source, first_row)
+    fields = [field for field in schema.arrow_schema() if field.name in arrays]
+    return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields))
 
 
-def column_of(value: Any, expected: pa.DataType, content: Content, nullable: bool = False) -> pa.Array:
-    """One Python value of a request as a column of one row.
+def typed_columns(table: pa.Table, schema: RequestSchema, source: str, first_row: int) -> dict[str, pa.Array]:
+    """The columns of `typed_table`, by their names.
 
     Args:
-        value: a number or time, or a list or numpy array of them.
+        table: see `typed_table`.
+        schema: what the requests are made of.
+        source: where the table comes from, for error messages.
+        first_row: number of the table's first row there, for error messages.
+
+    Raises:
+        InputError: see `typed_table`.
+    """
+    contents, present = schema.contents, set(table.schema.names)
+    arrays = {}
+    for field in schema.arrow_schema():
+        name, nullable = field.name, field.nullable
+        if name not in present:
+            continue
+        try:
+            arrays[name] = typed(table[name], field.type, contents[name], rounded=True, finite=False, nullable=nullable)
+        except MisfitError as misfit:
+            raise InputError(
+                f"{source}: request {first_row + misfit.place}: {name} {misfit}: write "
+                f"{wanted(field.type, contents[name], nullable)}"
+            ) from misfit
+    return arrays
+
+
+def column_of(values: Sequence[Any], expected: pa.DataType, content: Content, nullable: bool = False) -> pa.Array:
+    """Python values of requests as a column of as many rows.
+
+    Args:
+        values: of each request a number or time, or a list or numpy array of them.
         expected: the column's type.
         content: what its values are.
         nullable: whether ids, and lists of them, may be null.
 
     Raises:
-        MisfitError: the value cannot be had in the column's type.
+        MisfitError: the first value that cannot be had in the column's type.
     """
-    if content != "number" and (mixed := _mixed_kinds(value)):
-        raise MisfitError(0, f"has entries of several types, {mixed}")
-    try:
-        array = pa.array([_seconds_of_numpy(value)])
-    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
-        raise MisfitError(0, f"cannot be read ({one_line(error)})") from error
-    return typed(pa.chunked_array([array]), expected, content, rounded=True, finite=False, nullable=nullable)
+    if _are_of(_PYTHON_TYPES[content], values, expected):
+        # What does not fit, or is not finite, is told of below.
+        with suppress(ValueError, TypeError, OverflowError, MisfitError):
+            array = pa.chunked_array([pa.array(values, expected)])
+            return typed(array, expected, content, rounded=True, finite=True, nullable=nullable)
+    # One by one: Arrow finds one type for all that it reads together, and does not tell which value has none.
+    arrays = []
+    for row, value in enumerate(values):
+        try:
+            arrays.append(_value(value, expected, content, nullable))
+        except MisfitError as misfit:
+            misfit.place = row
+            raise
+    return pa.concat_arrays(arrays)
 
 
 def typed(
@@ -184,6 +211,8 @@ def decoded(array: pa.Array) -> pa.Array:
 def _typed(
     array: pa.Array, expected: pa.DataType, content: Content, rounded: bool, finite: bool, nullable: bool
 ) -> pa.Array:
+    if _is_typed(array, expected, content, finite):
+        return array
     if not len(array):
         return array if array.type.equals(expected) else pa.array([], expected)
     array = decoded(array)
@@ -193,24 +222,28 @@ def _typed(
         raise MisfitError(int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]), "is null")
     if pa.types.is_null(array.type):
         array = array.cast(expected)
-    if _is_typed(array, expected, content, finite):
-        return array
     if not is_list:
         return _scalars(array, content, rounded, finite)
     if not any(is_kind(array.type) for is_kind in _KINDS_OF_LISTS):
         raise MisfitError(0, f"is {array.type}, not a list")
     # Not a cast: pyarrow's own of a list view leaves its sizes out.
     entries = array.flatten()
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     try:
         converted = _typed(entries, expected.value_type, content, rounded, finite, nullable)
     except MisfitError as misfit:
-        row = int(np.searchsorted(np.cumsum(lengths), misfit.place, side="right"))
+        row = int(np.searchsorted(_offsets(array)[1:], misfit.place, side="right"))
         raise MisfitError(row, _of_list(str(misfit)), misfit.if_rounded) from misfit
     if converted is entries and array.type.equals(expected) and not array.null_count:
         return array
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), converted)
+    return pa.ListArray.from_arrays(pa.array(_offsets(array), pa.int32()), converted)
+
+
+def _offsets(lists: pa.Array) -> np.ndarray:
+    """Where each list begins among the entries of all, and where the last one ends."""
+    lengths = pc.list_value_length(lists)
+    if lengths.null_count:
+        lengths = lengths.fill_null(0)
+    return np.concatenate([[0], np.cumsum(lengths.to_numpy(), dtype=np.int64)])
 
 
 def _scalars(array: pa.Array, content: Content, rounded: bool, finite: bool) -> pa.Array:
@@ -362,6 +395,33 @@ def _seconds(array: pa.Array, rounded: bool) -> pa.Array:
 
 
 # ----- Python values ------------------------------------------------------------------------------------------------
+
+
+# Those that Arrow reads as a column's type or refuses.
+_PYTHON_TYPES: dict[Content, set[type]] = {"id": {int}, "text": {str}, "time": {int}, "number": {int, float}}
+
+
+def _are_of(types: set[type], values: Sequence[Any], expected: pa.DataType) -> bool:
+    """Whether the values of a column, or the entries of its lists, have certain types or are None."""
+    have = set(map(type, values)) - {type(None)}
+    if not pa.types.is_list(expected):
+        return have <= types
+    # Of no other sequences: Arrow takes text for a list of letters, and bytes for one of integers.
+    if not have <= {list, tuple}:
+        return False
+    entries = list(chain.from_iterable(value for value in values if value is not None))
+    return _are_of(types, entries, expected.value_type)
+
+
+def _value(value: Any, expected: pa.DataType, content: Content, nullable: bool) -> pa.Array:
+    """A value of one request, of any type, as a column of one row."""
+    if content != "number" and (mixed := _mixed_kinds(value)):
+        raise MisfitError(0, f"has entries of several types, {mixed}")
+    try:
+        array = pa.array([_seconds_of_numpy(value)])
+    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
+        raise MisfitError(0, f"cannot be read ({one_line(error)})") from error
+    return typed(pa.chunked_array([array]), expected, content, rounded=True, finite=False, nullable=nullable)
 
 
 def _seconds_of_numpy(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""From the columns of a table to the tensors of a batch."""
+"""From the columns of requests to the tensors of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,72 +10,79 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_amort.columns import typed_table
 from torchrec_amort.errors import InputError
 from torchrec_amort.hashing import hash_ids, ids_of_text
 from torchrec_amort.lists import sums
-from torchrec_amort.schema import ANY_ID, KINDS_OF_LABELS, KINDS_OF_TIMES, Feature, RequestSchema, Side, refuse_missing
+from torchrec_amort.schema import ANY_ID, KINDS_OF_TIMES, Feature, RequestSchema, Side
 
 
 class Rows:
-    """Reads the columns of a table, one row per request, as the parts of a batch.
+    """Reads columns, one row per request, as the parts of a batch.
 
     Args:
-        table: the columns of `schema.arrow_schema()`; see `RequestBatch.from_arrow` for those that may be absent.
+        columns: those of `schema.arrow_schema()`, in their types, with no nulls but ids; see `RequestBatch.from_arrow`
+            for those that may be absent.
         schema: what the requests are made of.
-        source: where the table comes from, for error messages.
-        first_row: number of the table's first row there, for error messages.
-
-    Raises:
-        InputError: a column is missing, has a null or a value that its type does not hold. The parts of the batch raise
-            it for lists of one request that differ in length.
+        source: where the requests come from, for error messages.
+        first_row: number of the first request there, for error messages.
     """
 
-    def __init__(self, table: pa.Table, schema: RequestSchema, source: str, first_row: int) -> None:
+    def __init__(self, columns: Mapping[str, pa.Array], schema: RequestSchema, source: str, first_row: int) -> None:
         self.schema = schema
         self.source = source
         self.first_row = first_row
-        labels = {f.source for f in schema.of("candidate", *KINDS_OF_LABELS)}
-        weights = {f.source for f in schema.features if f.kind == "weight"}
-        scoring = not labels & set(table.column_names)
-        needed = [f.source for f in schema.features if not (scoring and f.source in labels | weights)]
-        refuse_missing([*needed, *(["time"] if schema.needs_time else [])], table.column_names, source)
-        self.table = typed_table(table, schema, source, first_row)
+        self._columns = columns
+        self._flat: dict[str, tuple[pa.Array, list[np.ndarray]]] = {}
         self.num_candidates = self._lengths(schema.candidate_column)
-
-    def _array(self, column: str) -> pa.Array:
-        return self.table.column(column).chunk(0)
 
     def _at(self, row: int) -> str:
         return f"{self.source}: request {self.first_row + row}"
 
+    def has(self, column: str) -> bool:
+        """Whether a column is there."""
+        return column in self._columns
+
     def scalars(self, column: str) -> np.ndarray:
         """A column with one value per request."""
-        return self._array(column).to_numpy()
+        return self._columns[column].to_numpy()
+
+    def _flattened(self, column: str) -> tuple[pa.Array, list[np.ndarray]]:
+        """What the lists of a column hold, all together, and the lengths of the lists, int64, the outermost first."""
+        if (flat := self._flat.get(column)) is None:
+            array, lengths = self._columns[column], []
+            while pa.types.is_list(array.type):
+                offsets = array.offsets.to_numpy()
+                lengths.append(np.subtract(offsets[1:], offsets[:-1], dtype=np.int64))
+                array = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+            flat = self._flat[column] = array, lengths
+        return flat
 
     def _lengths(self, column: str) -> np.ndarray:
-        return self._array(column).value_lengths().to_numpy()
+        return self._flattened(column)[1][0]
 
     def _row_of(self, lengths: np.ndarray, entry: int) -> int:
         return int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
 
-    def _entries(self, feature: Feature) -> tuple[pa.Array, np.ndarray]:
-        """The entries of a feature, one for each request, candidate or event, and how many each request has."""
-        array = self._array(feature.source)
+    def _entries(self, feature: Feature) -> tuple[pa.Array, np.ndarray | None, np.ndarray]:
+        """The values of a feature, all together, with how many each entry has if it has a list of them.
+
+        Its entries are one for each request, candidate or event; how many each request has is told last.
+        """
+        values, lengths = self._flattened(feature.source)
+        of_each = lengths[-1] if feature.kind in ("ids", "vector") else None
         if feature.side == "request":
-            return array, np.ones(len(array), dtype=np.int64)
-        lengths = array.value_lengths().to_numpy().astype(np.int64, copy=False)
+            return values, of_each, np.ones(len(self.num_candidates), dtype=np.int64)
         schema = self.schema
         other = schema.event_columns[feature.history] if feature.side == "event" else schema.candidate_column
-        if feature.source != other:
-            expected = self._lengths(other)
-            if len(wrong := np.flatnonzero(lengths != expected)):
-                row = int(wrong[0])
-                raise InputError(
-                    f"{self._at(row)}: {feature.source} lists {lengths[row]} entries but {other} lists "
-                    f"{expected[row]}: they need one entry for each"
-                )
-        return array.flatten(), lengths
+        expected = self._lengths(other)
+        # Bytes are compared in a fraction of the time of a small array.
+        if lengths[0] is not expected and lengths[0].tobytes() != expected.tobytes():
+            row = int(np.flatnonzero(lengths[0] != expected)[0])
+            raise InputError(
+                f"{self._at(row)}: {feature.source} lists {lengths[0][row]} entries but {other} lists "
+                f"{expected[row]}: they need one entry for each"
+            )
+        return values, of_each, lengths[0]
 
     def stack(self, features: Sequence[Feature]) -> Tensor:
         """Numbers side by side: [rows, their number]."""
@@ -83,20 +90,19 @@ class Rows:
 
     def _numbers(self, feature: Feature) -> tuple[np.ndarray, np.ndarray]:
         """float32 of each entry, [entries, their number], and how many entries each request has."""
-        entries, lengths = self._entries(feature)
-        if feature.kind == "vector":
-            sizes = entries.value_lengths().to_numpy()
+        values, sizes, lengths = self._entries(feature)
+        numbers = values.to_numpy()
+        if sizes is not None:
             if len(wrong := np.flatnonzero(sizes != feature.size)):
                 row = self._row_of(lengths, int(wrong[0]))
                 raise InputError(
                     f"{self._at(row)}: {feature.source} has a vector of {sizes[wrong[0]]} numbers, but the schema says "
                     f"{feature.size}"
                 )
-            return entries.flatten().to_numpy().reshape(-1, feature.size), lengths
+            return numbers.reshape(-1, feature.size or 1), lengths
         if feature.kind in KINDS_OF_TIMES:
-            seconds = self._seconds(feature, entries.to_numpy(), lengths)
+            seconds = self._seconds(feature, numbers, lengths)
             return np.log2(1.0 + seconds).astype(np.float32)[:, None], lengths
-        numbers = entries.to_numpy().astype(np.float32, copy=False)
         if feature.kind == "count":
             if len(wrong := np.flatnonzero(numbers < 0)):
                 entry = int(wrong[0])
@@ -119,23 +125,20 @@ class Rows:
         for feature in self.schema.dense_sequence_features:
             values, lengths = self._numbers(feature)
             # A copy: what Arrow holds cannot be written to, and a tensor can.
-            sequences[feature.name] = JaggedTensor(
-                torch.from_numpy(values.copy()), lengths=torch.from_numpy(lengths.copy())
-            )
+            sequences[feature.name] = _jagged(values.copy(), lengths)
         return sequences
 
     def weights(self) -> Tensor | None:
         """The weight of each candidate, its request's included: [C]; None if there is none."""
         columns = []
-        for side in ("request", "candidate"):
-            for feature in self.schema.of(side, "weight"):
-                if feature.source in self.table.column_names:
-                    weights = self._numbers(feature)[0][:, 0]
-                    columns.append(np.repeat(weights, self.num_candidates) if side == "request" else weights)
+        for feature in self.schema.weight_features:
+            if self.has(feature.source):
+                weights = self._numbers(feature)[0][:, 0]
+                columns.append(np.repeat(weights, self.num_candidates) if feature.side == "request" else weights)
         return torch.from_numpy(np.prod(columns, axis=0, dtype=np.float32)) if columns else None
 
     def _stride(self, side: Side) -> int:
-        return self.table.num_rows if side == "request" else int(self.num_candidates.sum())
+        return len(self.num_candidates) if side == "request" else int(self.num_candidates.sum())
 
     def sparse(self, side: Side) -> KeyedJaggedTensor:
         """The ids of a side."""
@@ -144,7 +147,7 @@ class Rows:
         for feature in features:
             rows, num_ids, _ = self._ids(feature)
             values.append(rows)
-            lengths.append(num_ids)
+            lengths.append(np.ones(len(rows), dtype=np.int64) if num_ids is None else num_ids)
         return _keyed_jagged([f.name for f in features], values, lengths, self._stride(side))
 
     def sequences(self) -> tuple[KeyedJaggedTensor, dict[str, JaggedTensor]]:
@@ -154,32 +157,27 @@ class Rows:
         for feature in features:
             rows, of_entries, entries = self._ids(feature)
             values.append(rows)
-            if feature.kind == "ids":
-                of_each = JaggedTensor(torch.from_numpy(of_entries), lengths=torch.from_numpy(entries))
-                num_ids[feature.name] = of_each
+            if of_entries is not None:
+                of_each = num_ids[feature.name] = _jagged(of_entries.copy(), entries)
                 entries = sums(of_each.values(), of_each.lengths()).numpy()
             lengths.append(entries)
-        return _keyed_jagged([f.name for f in features], values, lengths, self.table.num_rows), num_ids
+        return _keyed_jagged([f.name for f in features], values, lengths, len(self.num_candidates)), num_ids
 
-    def _ids(self, feature: Feature) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of the feature's table, how many each entry has, and how many entries each request has."""
-        entries, lengths = self._entries(feature)
-        num_ids = np.ones(len(entries), dtype=np.int64)
-        if feature.kind == "ids":
-            num_ids = entries.value_lengths().to_numpy().astype(np.int64, copy=False)
-            entries = entries.flatten()
+    def _ids(self, feature: Feature) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Rows of the feature's table, and the rest of `_entries`."""
+        values, num_ids, lengths = self._entries(feature)
         if feature.kind in KINDS_OF_TIMES:
-            seconds = self._seconds(feature, entries.to_numpy(), lengths)
-            return np.frexp(seconds.astype(np.float64))[1].astype(np.int64), num_ids, lengths
-        return self._table_rows(feature, entries), num_ids, lengths
+            seconds = self._seconds(feature, values.to_numpy(), lengths)
+            return np.frexp(seconds.astype(np.float64))[1], num_ids, lengths
+        return self._table_rows(feature, values), num_ids, lengths
 
     def _seconds(self, feature: Feature, times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Seconds from each time to that of its request, or from that of the event before."""
         if feature.kind == "age":
             now = np.repeat(self.scalars("time"), lengths)
             seconds = now - times
-            if len(wrong := np.flatnonzero(seconds < 0)):
-                entry = int(wrong[0])
+            if seconds.min(initial=0) < 0:
+                entry = int(np.argmax(seconds < 0))
                 what = "event" if feature.side == "event" else feature.side
                 raise InputError(
                     f"{self._at(self._row_of(lengths, entry))}: {feature.source} has an {what} at {times[entry]}, "
@@ -189,8 +187,8 @@ class Rows:
         seconds = np.diff(times, prepend=0)
         firsts = (np.cumsum(lengths) - lengths)[lengths > 0]
         seconds[firsts] = 0
-        if len(wrong := np.flatnonzero(seconds < 0)):
-            event = int(wrong[0])
+        if seconds.min(initial=0) < 0:
+            event = int(np.argmax(seconds < 0))
             raise InputError(
                 f"{self._at(self._row_of(lengths, event))}: {feature.source} has an event at {times[event]} after one "
                 f"at {times[event - 1]}: list events with the oldest first"
@@ -217,13 +215,18 @@ class Rows:
         return ids if is_null is None else np.where(is_null, 0, ids)
 
 
+def _jagged(values: np.ndarray, lengths: np.ndarray) -> JaggedTensor:
+    # A copy: other columns have the same lengths.
+    return JaggedTensor(torch.from_numpy(values), lengths=torch.from_numpy(lengths.copy()))
+
+
 def _keyed_jagged(
     keys: list[str], values: Sequence[np.ndarray], lengths: Sequence[np.ndarray], stride: int
 ) -> KeyedJaggedTensor:
     empty = np.empty(0, dtype=np.int64)
     return KeyedJaggedTensor(
         keys=keys,
-        values=torch.from_numpy(np.concatenate([empty, *values]).astype(np.int64, copy=False)),
-        lengths=torch.from_numpy(np.concatenate([empty, *lengths]).astype(np.int64, copy=False)),
+        values=torch.from_numpy(np.concatenate([empty, *values])),
+        lengths=torch.from_numpy(np.concatenate([empty, *lengths])),
         stride=stride,
     )

@@ -342,15 +342,25 @@ class RequestSchema:
         """The features of one side, in order; of the given kinds only, if any are given."""
         return tuple(f for f in self.features if f.side == side and (not kinds or f.kind in kinds))
 
+    @cached_property
+    def label_features(self) -> tuple[Feature, ...]:
+        """The labels, which are the T tasks, targets among them."""
+        return self.of("candidate", *KINDS_OF_LABELS)
+
+    @cached_property
+    def weight_features(self) -> tuple[Feature, ...]:
+        """The weights, that of the request first."""
+        return (*self.of("request", "weight"), *self.of("candidate", "weight"))
+
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the labels, which are the T tasks, targets among them."""
-        return tuple(f.name for f in self.of("candidate", *KINDS_OF_LABELS))
+        """Names of the labels."""
+        return tuple(f.name for f in self.label_features)
 
     @property
     def targets(self) -> tuple[int, ...]:
         """Places, among the T tasks, of the labels that are targets and may be any number."""
-        return tuple(t for t, f in enumerate(self.of("candidate", *KINDS_OF_LABELS)) if f.kind == "target")
+        return tuple(t for t, f in enumerate(self.label_features) if f.kind == "target")
 
     def refuse_targets(self, command: str) -> None:
         """Refuse labels that are any number, where all are compared by how they rank candidates.
@@ -436,6 +446,23 @@ class RequestSchema:
     def needs_time(self) -> bool:
         """Whether the request's time is read, to tell how old something is."""
         return any(feature.kind == "age" for feature in self.features)
+
+    def refuse_missing_columns(self, present: Iterable[str], source: str) -> None:
+        """Refuse requests that lack a column which is read.
+
+        Args:
+            present: the columns that are there. Without labels, none of weights is read, either.
+            source: where the requests come from, for error messages.
+
+        Raises:
+            InputError: names the first column that is missing.
+        """
+        present = list(present)
+        columns = [feature.source for feature in self.features]
+        if not any(feature.source in present for feature in self.label_features):
+            unread = {feature.source for feature in (*self.label_features, *self.weight_features)}
+            columns = [column for column in columns if column not in unread]
+        refuse_missing([*columns, *(["time"] if self.needs_time else [])], present, source)
 
     def without(self, names: Iterable[str]) -> RequestSchema:
         """The schema less some features.

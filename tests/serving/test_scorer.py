@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -149,6 +150,28 @@ def test_requests_may_be_plain_mappings() -> None:
     assert_same(AmortizedScorer(model, schema=SCHEMA).score(requests), expected)
     with pytest.raises(InputError, match="schema"):
         AmortizedScorer(model).score(requests)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_requests_may_be_a_table_which_is_checked_as_it_is_read(validate: bool) -> None:
+    model, requests = make_model(), make_requests([(3, 2), (0, 1)])
+    table = pa.Table.from_pylist(requests, SCHEMA.arrow_schema())
+    scorer = AmortizedScorer(model, schema=SCHEMA, validate=validate)
+    scorer.warm_up(table)
+    assert_same(scorer.score(table), by_impressions(model, RequestBatch.from_arrow(table, SCHEMA)))
+    requests[1]["candidate_item"] = [NUM_ITEMS]
+    with pytest.raises(InputError, match=f"requests: request 1, candidate 0: .* has id {NUM_ITEMS}, not 0 to"):
+        scorer.score(pa.Table.from_pylist(requests, SCHEMA.arrow_schema()))
+    with pytest.raises(InputError, match="requests are given as a table: give the scorer the schema"):
+        AmortizedScorer(model).score(table)
+
+
+def test_a_batch_that_was_changed_after_it_was_read_is_refused() -> None:
+    scorer, batch = AmortizedScorer(make_model(), schema=SCHEMA), make_batch([(3, 2), (0, 1)])
+    scorer.score(batch)
+    batch.sequences.values()[0] = -1
+    with pytest.raises(InputError, match="has id -1"):
+        scorer.score(batch)
 
 
 def test_requests_may_come_one_by_one() -> None:

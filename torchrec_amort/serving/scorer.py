@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -55,13 +56,14 @@ class AmortizedScorer:
         cache: keeps encoded histories from one request of a user to the next, for batches with `users`. It belongs to
             this scorer.
         call: how a model that is no ranker is called; see `ModelRanker`.
-        schema: of requests that are given as mappings; not needed for batches. A package has its own.
+        schema: of requests that are given as a table or mappings; not needed for batches. A package has its own.
         dtype: of encoders, states and native heads, `torch.float32` or `torch.bfloat16`; tables, and what PyTorch runs
             of a model after them, stay as they are.
         backend: `native` code, PyTorch `eager` or `compiled`; `auto` is native code for what it can do, else eager.
         history_length: events that a history may have; the model's own limit unless given.
         when_longer: what to do with a longer history: `keep_latest` events, or `refuse` it.
-        validate: check every batch; without, a malformed one may crash the process.
+        validate: check every batch; without, a malformed one may crash the process. Tables and mappings are checked in
+            any case, as they are read.
 
     Raises:
         ValueError: the model or an option does not fit; the cache is another scorer's.
@@ -123,12 +125,13 @@ class AmortizedScorer:
                 raise ValueError("the model reads no history: it needs no cache")
             cache.bind(self)
 
-    def score(self, requests: RequestBatch | Iterable[Mapping[str, Any]]) -> Tensor:
+    def score(self, requests: RequestBatch | pa.Table | Iterable[Mapping[str, Any]]) -> Tensor:
         """Score every candidate of every request.
 
         Args:
-            requests: B requests with C candidates, of any lengths, on any device, which are left as they are; or one
-                mapping per request, as `RequestBatch.from_requests` reads them.
+            requests: B requests with C candidates, of any lengths, on any device, which are left as they are; or a
+                table with one row per request, as `RequestBatch.from_arrow` reads it; or one mapping per request, as
+                `RequestBatch.from_requests` reads them.
 
         Returns:
             Tensor: logits [C, T], the candidates in the order of the requests, on the model's device.
@@ -146,7 +149,7 @@ class AmortizedScorer:
         with torch.inference_mode():
             return self._score(self._batch(requests), self.cache)
 
-    def warm_up(self, requests: RequestBatch | Iterable[Mapping[str, Any]], times: int = 3) -> None:
+    def warm_up(self, requests: RequestBatch | pa.Table | Iterable[Mapping[str, Any]], times: int = 3) -> None:
         """Score some requests, so that the first real one does not wait for memory, threads or compilation.
 
         The cache is left as it is.
@@ -164,14 +167,8 @@ class AmortizedScorer:
             for _ in range(times):
                 self._score(batch, None)
 
-    def _batch(self, requests: RequestBatch | Iterable[Mapping[str, Any]]) -> RequestBatch:
-        if not isinstance(requests, RequestBatch):
-            if self.schema is None:
-                raise InputError("requests are given as mappings: give the scorer the schema that they follow")
-            # Checked as they are read, by the sizes of the schema, which are the model's.
-            batch = RequestBatch.from_requests(requests, self.schema)
-        else:
-            batch = requests.shallow_copy()
+    def _batch(self, requests: RequestBatch | pa.Table | Iterable[Mapping[str, Any]]) -> RequestBatch:
+        batch = requests.shallow_copy() if isinstance(requests, RequestBatch) else self._read(requests)
         if self.validate:
             refuse_missing_features(batch, self._features)
         if self.validate and isinstance(requests, RequestBatch):
@@ -187,6 +184,16 @@ class AmortizedScorer:
                 ids.offset_per_key()
             batch = batch.to(self._served.device)
         return self._limit(batch)
+
+    def _read(self, requests: pa.Table | Iterable[Mapping[str, Any]]) -> RequestBatch:
+        """A batch that is checked as it is read, by the sizes of the schema, which are the model's."""
+        if isinstance(requests, pa.Table):
+            if self.schema is None:
+                raise InputError("requests are given as a table: give the scorer the schema that it follows")
+            return RequestBatch.from_arrow(requests, self.schema)
+        if self.schema is None:
+            raise InputError("requests are given as mappings: give the scorer the schema that they follow")
+        return RequestBatch.from_requests(requests, self.schema)
 
     def _refuse_other_schema(self, schema: RequestSchema) -> None:
         for feature, size in self._table_sizes.items():
