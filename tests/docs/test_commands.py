@@ -10,7 +10,7 @@ from tests.pages import commands
 
 pytestmark = pytest.mark.docs
 
-PAGES = ("data", "serving", "results", "benchmarks")
+PAGES = ("data", "serving", "server", "results", "benchmarks")
 LINES = [
     line
     for page in PAGES

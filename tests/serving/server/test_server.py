@@ -3,6 +3,7 @@ import ipaddress
 import json
 import re
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SCHEMA, make_requests
+from tests.pages import blocks
 from tests.serving.server.test_tensors import as_tensors
 from tests.serving.test_scorer import make_model
 from torchrec_amort import AmortizedScorer, HistoryCache, InputError, RequestBatch, ScoringService
@@ -391,6 +393,20 @@ def test_a_package_larger_than_what_is_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs 3 MB beside the version that answers, but 2 MB are left"):
         refuse_without_room(tmp_path, available=2_000_000)
     assert (available_bytes() or 10**9) > 10**6
+
+
+def test_the_commands_of_the_page_run() -> None:
+    commands = [command for block in blocks("docs/server.md", "sh") for command in block.split("curl -s ")[1:]]
+    with serving(Versions(version("monday")), load=lambda folder: version(Path(folder).name, seed=1)) as client:
+        answers = []
+        for command in commands:
+            line = f"curl -s {command}".replace("localhost:8000", f"localhost:{client.server.http_port}")
+            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, timeout=60)
+            answers.append(json.loads(done.stdout or "null"))
+    scored, ready, about, inferred, switched, rolled_back, forgotten = answers
+    assert ready is None and about["name"] == "films"
+    np.testing.assert_allclose(np.ravel(scored["scores"]), inferred["outputs"][0]["data"], atol=1e-6)
+    assert (switched, rolled_back, forgotten) == ({"version": "tuesday"}, {"version": "monday"}, {"found": True})
 
 
 def certificate(folder: Path) -> tuple[str, str]:
