@@ -174,6 +174,23 @@ def test_requests_that_are_not_answered_are_counted_by_what_was_said(
         assert detail in (tmp_path / "load.md").read_text()
 
 
+def test_calls_of_grpc_end_at_their_deadline(data_folder: Path, tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def stall(table: pa.Table) -> np.ndarray:
+        over.wait()
+        return echo(table)
+
+    with grpc_server(stall) as address:
+        try:
+            options = [f"--addresses=[{address}]", f"--data={data_folder}", "--timeout_ms=50", "--give_up=600", *SHORT]
+            (rate,) = loaded(tmp_path, *options)["rates"]
+        finally:
+            over.set()
+    assert rate["deadline"] == rate["sent"] > 0
+    assert rate["goodput"] == 0
+
+
 def test_a_server_that_is_not_there_is_told(data_folder: Path, tmp_path: Path) -> None:
     for protocol in ("grpc", "score"):
         options = ["--addresses=[localhost:1]", f"--data={data_folder}", "--seconds=0.2", "--warmup=0"]

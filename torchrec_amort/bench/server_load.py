@@ -57,7 +57,8 @@ class ServerLoadConfig:
         rates: requests a second, one load after the other.
         seconds: how long each load lasts.
         warmup: seconds of each load before those that count.
-        timeout_ms: deadline of each request, of which the server is told; none unless given.
+        timeout_ms: deadline of each request, of which the server is told; none unless given. A call of gRPC ends at it, as
+            those of `ScoringClient` do; other answers are waited for, and count as late.
         give_up: seconds after which an answer is not waited for any more.
         connections: of `rest` and `score` to each server.
         token_file: file of a token that the servers want to be shown.
@@ -178,7 +179,8 @@ def _sender(config: ServerLoadConfig, requests: pa.Table | None) -> tuple[Sender
     token = None if config.token_file is None else _read(config.token_file).decode().strip()
     ca = None if config.ca_file is None else _read(config.ca_file)
     if config.protocol == "grpc":
-        return GrpcSender(bodies, addresses, token=token, ca=ca, give_up=config.give_up), len(bodies)
+        give_up = config.give_up if config.timeout_ms is None else config.timeout_ms / 1e3
+        return GrpcSender(bodies, addresses, token=token, ca=ca, give_up=give_up), len(bodies)
     path, connections = path_of(config.protocol, model), config.connections
     sender = HttpSender(bodies, addresses, path, connections=connections, token=token, ca=ca, give_up=config.give_up)
     return sender, len(bodies)
