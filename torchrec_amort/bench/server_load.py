@@ -57,8 +57,8 @@ class ServerLoadConfig:
         rates: requests a second, one load after the other.
         seconds: how long each load lasts.
         warmup: seconds of each load before those that count.
-        timeout_ms: deadline of each request, of which the server is told; none unless given. A call of gRPC ends at it, as
-            those of `ScoringClient` do; other answers are waited for, and count as late.
+        timeout_ms: deadline of each request, of which the server is told; none unless given. A call of gRPC ends at
+            it, as those of `ScoringClient` do; over HTTP answers are waited for, and count as late.
         give_up: seconds after which an answer is not waited for any more.
         connections: of `rest` and `score` to each server.
         token_file: file of a token that the servers want to be shown.
