@@ -66,6 +66,8 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ],
+            # Others would wait for a thread, where neither deadline nor priority counts.
+            maximum_concurrent_rpcs=num_threads + 2,
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
