@@ -20,7 +20,10 @@ def place_of(error: BaseException) -> str:
 
     Example::
 
-        logger.error("scoring raised %s", place_of(error))  # KeyError (scorer.py:71)
+        try:
+            {}["film"]
+        except KeyError as error:
+            print(place_of(error))  # KeyError (example.py:2)
     """
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno})"

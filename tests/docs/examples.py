@@ -57,7 +57,7 @@ LOG = "needs a log of impressions; the tests of its module write one"
 STORE = "asks a store"
 RANKS = "needs a process group; the tests of its module make one"
 COMPILES = "compiles for half a minute; tests/serving/test_export.py does the same"
-SERVER = "asks a server; the tests of its module start one"
+SERVER = "starts or asks a server; the tests of its module do, too"
 NATIVE = "needs native code, which is built where there is a compiler; the tests of its module run it there"
 
 
@@ -105,6 +105,12 @@ def _not_run() -> dict[str, str]:
         "serving.delta.write_delta": COMPILES,
         "serving.export.export_package": COMPILES,
         "serving.package.load_package": COMPILES,
+        "serving.server.access.Access": SERVER,
+        "serving.server.endpoint.Endpoint": SERVER,
+        "serving.server.grpc_server.GrpcServer": SERVER,
+        "serving.server.rest.rest_app": SERVER,
+        "serving.server.run.ScoringServer": SERVER,
+        "serving.server.memory.refuse_without_room": COMPILES,
         "serving.server.client.ScoringClient": SERVER,
         "serving.server.client.ScoringClient.score": SERVER,
         "serving.server.client.ScoringClient.submit": SERVER,

@@ -72,9 +72,8 @@ class Versions:
 
     Example::
 
-        versions = Versions(Version("monday", scorer))
-        scored = versions.score([request])
-        versions.switch(Version("tuesday", scorer_of_tuesday))
+        versions = Versions(Version("monday", AmortizedScorer(old, schema=schema)))
+        versions.switch(Version("tuesday", AmortizedScorer(model, schema=schema)))
         versions.roll_back()
     """
 

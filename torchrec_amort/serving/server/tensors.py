@@ -156,7 +156,7 @@ def table_of(tensors: Sequence[InputTensor], schema: RequestSchema) -> pa.Table:
 
     Example::
 
-        tensors = [InputTensor.of("user_id", "INT64", [1], [7]), InputTensor.of("film", "INT64", [1, 2], [[5, 6]])]
+        tensors = [InputTensor.of("user_id", "INT64", [1], [7]), InputTensor.of("candidate_item", "INT64", [1, 1], [5])]
         table_of(tensors, schema)
     """
     given = {tensor.name: tensor for tensor in tensors}
