@@ -24,7 +24,7 @@ from torchrec_amort.grouping import Impressions, Keys, first_rows, whole_numbers
 from torchrec_amort.jagged_ids import rows_of_all, select_rows, shallow_copy, taken
 from torchrec_amort.lists import Layout, Lists
 from torchrec_amort.rows import Rows
-from torchrec_amort.schema import RequestSchema, refuse_missing
+from torchrec_amort.schema import RequestSchema, refuse_missing, refuse_missing_columns
 
 
 @dataclass(eq=False)
@@ -102,7 +102,7 @@ class RequestBatch(Pipelineable):
         if not requests:
             raise InputError("requests: an empty list: a batch needs at least 1 request")
         columns = _columns_of(requests, schema)
-        schema.refuse_missing_columns(columns, "requests")
+        refuse_missing_columns(schema, columns, "requests")
         batch = cls._of_rows(Rows(columns, schema, "requests", 0)).validate(schema.table_sizes, source="requests")
         return batch if history_length is None else batch.keep_latest(history_length)
 
@@ -135,7 +135,7 @@ class RequestBatch(Pipelineable):
             InputError: a column is missing, has a null or a value that its type does not hold (text or a boolean for
                 an id, a time after the year 2200), lists of one request differ in length, or what `validate` refuses.
         """
-        schema.refuse_missing_columns(table.schema.names, source)
+        refuse_missing_columns(schema, table.schema.names, source)
         columns = typed_columns(table, schema, source, first_row)
         batch = cls._of_rows(Rows(columns, schema, source, first_row))
         if validate:

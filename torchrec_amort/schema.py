@@ -447,23 +447,6 @@ class RequestSchema:
         """Whether the request's time is read, to tell how old something is."""
         return any(feature.kind == "age" for feature in self.features)
 
-    def refuse_missing_columns(self, present: Iterable[str], source: str) -> None:
-        """Refuse requests that lack a column which is read.
-
-        Args:
-            present: the columns that are there. Without labels, none of weights is read, either.
-            source: where the requests come from, for error messages.
-
-        Raises:
-            InputError: names the first column that is missing.
-        """
-        present = list(present)
-        columns = [feature.source for feature in self.features]
-        if not any(feature.source in present for feature in self.label_features):
-            unread = {feature.source for feature in (*self.label_features, *self.weight_features)}
-            columns = [column for column in columns if column not in unread]
-        refuse_missing([*columns, *(["time"] if self.needs_time else [])], present, source)
-
     def without(self, names: Iterable[str]) -> RequestSchema:
         """The schema less some features.
 
@@ -669,3 +652,16 @@ def refuse_missing(columns: Iterable[str], present: Iterable[str], source: str) 
     for column in columns:
         if column not in have:
             raise InputError(f"{source}: column {column!r} is missing (there are {have}): prepare the data again")
+
+
+def refuse_missing_columns(schema: RequestSchema, present: Iterable[str], source: str) -> None:
+    """Raise an `InputError` that names the first column that a schema reads and that is not `present`.
+
+    Without labels, none of weights is read, either.
+    """
+    have = list(present)
+    columns = [feature.source for feature in schema.features]
+    if not any(feature.source in have for feature in schema.label_features):
+        unread = {feature.source for feature in (*schema.label_features, *schema.weight_features)}
+        columns = [column for column in columns if column not in unread]
+    refuse_missing([*columns, *(["time"] if schema.needs_time else [])], have, source)
