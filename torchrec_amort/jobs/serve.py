@@ -14,6 +14,7 @@ import torch
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.serving.cache import HistoryCache
+from torchrec_amort.serving.histories import HistoryStore
 from torchrec_amort.serving.package import load_package
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.serving.server.access import Access, Role
@@ -50,8 +51,11 @@ def serve_until_told(config: ServeConfig) -> None:
     metrics.collect("service", service.counters)
     metrics.collect("cache", lambda: _cache_counters(versions))
     name = config.name or versions.current.schema.dataset
+    histories = _histories(config, versions)
+    if histories is not None:
+        metrics.collect("histories", histories.counters)
     load = partial(_of_package, config) if config.package else None
-    endpoint = Endpoint(name, versions, service, metrics, config.timeout_ms, load)
+    endpoint = Endpoint(name, versions, service, metrics, config.timeout_ms, load, histories)
     access = Access(
         tokens=_tokens(config.tokens),
         certificate=config.certificate,
@@ -103,6 +107,13 @@ def _of_run(config: ServeConfig) -> Version:
 
 def _cache(config: ServeConfig) -> HistoryCache | None:
     return HistoryCache(config.cache_bytes, config.cache_seconds) if config.cache_bytes else None
+
+
+def _histories(config: ServeConfig, versions: Versions) -> HistoryStore | None:
+    if not config.history_bytes:
+        return None
+    limits = dict.fromkeys(versions.current.schema.histories, config.history_events)
+    return HistoryStore(versions.current.schema, config.history_bytes, limits, config.cache_seconds)
 
 
 def _cache_counters(versions: Versions) -> dict[str, int]:

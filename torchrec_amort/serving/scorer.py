@@ -31,6 +31,7 @@ from torchrec_amort.lists import Entries, Lists, shortest
 from torchrec_amort.models.ranker import Call
 from torchrec_amort.modules.encoder import HistoryState
 from torchrec_amort.schema import RequestSchema
+from torchrec_amort.serving.ahead import with_a_candidate
 from torchrec_amort.serving.cache import CachedHistory, HistoryCache
 from torchrec_amort.serving.phases import Backend, RequestTerms
 from torchrec_amort.serving.served import Served, serve
@@ -148,6 +149,30 @@ class AmortizedScorer:
         """
         with torch.inference_mode():
             return self._score(self._batch(requests), self.cache)
+
+    def encode(self, requests: pa.Table | Iterable[Mapping[str, Any]]) -> None:
+        """Encode the histories of requests for the cache, before their candidates are known.
+
+        Args:
+            requests: as for `score`, without any column of candidates.
+
+        Raises:
+            ValueError: the scorer has no cache.
+            InputError: as `score`.
+
+        Example::
+
+            AmortizedScorer(model, cache=HistoryCache(max_bytes=2**20), schema=schema).encode(
+                [{"user": 7, "user_id": 7, "history_item": [3, 4]}]
+            )
+        """
+        if self.cache is None or self.schema is None:
+            raise ValueError("the scorer has no cache, or no schema: there is nowhere to keep what it encodes")
+        with torch.inference_mode():
+            batch = self._batch(with_a_candidate(requests, self.schema))
+            terms = self._served.request(batch)
+            for tower in self._events:
+                self._states(batch, terms, tower, self.cache)
 
     def warm_up(self, requests: RequestBatch | pa.Table | Iterable[Mapping[str, Any]], times: int = 3) -> None:
         """Score some requests, so that the first real one does not wait for memory, threads or compilation.

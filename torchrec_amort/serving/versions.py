@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from torchrec_amort.errors import InputError
@@ -43,6 +44,17 @@ class Version:
         """Of the requests that it scores."""
         assert self.scorer.schema is not None
         return self.scorer.schema
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """Requests whose histories are to be encoded before their candidates are known.
+
+    Args:
+        requests: without any column of candidates.
+    """
+
+    requests: Requests
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +106,23 @@ class Versions:
         """The version that answered before, if it is there still."""
         return self._previous
 
-    def score(self, requests: Requests) -> Scored:
+    def score(self, requests: Requests | Ahead) -> Scored:
         """Score requests by the version that answers.
 
         Args:
-            requests: of its schema.
+            requests: of its schema; or those whose histories are to be encoded, which have no scores yet.
 
         Raises:
-            InputError: as `AmortizedScorer.score`.
+            InputError: as `AmortizedScorer.score`, or histories are to be encoded and there is no cache for them.
         """
         version, num_forgotten = self._current, self._num_forgotten
+        if isinstance(requests, Ahead):
+            if version.scorer.cache is None:
+                raise InputError(
+                    "histories are encoded ahead for a cache, and this server has none: give it cache_bytes"
+                )
+            version.scorer.encode(requests.requests)
+            return Scored(torch.empty(0, len(version.schema.labels)), [0] * len(requests.requests), version.name)
         logits_CT = version.scorer.score(requests)
         with self._lock:
             # Who was forgotten since may be whose request this is.

@@ -29,6 +29,7 @@ from tests.pages import blocks
 from tests.serving.server.test_tensors import as_tensors
 from tests.serving.test_scorer import make_model
 from torchrec_amort import AmortizedScorer, HistoryCache, InputError, RequestBatch, ScoringService
+from torchrec_amort.serving.histories import HistoryStore
 from torchrec_amort.serving.server.access import Access
 from torchrec_amort.serving.server.endpoint import Endpoint
 from torchrec_amort.serving.server.memory import available_bytes, refuse_without_room
@@ -93,12 +94,17 @@ def arrow_of(requests: list[dict[str, Any]]) -> bytes:
 
 @contextmanager
 def serving(
-    versions: Any, access: Access | None = None, timeout_ms: float | None = None, load: Any = None, **options: Any
+    versions: Any,
+    access: Access | None = None,
+    timeout_ms: float | None = None,
+    load: Any = None,
+    histories: Any = None,
+    **options: Any,
 ) -> Iterator[Client]:
     service = ScoringService(versions, **({"num_workers": 2, "max_waiting": 9} | options))
     metrics = Metrics()
     metrics.collect("service", service.counters)
-    endpoint = Endpoint("films", versions, service, metrics, timeout_ms, load)
+    endpoint = Endpoint("films", versions, service, metrics, timeout_ms, load, histories)
     ports: Any = {"grpc_port": 0, "http_port": 0, "num_threads": 12, "max_bytes": MAX_BYTES, "access": access}
     with (
         ScoringServer(endpoint, "127.0.0.1", **ports) as server,
@@ -403,10 +409,62 @@ def test_the_commands_of_the_page_run() -> None:
             line = f"curl -s {command}".replace("localhost:8000", f"localhost:{client.server.http_port}")
             done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, timeout=60)
             answers.append(json.loads(done.stdout or "null"))
-    scored, ready, about, inferred, switched, rolled_back, forgotten = answers
+    scored, ready, about, inferred, switched, rolled_back, encoded, forgotten = answers
+    assert encoded["scores"] == [[]]
     assert ready is None and about["name"] == "films"
     np.testing.assert_allclose(np.ravel(scored["scores"]), inferred["outputs"][0]["data"], atol=1e-6)
     assert (switched, rolled_back, forgotten) == ({"version": "tuesday"}, {"version": "monday"}, {"found": True})
+
+
+EVENTS = ("history_item", "history_action", "history_time")
+CANDIDATES = ("candidate_item", "genres", "price")
+
+
+def test_new_events_are_put_after_those_that_are_kept() -> None:
+    store = HistoryStore(SCHEMA, max_bytes=2**20)
+    requests = [request | {"user": row} for row, request in enumerate(unlabelled())]
+    start = [request | {name: request[name][:-1] for name in EVENTS} for request in requests]
+    news = [request | {name: request[name][-1:] for name in EVENTS} for request in requests]
+    append: Any = {"history": {"string_param": "append"}}
+    with serving(Versions(version("monday")), histories=store) as client:
+        code, told = status_of(lambda: client.infer(news, parameters=append))
+        assert (code, told) == ("FAILED_PRECONDITION", "user 0: the history is not kept here: send it whole")
+        client.infer(start)
+        logits = of_tensor(client.infer(news, parameters=append), "logits", "<f4")
+        np.testing.assert_allclose(logits, scores_of(requests), atol=1e-5)
+        bare = [{name: value for name, value in request.items() if name not in EVENTS} for request in requests]
+        body = {"requests": bare, "parameters": {"history": "append"}}
+        scores = client.http.post("/v1/score", json=body).json()["scores"]
+        np.testing.assert_allclose(np.concatenate(scores), scores_of(requests), atol=1e-5)
+        assert client.http.post("/v1/forget", json={"user": 1}).json() == {"found": True}
+        reply = client.http.post("/v1/score", json=body)
+        assert (reply.status_code, reply.json()["error"]) == (
+            409,
+            "user 1: the history is not kept here: send it whole",
+        )
+        assert client.http.post("/v1/score", json={**body, "requests": "no"}).status_code == 400
+    with serving(Versions(version("monday"))) as client:
+        assert "keeps no histories" in client.http.post("/v1/score", json=body).json()["error"]
+
+
+def test_histories_are_encoded_before_candidates_are_known() -> None:
+    versions = Versions(version("monday"))
+    cache = versions.current.scorer.cache
+    assert cache is not None
+    requests = [request | {"user": row} for row, request in enumerate(unlabelled())]
+    early = [{name: value for name, value in request.items() if name not in CANDIDATES} for request in requests]
+    with serving(versions) as client:
+        response = client.infer(early, parameters={"encode": {"bool_param": True}})
+        assert of_tensor(response, "num_candidates", "<i8").tolist() == [0, 0, 0]
+        assert of_tensor(response, "logits", "<f4").shape == (0, 2)
+        assert cache.counters()["misses"] == 3
+        answer = client.http.post("/v1/score", json={"requests": requests}).json()
+        np.testing.assert_allclose(np.concatenate(answer["scores"]), scores_of(requests), atol=1e-5)
+        assert (cache.counters()["misses"], cache.counters()["hits"]) == (3, 3)
+        body = {"requests": early, "parameters": {"encode": True}}
+        assert client.http.post("/v1/score", json=body).json()["scores"] == [[], [], []]
+        told = client.http.post("/v1/score", json={**body, "requests": requests}).json()["error"]
+        assert told == "requests: 'candidate_item' is of candidates, which come later: leave it out, or score them"
 
 
 def certificate(folder: Path) -> tuple[str, str]:

@@ -29,7 +29,9 @@ class ServeConfig:
         max_message_bytes: of one message; larger ones are refused unread.
         timeout_ms: of requests that give none, in milliseconds; any time unless given.
         cache_bytes: of encoded histories, which are kept from one request of a user to the next; none if 0.
-        cache_seconds: how long they are kept; without limit unless given.
+        cache_seconds: how long they, and histories, are kept; without limit unless given.
+        history_bytes: of histories, which are kept so that clients need send new events alone; none if 0.
+        history_events: of each history that are kept, the latest ones.
         tokens: JSON file of tokens by role, `score` and `admin`; without the token of a role, anybody has it.
         certificate: PEM file of the server's certificate chain, for TLS.
         private_key: PEM file of its key.
@@ -52,6 +54,8 @@ class ServeConfig:
     timeout_ms: float | None = None
     cache_bytes: int = 0
     cache_seconds: float | None = None
+    history_bytes: int = 0
+    history_events: int = 1000
     tokens: str | None = None
     certificate: str | None = None
     private_key: str | None = None
@@ -59,8 +63,15 @@ class ServeConfig:
     seconds_unready: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least_one = ("workers", "threads_per_request", "microbatch_size", "max_waiting", "max_waiting_bytes")
-        not_negative = ("grpc_port", "http_port", "cache_bytes", "seconds_unready")
+        at_least_one = (
+            "workers",
+            "threads_per_request",
+            "microbatch_size",
+            "max_waiting",
+            "max_waiting_bytes",
+            "history_events",
+        )
+        not_negative = ("grpc_port", "http_port", "cache_bytes", "history_bytes", "seconds_unready")
         refuse_out_of_bounds(self, {AT_LEAST_ONE: (*at_least_one, "max_message_bytes"), NOT_NEGATIVE: not_negative})
         if (self.package is None) == (self.run_folder is None):
             raise InputError("give a package or a run_folder, one of the two")

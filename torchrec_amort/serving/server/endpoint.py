@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from torchrec_amort.errors import InputError, place_of
+from torchrec_amort.errors import InputError, one_line, place_of
 from torchrec_amort.schema import KINDS_OF_LABELS
+from torchrec_amort.serving.histories import HistoryStore, UnknownHistory
 from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService
-from torchrec_amort.serving.versions import Requests, Scored, Version, Versions
+from torchrec_amort.serving.versions import Ahead, Requests, Scored, Version, Versions
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,10 @@ PLATFORM = "torchrec_amort"
 LOGITS, NUM_CANDIDATES = "logits", "num_candidates"
 # Of a request: how many milliseconds its scores may take, and which ones go first.
 TIMEOUT, PRIORITY = "timeout_ms", "priority"
+# Whether its events are all (`whole`) or come after those that are kept (`append`); and whether histories are only
+# encoded, before the candidates are known.
+HISTORY, ENCODE = "history", "encode"
+_WORDS = ("whole", "append")
 _OIP_TYPES = {pa.int64(): "INT64", pa.float32(): "FP32", pa.string(): "BYTES"}
 
 
@@ -55,6 +61,7 @@ class Endpoint:
         metrics: what became of requests is told there.
         timeout_ms: of requests that give none, in milliseconds; any time if None.
         load: makes a version of the package in a folder; None if versions stay.
+        histories: keeps histories, so that clients need not send them whole; None if they have to.
 
     Example::
 
@@ -70,9 +77,10 @@ class Endpoint:
         metrics: Metrics,
         timeout_ms: float | None = None,
         load: Callable[[str], Version] | None = None,
+        histories: HistoryStore | None = None,
     ) -> None:
         self.name, self.versions, self.service, self.metrics = name, versions, service, metrics
-        self._timeout_ms, self._load = timeout_ms, load
+        self._timeout_ms, self._load, self._histories = timeout_ms, load, histories
         self._loading = threading.Lock()
         self._is_draining = threading.Event()
 
@@ -108,7 +116,7 @@ class Endpoint:
 
         Args:
             requests: of the schema of the version that answers.
-            parameters: `timeout_ms` and `priority`, if they are given.
+            parameters: `timeout_ms`, `priority`, `history` and `encode`, those of them that are given.
             seconds_left: what the protocol itself leaves until no one waits for the scores any more.
             num_bytes: of the message.
 
@@ -116,23 +124,44 @@ class Endpoint:
             Future: of the scores.
 
         Raises:
-            InputError: a parameter is unknown or not a number.
+            InputError: a parameter is unknown or not as it should be.
+            UnknownHistory: as `HistoryStore.joined`.
             Overloaded: as `ScoringService.submit`.
             DeadlineExceeded: as `ScoringService.submit`.
             Closed: as `ScoringService.submit`.
         """
-        for name, value in parameters.items():
-            if name not in (TIMEOUT, PRIORITY):
-                raise InputError(f"parameter {name!r}: is unknown: there are {TIMEOUT!r} and {PRIORITY!r}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
-                raise InputError(f"parameter {name!r}: is {value!r}, not a number")
+        _refuse_parameters(parameters)
         timeout_ms = parameters.get(TIMEOUT, self._timeout_ms)
         left = [s for s in (seconds_left, None if timeout_ms is None else timeout_ms / 1e3) if s is not None]
         deadline = time.monotonic() + min(left) if left else None
-        priority = int(parameters.get(PRIORITY, 0))
-        future = self.service.submit(requests, deadline=deadline, priority=priority, num_bytes=num_bytes)
-        future.add_done_callback(self._count)
+        asked, keep = self._with_histories(requests, is_new=parameters.get(HISTORY) == "append")
+        future = self.service.submit(
+            Ahead(asked) if parameters.get(ENCODE) else asked,
+            deadline=deadline,
+            priority=int(parameters.get(PRIORITY, 0)),
+            num_bytes=num_bytes,
+        )
+        future.add_done_callback(partial(self._ended, keep=keep))
         return future
+
+    def _with_histories(self, requests: Requests, is_new: bool) -> tuple[Requests, Callable[[], None] | None]:
+        """Requests with whole histories, and what keeps those once they are scored."""
+        store = self._histories
+        if store is None:
+            if is_new:
+                raise InputError(f"parameter {HISTORY!r}: this server keeps no histories: send them whole")
+            return requests, None
+        table = requests if isinstance(requests, pa.Table) else self._table_of(requests)
+        keep = partial(store.keep, table, is_new=is_new, epoch=store.epoch)
+        return store.joined(table) if is_new else requests, keep
+
+    def _table_of(self, requests: Sequence[Mapping[str, Any]]) -> pa.Table:
+        names = {name for request in requests for name in request}
+        columns = [field for field in self.versions.current.schema.arrow_schema() if field.name in names]
+        try:
+            return pa.Table.from_pylist(list(requests), pa.schema(columns))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise InputError(f"requests: cannot be read ({one_line(error)})") from error
 
     def switch(self, folder: str) -> str:
         """Load the package of a folder, and let it answer once it has scored its samples and the latest requests.
@@ -189,12 +218,15 @@ class Endpoint:
             bool: whether there was anything.
         """
         self.service.drain()
-        return self.versions.forget(user)
+        found = self._histories is not None and self._histories.forget(user)
+        return self.versions.forget(user) or found
 
-    def _count(self, future: Future[Scored]) -> None:
+    def _ended(self, future: Future[Scored], keep: Callable[[], None] | None) -> None:
         if not future.cancelled() and future.exception() is None:
             scored = future.result()
             self.metrics.scored(scored.version, sum(scored.num_candidates))
+            if keep is not None:
+                keep()
 
     def inputs(self) -> Sequence[Tensor]:
         """The tensors that a request may have; those of lists may have their lengths beside them."""
@@ -207,6 +239,22 @@ class Endpoint:
         """The tensors of an answer."""
         num_tasks = len(self.versions.current.schema.labels)
         return [Tensor(LOGITS, "FP32", (-1, num_tasks)), Tensor(NUM_CANDIDATES, "INT64", (-1,))]
+
+
+def _refuse_parameters(parameters: Mapping[str, Any]) -> None:
+    for name, value in parameters.items():
+        if name in (TIMEOUT, PRIORITY):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            expected = None if is_number and abs(value) < 2**53 else "a number"
+        elif name == HISTORY:
+            expected = None if value in _WORDS else f"one of {list(_WORDS)}"
+        elif name == ENCODE:
+            expected = None if isinstance(value, bool) else "true or false"
+        else:
+            known = [TIMEOUT, PRIORITY, HISTORY, ENCODE]
+            raise InputError(f"parameter {name!r}: is unknown: there are {known}")
+        if expected is not None:
+            raise InputError(f"parameter {name!r}: is {value!r}, not {expected}")
 
 
 def _described(kind: pa.DataType) -> tuple[str, tuple[int, ...]]:
@@ -265,6 +313,7 @@ FAULT = Failure("INTERNAL", 500, "fault")
 _FAILURES: list[tuple[type[BaseException], Failure]] = [
     (InputError, Failure("INVALID_ARGUMENT", 400, "bad_input")),
     (NotHere, Failure("NOT_FOUND", 404, "not_here")),
+    (UnknownHistory, Failure("FAILED_PRECONDITION", 409, "unknown_history")),
     (Unauthenticated, Failure("UNAUTHENTICATED", 401, "unauthenticated")),
     (Overloaded, Failure("RESOURCE_EXHAUSTED", 429, "overloaded")),
     (DeadlineExceeded, Failure("DEADLINE_EXCEEDED", 504, "deadline")),
