@@ -14,12 +14,13 @@ SIZES = ["--model.embedding_dim=8", "--model.history_length=8", "--loop.epochs=1
 SIZES += ["--batch_size=100"]  # 6 steps
 SPEED = ["--speed.train_steps=2", "--speed.requests=3", "--speed.candidates=4", "--speed.history_length=5"]
 GRID = "--grid=[{optimizer.dense_lr: 0.001}, {optimizer.dense_lr: 0.01}]"
+CONTROLS = "--controls={short: none}"
 VARIANTS = "--variants={short: {model.history: append_cross, model.history_length: 2}}"
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
     common = ["--data", str(data), "--out", str(out), "--seeds=[0, 1]", "--encoders=[none,append_cross,concatenation]"]
-    return [*common, *SIZES, *SPEED, GRID, VARIANTS, *more]
+    return [*common, *SIZES, *SPEED, GRID, VARIANTS, CONTROLS, *more]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,12 @@ def test_the_table_says_what_the_record_says(compared: Path) -> None:
             difference = record["differences"][task]["concatenation"][metric]
             assert difference["difference"] == pytest.approx(np.mean(values) - np.mean(others), abs=1e-9)
             assert versus[place].startswith(f"{difference['difference']:+.4f} [")
+    controlled = [part.splitlines()[2] for part in table.split("| less its control |")[1:]]
+    for task, row in zip(("liked", "bought"), controlled, strict=True):
+        of_arm = {name: [run[task]["mrr"] for run in record["arms"][name]["test"]] for name in ("short", "none")}
+        difference = record["differences_from_controls"][task]["short"]["mrr"]["difference"]
+        assert difference == pytest.approx(np.mean(of_arm["short"]) - np.mean(of_arm["none"]), abs=1e-9)
+        assert row.startswith("| short | ") and f"| {difference:+.4f} [" in row
     speed = record["speed"]["training"]["concatenation"]
     assert rows[4][1:3] == [f"{speed['requests']:,.0f}", f"{speed['padded']:,.0f}"]
     assert (rows[4][3], rows[4][-1]) == ("-", "no")
@@ -105,7 +112,7 @@ def test_a_comparison_goes_on_where_it_stopped_and_takes_no_results_of_another_e
 
 
 def test_two_ranks_compare_as_one(data_folder: Path, compared: Path, tmp_path: Path) -> None:
-    fewer = ("--encoders=[none,append_cross]", "--variants={}", "--choose_by=mrr")
+    fewer = ("--encoders=[none,append_cross]", "--variants={}", "--controls={}", "--choose_by=mrr")
     torchrun(2, "compare", *arguments(data_folder, tmp_path / "two", *fewer))
     one, two = record_of(compared), record_of(tmp_path / "two")
     assert list(two["arms"]) == ["none", "append_cross"]
@@ -119,6 +126,7 @@ def test_two_ranks_compare_as_one(data_folder: Path, compared: Path, tmp_path: P
     ("more", "message"),
     [
         (["--reference=mean_pooling"], "'mean_pooling' is none of the arms"),
+        (["--controls={short: nothing}"], "controls: 'nothing' is none of the arms"),
         (["--variants={none: {}}"], "'none' is an encoder's name"),
         (["--variants={x: {model.histori: none}}"], "model.histori: no such field"),
         (["--variants={x: {model.history_length: many}}"], "many"),

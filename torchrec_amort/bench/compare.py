@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class CompareConfig:
         encoders: arms that differ in `model.history` alone; all but `matches`, which reads one feature, unless given.
         variants: further arms: a name, and the fields in which it differs, as `model.history_length: 200`.
         reference: the arm that the others are compared with.
+        controls: for an arm, the one that it is compared with beside the reference, such as that of other users'
+            histories.
         seeds: of initial weights and of the order of the data.
         grid: settings that each arm tries on the validation split: fields and their values.
         choose_by: the metric by which an arm chooses one of them.
@@ -67,6 +70,7 @@ class CompareConfig:
     encoders: list[Encoder] = field(default_factory=lambda: [word for word in ENCODERS if word != "matches"])
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     reference: str = "append_cross"
+    controls: dict[str, str] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     grid: list[dict[str, Any]] = field(default_factory=lambda: [{}])
     choose_by: Metric = "ne"
@@ -122,7 +126,7 @@ def run_comparison(config: CompareConfig) -> None:
                     }
                     for name in arms
                 },
-                "differences": _differences(chosen, config),
+                **_differences(chosen, config),
                 "unknown_ids": unknown_ids(config.data, "test", schema),
                 "speed": speed,
             }
@@ -156,10 +160,13 @@ def _arms(config: CompareConfig) -> dict[str, list[TrainConfig]]:
         raise InputError(f"reference: {config.reference!r} is none of the arms {', '.join(arms)}")
     if not config.seeds or not config.grid:
         raise InputError("seeds and grid need one entry at least; a grid of one empty setting is [{}]")
-    return {
+    settings = {
         name: [with_overrides(base, {**overrides, **setting}, "train") for setting in config.grid]
         for name, overrides in arms.items()
     }
+    if other := sorted({*config.controls, *config.controls.values()} - arms.keys()):
+        raise InputError(f"controls: {other[0]!r} is none of the arms {', '.join(arms)}")
+    return settings
 
 
 def _longest(config: TrainConfig, schema: RequestSchema) -> int:
@@ -232,13 +239,14 @@ def _is_evaluated(run: TrainConfig, split: str) -> bool:
 
 
 def _differences(chosen: Mapping[str, TrainConfig], config: CompareConfig) -> dict[str, Any]:
-    """For each task, how each arm differs from the reference: paired bootstrap over users."""
+    """For each task, how arms differ from the reference and from their controls: paired bootstrap over users."""
     predictions = {
         name: [np.load(f"{run.run_folder}/predictions-test.npz") for run in _runs(setting, config)]
         for name, setting in chosen.items()
     }
     order_of_user, users = np.unique(predictions[config.reference][0]["users"], return_inverse=True)
-    differences = {}
+    paired = partial(paired_differences, num_users=len(order_of_user), samples=config.bootstrap_samples, seed=0)
+    found: dict[str, Any] = {"differences": {}, "differences_from_controls": {}}
     for t, task in enumerate(RequestSchema.load(config.data).labels):
         metrics = {
             name: [
@@ -246,11 +254,8 @@ def _differences(chosen: Mapping[str, TrainConfig], config: CompareConfig) -> di
             ]
             for name, runs in predictions.items()
         }
-        differences[task] = paired_differences(
-            metrics.pop(config.reference),
-            metrics,
-            num_users=len(order_of_user),
-            samples=config.bootstrap_samples,
-            seed=0,
-        )
-    return differences
+        found["differences_from_controls"][task] = {
+            name: paired(metrics[control], {name: metrics[name]})[name] for name, control in config.controls.items()
+        }
+        found["differences"][task] = paired(metrics.pop(config.reference), metrics)
+    return found

@@ -63,6 +63,9 @@ def markdown(record: dict[str, Any]) -> str:
         else:
             lines += table(["encoder", *names], [(name, *cells) for name, cells in quality.items()])
             lines += ["", *table(["encoder", *changes], [(name, *cells) for name, cells in versus.items()])]
+        if controls := record.get("differences_from_controls", {}).get(task):
+            rows = [(name, *(interval(of_arm.get(metric)) for metric in metrics)) for name, of_arm in controls.items()]
+            lines += ["", *table(["less its control", *names], rows)]
     ways = ("training, cand/s", "padded", "as impressions", "scoring, ms", "as impressions")
     rows = []
     for name, arm in record["arms"].items():
