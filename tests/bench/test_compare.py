@@ -130,7 +130,10 @@ def test_two_ranks_compare_as_one(data_folder: Path, compared: Path, tmp_path: P
         (["--variants={none: {}}"], "'none' is an encoder's name"),
         (["--variants={x: {model.histori: none}}"], "model.histori: no such field"),
         (["--variants={x: {model.history_length: many}}"], "many"),
-        (["--variants={x: {model.history: mean_pooling, model.positions: rotary}}"], "which has no model.positions"),
+        (
+            ["--variants={x: {model.history: mean_pooling, model.positions: rotary}}", "--controls={}"],
+            "which has no model.positions",
+        ),
         (["--seeds=[]"], "one entry at least"),
         (["--choose_by=mse"], "has mse on the validation split: choose another"),
         (["--speed.history_length=9", "--seeds=[7]"], "0 requests have 9 events or more, not 3"),
