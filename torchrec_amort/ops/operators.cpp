@@ -22,13 +22,13 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -374,14 +374,12 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
   const int64_t num_events = sum(added);
   const auto options = at::TensorOptions(weights.dtype);
   Tensor keys = at::empty({of.num_layers, num_heads, num_events, of.dim / num_heads}, options);
-  Tensor values = at::empty({of.num_layers, of.dim, num_events + 1}, options);
+  // Products of pairs read one event beyond a request's last, times zero: it must be finite, written by now or not.
+  const std::vector<int64_t> shape{of.num_layers, of.dim, num_events + 1};
+  Tensor values = weights.dtype == at::kFloat ? at::empty(shape, options) : at::zeros(shape, options);
   std::vector<History> histories;
   append_histories(histories, keys, values, 0, Counts(added.size()), added, weights);
   encode(weights, tables, ids, added, histories, beside_pytorch);
-  // Products of pairs read one event beyond the last, times zero: it must be finite.
-  const int64_t size = values.itemsize();
-  for (int64_t row = 1; row <= of.num_layers * of.dim; ++row)
-    std::memset(static_cast<char*>(values.data_ptr()) + (row * (num_events + 1) - 1) * size, 0, size);
   return {keys, values};
 }
 
