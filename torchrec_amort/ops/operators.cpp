@@ -375,8 +375,7 @@ std::tuple<Tensor, Tensor> encode_history(TensorList encoder, int64_t num_heads,
   const auto options = at::TensorOptions(weights.dtype);
   Tensor keys = at::empty({of.num_layers, num_heads, num_events, of.dim / num_heads}, options);
   // Products of pairs read one event beyond a request's last, times zero: it must be finite, written by now or not.
-  const std::vector<int64_t> shape{of.num_layers, of.dim, num_events + 1};
-  Tensor values = weights.dtype == at::kFloat ? at::empty(shape, options) : at::zeros(shape, options);
+  Tensor values = at::zeros({of.num_layers, of.dim, num_events + 1}, options);
   std::vector<History> histories;
   append_histories(histories, keys, values, 0, Counts(added.size()), added, weights);
   encode(weights, tables, ids, added, histories, beside_pytorch);
