@@ -29,7 +29,7 @@ CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_mess
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
+class Scores:
     """What a server answered.
 
     Args:
@@ -91,7 +91,7 @@ class ScoringClient:
 
     def score(
         self, requests: pa.Table | Iterable[Mapping[str, Any]], *, timeout: float | None = None, priority: int = 0
-    ) -> Scored:
+    ) -> Scores:
         """Score every candidate of every request.
 
         Args:
@@ -113,7 +113,7 @@ class ScoringClient:
 
     def submit(
         self, requests: pa.Table | Iterable[Mapping[str, Any]], *, timeout: float | None = None, priority: int = 0
-    ) -> Future[Scored]:
+    ) -> Future[Scores]:
         """Send requests, and do not wait for the answer.
 
         Args:
@@ -166,9 +166,9 @@ class _Parts:
     """The answers of several servers, put together when the last one is there."""
 
     def __init__(self, num_requests: int, num_parts: int) -> None:
-        self.scored: Future[Scored] = Future()
+        self.scored: Future[Scores] = Future()
         self.scored.set_running_or_notify_cancel()
-        self._answer = Scored([np.empty(0)] * num_requests, [""] * num_requests)
+        self._answer = Scores([np.empty(0)] * num_requests, [""] * num_requests)
         self._missing = num_parts
         self._error: Exception | None = None
         self._lock = threading.Lock()

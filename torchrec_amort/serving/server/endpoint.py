@@ -184,7 +184,7 @@ class Endpoint:
             self.versions.switch(version)
         except Exception as error:
             self.metrics.switched("refused")
-            logger.error("%s does not answer: %s", folder, error)
+            logger.error("%s does not answer: %s", folder, place_of(error))
             raise
         finally:
             self._loading.release()
