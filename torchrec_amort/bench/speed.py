@@ -104,9 +104,13 @@ def measure_speed(
 
 def _training(arms: Mapping[str, TrainConfig], config: SpeedConfig, device: torch.device) -> dict[str, Any]:
     models = {name: sharded_model(arm, schema_of(arm), device) for name, arm in arms.items()}
-    # The same requests in the same order, each as its model reads it.
-    datasets = [chain.from_iterable(repeat(read_train_split(arm, schema_of(arm)))) for arm in arms.values()]
     steps = config.warmup + config.train_steps
+    # The same requests in the same order, each as its model reads it; no more of them than are read, for all arms have
+    # them in memory at once.
+    datasets = [
+        chain.from_iterable(repeat(read_train_split(arm, schema_of(arm), steps * arm.batch_size)))
+        for arm in arms.values()
+    ]
     candidates: dict[str, list[int]] = {name: [] for name in arms}
     times = Times(config.warmup)
     with progress(total=steps, desc="training speed", unit="steps", disable=not is_first()) as bar:

@@ -159,8 +159,8 @@ def _refuse_or_resume(config: TrainConfig, run: Path, device: torch.device) -> b
     return True
 
 
-def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDataset:
-    """This rank's part of the training requests, as the config's model reads them."""
+def read_train_split(config: TrainConfig, schema: RequestSchema, max_requests: int | None = None) -> RequestDataset:
+    """This rank's part of the training requests, all or the first ones, as the config's model reads them."""
     read = schema.without(config.model.leave_out)
     return RequestDataset(
         config.data,
@@ -174,6 +174,7 @@ def read_train_split(config: TrainConfig, schema: RequestSchema) -> RequestDatas
         unknown_rate=config.unknown_rate,
         schema=read,
         balance_work=config.balance_work,
+        max_requests=max_requests,
     )
 
 
