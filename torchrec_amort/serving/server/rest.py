@@ -24,6 +24,8 @@ from torchrec_amort.versions import installed_versions
 # Where the JSON of a message ends, after which its binary tensors come.
 HEADER_LENGTH = "inference-header-content-length"
 BINARY, BINARY_SIZE = "binary_data", "binary_data_size"
+# Of the largest message, what is read of a larger one, and thrown away.
+_TIMES_HEARD = 4
 
 
 class TooLarge(Exception):
@@ -72,7 +74,7 @@ def rest_app(endpoint: Endpoint, access: Access, max_bytes: int) -> Starlette:
     Args:
         endpoint: what answers.
         access: who may call.
-        max_bytes: of a message; larger ones are refused unread.
+        max_bytes: of a message; larger ones are refused.
 
     Example::
 
@@ -187,19 +189,22 @@ class _Rest:
         return JSONResponse({"version": self._endpoint.versions.roll_back().name})
 
     async def _body(self, request: Request) -> bytes:
-        """The message, refused as soon as it is too large."""
-        told_length = request.headers.get("content-length", "0")
+        """The message, refused if it is too large."""
+        declared = request.headers.get("content-length", "0")
+        told, size = int(declared) if declared.isdecimal() else 0, 0
         parts: list[bytes] = []
-        size = int(told_length) if told_length.isdecimal() else 0
-        if size <= self._max_bytes:
-            size = 0
+        # A client that sends a little too much is heard to the end, or it would not read why it is refused.
+        most = _TIMES_HEARD * self._max_bytes
+        if told <= most:
             async for part in request.stream():
-                parts.append(part)
                 size += len(part)
-                if size > self._max_bytes:
+                if size > most:
                     break
-        if size > self._max_bytes:
-            raise TooLarge(f"the message has {size} bytes or more, and the limit is {self._max_bytes}")
+                if size <= self._max_bytes:
+                    parts.append(part)
+        if max(told, size) > self._max_bytes:
+            limit = self._max_bytes
+            raise TooLarge(f"the message has {max(told, size)} bytes or more, and the limit is {limit}")
         return b"".join(parts)
 
     async def _scored(self, future: Future[Scored]) -> Scored:
