@@ -26,7 +26,7 @@ class ServeConfig:
         microbatch_size: candidates that are scored at a time; all at once unless given.
         max_waiting: requests that may wait for a worker; more are refused.
         max_waiting_bytes: what those may have together.
-        max_message_bytes: of one message; larger ones are refused unread.
+        max_message_bytes: of one message; larger ones are refused.
         timeout_ms: of requests that give none, in milliseconds; any time unless given.
         cache_bytes: of encoded histories, which are kept from one request of a user to the next; none if 0.
         cache_seconds: how long they, and histories, are kept; without limit unless given.
