@@ -18,11 +18,11 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.server.client import infer_request, read_answer, split_logits
 from torchrec_amort.serving.server.messages import message
+from torchrec_amort.serving.server.tensors import COUNTS, DATATYPE_OF_COLUMN, LENGTHS
 
 Protocol = Literal["grpc", "rest", "score"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
-_DATATYPES = {pa.int64(): "INT64", pa.float32(): "FP32", pa.string(): "BYTES"}
 
 Answer = tuple[list[np.ndarray], str]
 
@@ -87,12 +87,12 @@ def _tensors(request: pa.Table, sizes: Mapping[str, int | None]) -> list[dict[st
             elif name in sizes:
                 shape = [*shape, sizes[name]]
             else:
-                num_entries = {"name": f"{name}.lengths", "datatype": "INT64", "shape": [1], "data": [len(lengths)]}
-                num_ids = {"name": f"{name}.counts", "datatype": "INT64", "shape": [len(lengths)], "data": lengths}
+                num_entries = {"name": name + LENGTHS, "datatype": "INT64", "shape": [1], "data": [len(lengths)]}
+                num_ids = {"name": name + COUNTS, "datatype": "INT64", "shape": [len(lengths)], "data": lengths}
                 counts, shape = [num_entries, num_ids], [len(array)]
         if array.null_count:
             raise InputError(f"requests: {name} has a null, which tensors in JSON cannot have: use grpc or score")
-        tensor = {"name": name, "datatype": _DATATYPES[array.type], "shape": shape, "data": array.to_pylist()}
+        tensor = {"name": name, "datatype": DATATYPE_OF_COLUMN[array.type], "shape": shape, "data": array.to_pylist()}
         tensors += [tensor, *counts]
     return tensors
 

@@ -74,6 +74,7 @@ class _Waiting(Generic[Result]):
     num_bytes: int = field(compare=False)
     deadline: float | None = field(compare=False)
     future: Future[Result] = field(compare=False)
+    then: Callable[[Result], None] | None = field(compare=False)
 
 
 class ScoringService(Generic[Result]):
@@ -130,7 +131,13 @@ class ScoringService(Generic[Result]):
         self._workers = Workers(num_workers, threads_per_request)
 
     def submit(
-        self, requests: Any, *, deadline: float | None = None, priority: int = 0, num_bytes: int = 0
+        self,
+        requests: Any,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        num_bytes: int = 0,
+        then: Callable[[Result], None] | None = None,
     ) -> Future[Result]:
         """Hand in requests.
 
@@ -139,6 +146,7 @@ class ScoringService(Generic[Result]):
             deadline: by the service's clock, `time.monotonic` unless given, in seconds: later, no one wants the scores.
             priority: those of lower numbers go first; where the queue is full, they take the place of others.
             num_bytes: what the request takes while it waits.
+            then: called with the scores before the future has them.
 
         Returns:
             Future: of what the scorer returns. It ends in `Overloaded` for a request that gives up its place, and in
@@ -150,7 +158,7 @@ class ScoringService(Generic[Result]):
             Closed: the service is closed.
         """
         future: Future[Result] = Future()
-        request = _Waiting(priority, next(self._numbers), requests, num_bytes, deadline, future)
+        request = _Waiting(priority, next(self._numbers), requests, num_bytes, deadline, future, then)
         with self._lock:
             if self._is_closed:
                 raise Closed("the service is closed")
@@ -226,9 +234,9 @@ class ScoringService(Generic[Result]):
     def _displaced_for(self, request: _Waiting[Result]) -> list[_Waiting[Result]]:
         """The requests that have to leave the queue for another one."""
         displaced: list[_Waiting[Result]] = []
-        last_first = iter(sorted(self._queue, reverse=True))
         while reason := self._why_full(request, displaced):
-            other = next(last_first, None)
+            # The one that goes last, of those that stay.
+            other = max((other for other in self._queue if other not in displaced), default=None)
             if other is None or other.priority <= request.priority:
                 raise Overloaded(reason)
             displaced.append(other)
@@ -267,6 +275,8 @@ class ScoringService(Generic[Result]):
             self._num_scored_now += 1
         try:
             scores = self.scorer.score(request.requests)
+            if request.then is not None:
+                request.then(scores)
         except BaseException as error:  # noqa: BLE001 - it is the sender's, and the worker goes on
             self._scored(started, "failed")
             request.future.set_exception(error)

@@ -23,6 +23,7 @@ from torchrec_amort.schema import KINDS_OF_LABELS
 from torchrec_amort.serving.histories import HistoryStore, UnknownHistory
 from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.metrics import Metrics
+from torchrec_amort.serving.server.tensors import DATATYPE_OF_COLUMN
 from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService
 from torchrec_amort.serving.versions import Ahead, Requests, Scored, Version, Versions
 
@@ -36,7 +37,6 @@ TIMEOUT, PRIORITY = "timeout_ms", "priority"
 # encoded, before the candidates are known.
 HISTORY, ENCODE = "history", "encode"
 _WORDS = ("whole", "append")
-_OIP_TYPES = {pa.int64(): "INT64", pa.float32(): "FP32", pa.string(): "BYTES"}
 
 
 class Tensor(NamedTuple):
@@ -135,14 +135,14 @@ class Endpoint:
         left = [s for s in (seconds_left, None if timeout_ms is None else timeout_ms / 1e3) if s is not None]
         deadline = time.monotonic() + min(left) if left else None
         asked, keep = self._with_histories(requests, is_new=parameters.get(HISTORY) == "append")
-        future = self.service.submit(
+        return self.service.submit(
             Ahead(asked) if parameters.get(ENCODE) else asked,
             deadline=deadline,
             priority=int(parameters.get(PRIORITY, 0)),
             num_bytes=num_bytes,
+            # Before the answer is out: the next request of the user may follow at once.
+            then=partial(self._scored, keep=keep),
         )
-        future.add_done_callback(partial(self._ended, keep=keep))
-        return future
 
     def _with_histories(self, requests: Requests, is_new: bool) -> tuple[Requests, Callable[[], None] | None]:
         """Requests with whole histories, and what keeps those once they are scored."""
@@ -221,22 +221,24 @@ class Endpoint:
         found = self._histories is not None and self._histories.forget(user)
         return self.versions.forget(user) or found
 
-    def _ended(self, future: Future[Scored], keep: Callable[[], None] | None) -> None:
-        if not future.cancelled() and future.exception() is None:
-            scored = future.result()
-            self.metrics.scored(scored.version, sum(scored.num_candidates))
-            if keep is not None:
-                keep()
+    def _scored(self, scored: Scored, keep: Callable[[], None] | None) -> None:
+        self.metrics.scored(scored.version, sum(scored.num_candidates))
+        if keep is not None:
+            keep()
 
-    def inputs(self) -> Sequence[Tensor]:
-        """The tensors that a request may have; those of lists may have their lengths beside them."""
+    def metadata(self) -> dict[str, Any]:
+        """What the protocol tells of the model: tensors of lists may have their lengths beside them."""
+        inputs, outputs = ([tensor._asdict() for tensor in tensors] for tensors in (self._inputs(), self._outputs()))
+        versions = [self.versions.current.name]
+        return {"name": self.name, "versions": versions, "platform": PLATFORM, "inputs": inputs, "outputs": outputs}
+
+    def _inputs(self) -> Sequence[Tensor]:
         schema = self.versions.current.schema
         unread = {"request_id", *(feature.source for feature in schema.of("candidate", *KINDS_OF_LABELS))}
         fields = [field for field in schema.arrow_schema() if field.name not in unread]
         return [Tensor(field.name, *_described(field.type)) for field in fields]
 
-    def outputs(self) -> Sequence[Tensor]:
-        """The tensors of an answer."""
+    def _outputs(self) -> Sequence[Tensor]:
         num_tasks = len(self.versions.current.schema.labels)
         return [Tensor(LOGITS, "FP32", (-1, num_tasks)), Tensor(NUM_CANDIDATES, "INT64", (-1,))]
 
@@ -262,7 +264,7 @@ def _described(kind: pa.DataType) -> tuple[str, tuple[int, ...]]:
     if pa.types.is_list(kind):
         datatype, shape = _described(kind.value_type)
         return datatype, (-1, *shape)
-    return _OIP_TYPES[kind], (-1,)
+    return DATATYPE_OF_COLUMN[kind], (-1,)
 
 
 @dataclass(frozen=True, eq=False)

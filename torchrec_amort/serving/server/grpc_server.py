@@ -135,16 +135,7 @@ class GrpcServer:
 
     def _ModelMetadata(self, request: Any, _context: grpc.ServicerContext) -> Any:
         self._endpoint.refuse_other(request.name, request.version)
-        inputs, outputs = (
-            [tensor._asdict() for tensor in of_side] for of_side in (self._endpoint.inputs(), self._endpoint.outputs())
-        )
-        return message("ModelMetadataResponse")(
-            name=self._endpoint.name,
-            versions=[self._endpoint.versions.current.name],
-            platform=PLATFORM,
-            inputs=inputs,
-            outputs=outputs,
-        )
+        return message("ModelMetadataResponse")(**self._endpoint.metadata())
 
     def _ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
         with self._endpoint.counted("grpc"):

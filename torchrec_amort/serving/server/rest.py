@@ -140,12 +140,7 @@ class _Rest:
 
     async def _model(self, request: Request) -> Response:
         self._refuse_other(request)
-        inputs, outputs = (
-            [tensor._asdict() for tensor in of_side] for of_side in (self._endpoint.inputs(), self._endpoint.outputs())
-        )
-        versions = [self._endpoint.versions.current.name]
-        told_of = {"name": self._endpoint.name, "versions": versions, "platform": PLATFORM}
-        return JSONResponse({**told_of, "inputs": inputs, "outputs": outputs})
+        return JSONResponse(self._endpoint.metadata())
 
     async def _model_ready(self, request: Request) -> Response:
         self._refuse_other(request)

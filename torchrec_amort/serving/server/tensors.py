@@ -38,7 +38,8 @@ _DTYPES: dict[str, Any] = {
     "FP64": np.float64,
 }
 DATATYPES = (*_DTYPES, "BYTES")
-# Of arrays, the protocol's word.
+# Of types of Arrow's, and of arrays, the protocol's word.
+DATATYPE_OF_COLUMN = {pa.int64(): "INT64", pa.float32(): "FP32", pa.string(): "BYTES"}
 DATATYPE_OF: dict[Any, str] = {np.dtype(dtype): datatype for datatype, dtype in _DTYPES.items()}
 
 
