@@ -37,7 +37,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|torchrec|np|numpy|pa|pyarrow|pathlib|collections|concurrent|grpc|signal|typing)\..*"),
     ("py:.*", r"(Keyed)?(Jagged)?Tensor|DLRM|Embedding(Bag)?(Collection|Config)|Future|Path|int64|B \+ 1"),
     ("py:.*", "KeyedOptimizer|tqdm"),
-    ("py:.*", r"Backend|Call|HistoryAttention|Location|Loss|Paths|Precision|Result|Role|Score|WhenLonger"),
+    ("py:.*", r"(.*\.)?(Backend|Call|Combine|HistoryAttention|Location|Loss|Paths|Precision|Result|Role|Score)"),
+    ("py:.*", "WhenLonger"),
 ]
 
 html_theme = "furo"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis.strategies as st
 import numpy as np
@@ -22,7 +22,7 @@ from torchrec_amort import AmortizedScorer, Feature, HistoryCache, InputError, R
 from torchrec_amort.models.build import ModelConfig, TowerConfig, build_model
 from torchrec_amort.models.ranker import ModelRanker
 from torchrec_amort.models.tables import tables_of
-from torchrec_amort.modules.events import Numbers
+from torchrec_amort.modules.events import Combine, Numbers
 from torchrec_amort.modules.tower import HistoryTower
 
 DIM = 8
@@ -39,7 +39,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         history_length=6,
         history_layers=1,
         positions=draw(st.sampled_from(["recency", "none", *rotary])),
-        combine=draw(st.sampled_from(["sum", "concatenate"])),
+        combine=draw(st.sampled_from(get_args(Combine))),
         interaction=draw(st.sampled_from(["dot", "dcn"])),
         dense_layers=[4],
         over_layers=[6],
@@ -57,10 +57,12 @@ def models(draw: st.DrawFn) -> tuple[RequestSchema, ModelConfig]:
     for history, features in schema.histories.items():
         film, *others = (feature.name for feature in features)
         some = [film, *(name for name in others if draw(st.booleans()))]
-        compared: dict[str, Any] = {"history": history, "positions": "none", "combine": "sum", "windows": [1, 3]}
+        compared: dict[str, Any] = {"history": history, "positions": "none", "windows": [1, 3]}
         towers[history] = TowerConfig(features=draw(st.sampled_from([None, some])))
-        towers[f"like_{history}"] = TowerConfig(encoder="similarity", features=some, **compared)
-        towers[f"in_{history}"] = TowerConfig(encoder="matches", features=[film], **compared)
+        towers[f"like_{history}"] = TowerConfig(
+            encoder="similarity", features=some, combine=draw(st.sampled_from(get_args(Combine))), **compared
+        )
+        towers[f"in_{history}"] = TowerConfig(encoder="matches", features=[film], combine="sum", **compared)
     return schema, replace(config, towers=towers)
 
 
@@ -116,7 +118,10 @@ class Loops:
         events = []
         entries = self.vectors(tower, encoder.features, request)
         for place, vectors in enumerate(entries):
-            event = sum(vectors[1:], vectors[0]) if encoder.joined is None else encoder.joined(torch.cat(vectors))
+            first, others = vectors[0], sum(vectors[1:], torch.zeros_like(vectors[0]))
+            event = first * (1 + others) if encoder.combine == "product" else first + others
+            if encoder.joined is not None:
+                event = encoder.joined(torch.cat(vectors))
             if encoder.recency is not None:
                 event = event + encoder.recency.weight[len(entries) - 1 - place]
             events.append(event)

@@ -23,6 +23,15 @@ def test_an_event_is_its_features_and_its_place_from_the_latest() -> None:
     assert history.lengths().tolist() == LENGTHS.tolist()
 
 
+def test_of_a_product_the_first_feature_counts_by_the_others() -> None:
+    encoder = EventEncoder(["history_item", "history_action"], embedding_dim=6, combine="product")
+    given = embeddings()
+    item, action = (given[name].values() for name in encoder.features)
+    torch.testing.assert_close(encoder(given).values(), item * (1 + action))
+    alone = EventEncoder(["history_item"], embedding_dim=6, combine="product")
+    assert torch.equal(alone(given).values(), item)
+
+
 def test_an_older_event_in_front_changes_no_later_one() -> None:
     encoder = EventEncoder(["history_item"], embedding_dim=6, max_length=4)
     rows = torch.randn(4, 6)

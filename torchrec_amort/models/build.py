@@ -22,7 +22,7 @@ from torchrec_amort.models.managed import ManagedCollection, SequenceTables
 from torchrec_amort.models.ranker import ModelRanker, Ranker, call_model
 from torchrec_amort.models.towers import Tables, TowerParts, build_collection
 from torchrec_amort.modules.encoder import HistoryEncoder
-from torchrec_amort.modules.events import EventEncoder
+from torchrec_amort.modules.events import Combine, EventEncoder
 from torchrec_amort.modules.history import AmortizedHistoryArch
 from torchrec_amort.modules.rivals import AppendSelfAttention, Concatenation, MeanPooling, TargetAttention
 from torchrec_amort.modules.similarity import WINDOWS, HistoryMatches, HistorySimilarity
@@ -79,7 +79,7 @@ class TowerConfig:
     recent_events: int | None = None
     summary_tokens: int | None = None
     windows: list[int] | None = None
-    combine: Literal["sum", "concatenate"] | None = None
+    combine: Combine | None = None
 
 
 # Fields of the model that a tower's have another name than.
@@ -125,7 +125,8 @@ class ModelConfig:
         recent_events: append_cross and its kin keep these latest events, and make `summary_tokens` rows of the older
             ones; all events are kept unless given.
         summary_tokens: rows that stand for the older events.
-        combine: how the features of an event become its vector: their `sum`, or `concatenate` and then a linear layer.
+        combine: how the features of an event become its vector: their `sum`; `concatenate` and then a linear layer; or
+            `product`, the first one times 1 + the sum of the others.
         dropout: dropout in the history encoder.
         interaction: `dot` or `dcn`.
         dcn_num_layers: cross layers of the DCN interaction.
@@ -150,7 +151,7 @@ class ModelConfig:
     history_summary: bool = False
     recent_events: int | None = None
     summary_tokens: int = 4
-    combine: Literal["sum", "concatenate"] = "sum"
+    combine: Combine = "sum"
     dropout: float = 0.0
     interaction: Literal["dot", "dcn"] = "dot"
     dcn_num_layers: int = 2
@@ -406,8 +407,8 @@ def _build(schema: RequestSchema, config: ModelConfig, device: torch.device | No
 
 def _event_encoder(features: Sequence[str], config: ModelConfig, device: torch.device | None) -> EventEncoder:
     if config.history in _COMPARING:
-        # Vectors that candidates are compared with: nothing else may be in them.
-        return EventEncoder(features, config.embedding_dim, device=device)
+        # Vectors that candidates are compared with: no places may be in them.
+        return EventEncoder(features, config.embedding_dim, device=device, combine=config.combine)
     places = config.history_length if config.positions == "recency" else None
     return EventEncoder(features, config.embedding_dim, places, config.dropout, device, config.combine)
 
@@ -468,7 +469,7 @@ def _refuse_options_of_others(config: ModelConfig) -> None:
         "history_vectors": config.history_vectors != 1 and config.history not in _COMPARING,
         "history_summary": config.history_summary,
         "recent_events": config.recent_events is not None,
-        "combine": config.combine != "sum" and config.history in _COMPARING,
+        "combine": config.combine != "sum" and config.history == "matches",
     }
     for option, is_given in given.items():
         if is_given:

@@ -7,13 +7,15 @@ I numbers of a feature.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from torchrec_amort.ops.jagged import expand, positions
+
+Combine: TypeAlias = Literal["sum", "concatenate", "product"]
 
 
 class EventEncoder(nn.Module):
@@ -26,7 +28,8 @@ class EventEncoder(nn.Module):
             a history may have any length.
         dropout: probability of dropping an entry of an event's vector, in training.
         device: where to put the weights.
-        combine: `sum` of the features, or `concatenate` and then a linear layer to D.
+        combine: `sum` of the features; `concatenate` and then a linear layer to D; or `product`, the first feature
+            times, entry by entry, 1 + the sum of the others: an item counts by what was done with it.
 
     Example::
 
@@ -41,10 +44,10 @@ class EventEncoder(nn.Module):
         max_length: int | None = None,
         dropout: float = 0.0,
         device: torch.device | None = None,
-        combine: Literal["sum", "concatenate"] = "sum",
+        combine: Combine = "sum",
     ) -> None:
         super().__init__()
-        self.features = list(features)
+        self.features, self.combine = list(features), combine
         self.joined = None
         if combine == "concatenate":
             self.joined = nn.Linear(len(self.features) * embedding_dim, embedding_dim, bias=False, device=device)
@@ -72,14 +75,21 @@ class EventEncoder(nn.Module):
             ValueError: a history is longer than `max_length`.
         """
         lengths_B = embeddings[self.features[0]].lengths()
-        of_features = [embeddings[feature].values() for feature in self.features]
-        events_ND = (
-            sum(of_features[1:], of_features[0]) if self.joined is None else self.joined(torch.cat(of_features, 1))
-        )
+        events_ND = self._combined([embeddings[feature].values() for feature in self.features])
         if self.recency is not None:
             self._refuse_too_long(lengths_B, self.recency.num_embeddings)
             events_ND = events_ND + self.recency(recency(lengths_B, events_ND.shape[0]))
         return JaggedTensor(self.dropout(events_ND), lengths=lengths_B)
+
+    def _combined(self, of_features: list[Tensor]) -> Tensor:
+        """[N, D]: what the features of each event make together, without its place."""
+        first, *others = of_features
+        if self.joined is not None:
+            events_ND: Tensor = self.joined(torch.cat(of_features, 1))
+            return events_ND
+        if self.combine == "product" and others:
+            return first * (1 + sum(others[1:], others[0]))
+        return sum(others, first)
 
     def _refuse_too_long(self, lengths_B: Tensor, max_length: int) -> None:
         # To a compiler the lengths are not known; what is too long is out of the table's range there.

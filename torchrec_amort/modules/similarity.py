@@ -194,7 +194,7 @@ def refuse_never_matching(encoder: HistoryEncoder, events: EventEncoder, candida
             f"HistoryMatches (matches) compares one feature of candidates with one of events, not "
             f"{list(candidate_features)} with {events.features}: leave the others out, or name a tower's features"
         )
-    if events.recency is not None or events.joined is not None or events.dropout.p:
+    if events.recency is not None or events.combine != "sum" or events.dropout.p:
         raise ValueError(
             "HistoryMatches (matches) compares rows as they are looked up: give an EventEncoder without max_length, "
             "dropout and combine"

@@ -290,7 +290,7 @@ class ServedTower:
         ):
             self.fusable = self._native
         # The events of a sum are added up while they are read.
-        self._sums: EventEncoder | None = tower.event_encoder if tower.event_encoder.joined is None else None
+        self._sums: EventEncoder | None = tower.event_encoder if tower.event_encoder.combine == "sum" else None
         self._bare = {
             feature
             for feature in (*tower.event_encoder.features, *tower.candidate_features)
