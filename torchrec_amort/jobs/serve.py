@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,12 @@ import torch
 from torchrec_amort.errors import InputError
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.histories import HistoryStore
-from torchrec_amort.serving.package import load_package
+from torchrec_amort.serving.package import load_package, tables_checksum
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.serving.server.access import Access, Role
 from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.endpoint import Endpoint
+from torchrec_amort.serving.server.fleet import Fleet, Link, Started
 from torchrec_amort.serving.server.memory import refuse_without_room
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.run import ScoringServer
@@ -40,9 +45,70 @@ def serve_until_told(config: ServeConfig) -> None:
         InputError: there is no such package or run, a file of the config is not as it should be, or a port cannot be
             had.
     """
+    is_told_to_end = threading.Event()
+
+    def take(_: signal.Signals) -> None:
+        is_told_to_end.set()
+
+    with stop_signals(take):
+        if config.processes == 1:
+            _serve(config, is_told_to_end)
+        else:
+            _serve_by_several(config, is_told_to_end)
+
+
+def _serve_by_several(config: ServeConfig, is_told_to_end: threading.Event) -> None:
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="torchrec-amort-", dir=memory if memory.is_dir() else None) as mapped:
+        run, clear = partial(_serve_as_one, config, mapped), partial(_clear, Path(mapped))
+        packages = [config.package] if config.package else []
+        with Fleet(config.processes, run, [__name__], packages, clear) as fleet:
+            print(f"{config.processes} processes answer", flush=True)
+            fleet.watch(until=is_told_to_end)
+
+
+def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started | None, packages: list[str]) -> None:
+    """Answer as one of several processes, until told to end or left alone."""
+    is_told_to_end = threading.Event()
+    given = [port and port + link.place for port in (config.grpc_port, config.http_port)]
+    ports = before or Started(*given)
+    own = replace(
+        config,
+        grpc_port=ports.grpc_port,
+        http_port=ports.http_port,
+        package=packages[0] if packages else None,
+        workers=config.workers or max(1, len(os.sched_getaffinity(0)) // config.processes),
+    )
+
+    def take(_: signal.Signals) -> None:
+        is_told_to_end.set()
+
+    with stop_signals(take):
+        _serve(own, is_told_to_end, Path(mapped), link, packages[1:])
+
+
+def _clear(mapped: Path, packages: Sequence[str]) -> None:
+    """Remove the tables of all other packages."""
+    wanted = {tables_checksum(local_path(folder)) for folder in packages}
+    for folder in mapped.iterdir():
+        if folder.name not in wanted:
+            shutil.rmtree(folder)
+
+
+def _serve(
+    config: ServeConfig,
+    is_told_to_end: threading.Event,
+    mapped: Path | None = None,
+    link: Link | None = None,
+    switch_to: Sequence[str] = (),
+) -> None:
+    """Answer in this process."""
     # Work is spread over requests; what one thread does of it is the service's to say.
     torch.set_num_threads(config.threads_per_request)
-    versions = Versions(_of_package(config, config.package) if config.package else _of_run(config))
+    load = partial(_of_package, config, mapped=mapped)
+    versions = Versions(load(config.package) if config.package else _of_run(config))
+    for folder in switch_to:
+        versions.switch(load(folder))
     metrics = Metrics()
     workers = config.workers or len(os.sched_getaffinity(0))
     service = ScoringService(
@@ -54,8 +120,16 @@ def serve_until_told(config: ServeConfig) -> None:
     histories = _histories(config, versions)
     if histories is not None:
         metrics.collect("histories", histories.counters)
-    load = partial(_of_package, config) if config.package else None
-    endpoint = Endpoint(name, versions, service, metrics, config.timeout_ms, load, histories)
+    endpoint = Endpoint(
+        name,
+        versions,
+        service,
+        metrics,
+        config.timeout_ms,
+        load if config.package else None,
+        histories,
+        link.all if link else None,
+    )
     access = Access(
         tokens=_tokens(config.tokens),
         certificate=config.certificate,
@@ -71,29 +145,25 @@ def serve_until_told(config: ServeConfig) -> None:
         num_threads=workers + config.max_waiting,
         max_bytes=config.max_message_bytes,
     )
-    is_told_to_end = threading.Event()
-
-    def take(_: signal.Signals) -> None:
-        is_told_to_end.set()
-
-    with stop_signals(take):
-        server.start()
-        print(
-            f"{name}, version {versions.current.name}: gRPC on {config.host}:{server.grpc_port}, HTTP on "
-            f"{config.host}:{server.http_port}, {workers} workers",
-            flush=True,
-        )
-        is_told_to_end.wait()
-        server.close(config.seconds_unready)
+    server.start()
+    print(
+        f"{name}, version {versions.current.name}: gRPC on {config.host}:{server.grpc_port}, HTTP on "
+        f"{config.host}:{server.http_port}, {workers} workers",
+        flush=True,
+    )
+    if link is not None:
+        link.started(Started(server.grpc_port, server.http_port), endpoint.actions, is_told_to_end.set)
+    is_told_to_end.wait()
+    server.close(config.seconds_unready)
     print(json.dumps({"service": service.counters(), "cache": _cache_counters(versions)}))
 
 
-def _of_package(config: ServeConfig, package: str) -> Version:
+def _of_package(config: ServeConfig, package: str, mapped: Path | None) -> Version:
     """A version, by the name of the package's folder."""
     folder = local_path(package)
     if folder.is_dir():
         refuse_without_room(folder)
-    scorer = AmortizedScorer(load_package(folder), config.microbatch_size, _cache(config))
+    scorer = AmortizedScorer(load_package(folder, mapped), config.microbatch_size, _cache(config))
     return Version(folder.resolve().name, scorer)
 
 

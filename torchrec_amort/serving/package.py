@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from torchrec_amort.modules.tower import CANDIDATE_ITEM, refuse_other_numbers
 from torchrec_amort.ops.native import why_no_build
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, SequenceLookup
+from torchrec_amort.serving.mapped import MappedTables, Tables
 from torchrec_amort.serving.native_encoder import NativeState
 from torchrec_amort.serving.phases import Histories, Phases, RequestTerms
 from torchrec_amort.serving.samples import SAMPLES_FILE, refuse_other_scores
@@ -48,7 +50,7 @@ TABLES_FILE = "tables.pt"
 DELTA_FILE = "delta.json"
 
 
-def load_package(folder: str | Path) -> Served:
+def load_package(folder: str | Path, mapped: Path | None = None) -> Served:
     """Open a package, to be given to `AmortizedScorer`.
 
     Its checksums tell a damaged package from a whole one, not a good one from an evil one: it is code, to be loaded
@@ -56,6 +58,8 @@ def load_package(folder: str | Path) -> Served:
 
     Args:
         folder: what `export_package` wrote.
+        mapped: a folder, best one in memory such as on /dev/shm, where processes that open the same package have its
+            tables once; each has its own if None.
 
     Raises:
         InputError: it is no package, or of another version; a file is missing or damaged; it was compiled for another
@@ -68,20 +72,28 @@ def load_package(folder: str | Path) -> Served:
     folder = local_path(folder)
     manifest = read_manifest(folder)
     schema = RequestSchema.load(folder)
-    tables, weights = manifest["tables"], torch.load(folder / TABLES_FILE, weights_only=True)
-    device = torch.device("cpu")
+    tables, device = manifest["tables"], torch.device("cpu")
+    weights = cache(lambda: torch.load(folder / TABLES_FILE, weights_only=True))
+
+    def fill(collection: Tables, name: str) -> None:
+        if mapped is None:
+            collection.load_state_dict(_under(weights(), name))
+        else:
+            of_package = MappedTables(mapped / manifest["sha256"][TABLES_FILE])
+            of_package.fill(collection, name, lambda: _under(weights(), name))
+
     bags = {}
     for side in tables.keys() & {"candidate", "request"}:
         configs = [_from_record(EmbeddingBagConfig, record) for record in tables[side]]
         collection = QuantEmbeddingBagCollection(tables=configs, is_weighted=False, device=device)
-        collection.load_state_dict(_under(weights, side))
+        fill(collection, side)
         bags[side] = BagLookup(collection, side)
     sequences = []
     for place in range(len(tables) - len(bags)):
         name = f"sequences_{place}"
         configs = [_from_record(EmbeddingConfig, record) for record in tables[name]]
         collection = QuantEmbeddingCollection(tables=configs, device=device)
-        collection.load_state_dict(_under(weights, name))
+        fill(collection, name)
         sequences.append(SequenceLookup(collection, name))
     reads = {tower: Reads(**of_tower) for tower, of_tower in manifest["reads"].items()}
     sequence_bags = {name: SequenceBag(**bag) for name, bag in manifest["sequence_bags"].items()}
@@ -157,6 +169,19 @@ def _renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
     lengths = dict.fromkeys(reads, manifest["history_length"])
     return {**manifest, "reads": reads, "sequence_bags": bags, "history_lengths": lengths}
+
+
+def tables_checksum(folder: Path) -> str | None:
+    """The checksum of a package's tables, which tells them from others'; None if it is not there any more.
+
+    Args:
+        folder: of the package.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    told: str = json.loads(path.read_text(encoding="utf-8"))["sha256"][TABLES_FILE]
+    return told
 
 
 def save_tables(tables: Mapping[str, Tensor], path: Path) -> None:

@@ -47,6 +47,19 @@ class Version:
 
 
 @dataclass(frozen=True, eq=False)
+class Prepared:
+    """A version that may answer.
+
+    Args:
+        version: the one.
+        current: the one that answered when it was prepared.
+    """
+
+    version: Version
+    current: Version
+
+
+@dataclass(frozen=True, eq=False)
 class Ahead:
     """Requests whose histories are to be encoded before their candidates are known.
 
@@ -134,6 +147,17 @@ class Versions:
         """Let another version answer from now on, once it has scored what was recorded; the one before it is kept.
 
         Args:
+            version: see `prepare`.
+
+        Raises:
+            InputError: see `prepare` and `commit`.
+        """
+        self.commit(self.prepare(version))
+
+    def prepare(self, version: Version) -> Prepared:
+        """Let a version that is to answer score what was recorded.
+
+        Args:
             version: which takes all requests that the present one takes.
 
         Raises:
@@ -153,10 +177,22 @@ class Versions:
             recorded = list(self._recorded)
         for requests in recorded:
             version.scorer.warm_up(requests, times=1)
+        return Prepared(version, current)
+
+    def commit(self, prepared: Prepared) -> None:
+        """Let a version answer from now on; the one before it is kept.
+
+        Args:
+            prepared: the version.
+
+        Raises:
+            InputError: another one answers than when it was prepared.
+        """
+        version = prepared.version
         with self._lock:
-            if self._current is not current:
+            if self._current is not prepared.current:
                 raise InputError(f"version {version.name!r}: {self._current.name!r} came before it: switch once more")
-            self._current, self._previous = version, current
+            self._current, self._previous = version, prepared.current
 
     def roll_back(self) -> Version:
         """Let the version before answer again; the present one is not kept.

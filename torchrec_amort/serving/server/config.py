@@ -21,7 +21,10 @@ class ServeConfig:
         host: that is listened on; this machine alone unless given. Give tokens and TLS with any other.
         grpc_port: of gRPC; any free one if 0.
         http_port: of HTTP; any free one if 0.
-        workers: requests that are scored at the same time; as many as this process may use CPUs unless given.
+        processes: that answer side by side, with one copy of a package's tables: the first listens on `grpc_port` and
+            `http_port`, each other on those after the one before. Give clients all of them, so that a user's requests
+            go to one. Queues, caches and histories are each process' own.
+        workers: requests that each process scores at the same time; as many as there are CPUs for it unless given.
         threads_per_request: CPU threads of each.
         microbatch_size: candidates that are scored at a time; all at once unless given.
         max_waiting: requests that may wait for a worker; more are refused.
@@ -45,6 +48,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     http_port: int = 8000
+    processes: int = 1
     workers: int | None = None
     threads_per_request: int = 1
     microbatch_size: int | None = None
@@ -64,6 +68,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         at_least_one = (
+            "processes",
             "workers",
             "threads_per_request",
             "microbatch_size",

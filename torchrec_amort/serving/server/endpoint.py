@@ -25,7 +25,7 @@ from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.tensors import DATATYPE_OF_COLUMN
 from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService
-from torchrec_amort.serving.versions import Ahead, Requests, Scored, Version, Versions
+from torchrec_amort.serving.versions import Ahead, Prepared, Requests, Scored, Version, Versions
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Endpoint:
         timeout_ms: of requests that give none, in milliseconds; any time if None.
         load: makes a version of the package in a folder; None if versions stay.
         histories: keeps histories, so that clients need not send them whole; None if they have to.
+        everywhere: does one of `actions`, with its arguments, here and in all other processes that answer, and returns
+            what each returned; here alone if None.
 
     Example::
 
@@ -78,10 +80,13 @@ class Endpoint:
         timeout_ms: float | None = None,
         load: Callable[[str], Version] | None = None,
         histories: HistoryStore | None = None,
+        everywhere: Callable[..., list[Any]] | None = None,
     ) -> None:
         self.name, self.versions, self.service, self.metrics = name, versions, service, metrics
         self._timeout_ms, self._load, self._histories = timeout_ms, load, histories
+        self._everywhere = everywhere or (lambda action, *args: [self.actions[action](*args)])
         self._loading = threading.Lock()
+        self._prepared: Prepared | None = None
         self._is_draining = threading.Event()
 
     @property
@@ -166,6 +171,8 @@ class Endpoint:
     def switch(self, folder: str) -> str:
         """Load the package of a folder, and let it answer once it has scored its samples and the latest requests.
 
+        Of several processes all load it, and then all answer by it, or none does.
+
         Args:
             folder: on the server's machine.
 
@@ -180,8 +187,8 @@ class Endpoint:
         if not self._loading.acquire(blocking=False):
             raise InputError(f"{folder}: another version is being loaded: wait until it answers")
         try:
-            version = self._load(folder)
-            self.versions.switch(version)
+            self._everywhere("prepare", folder)
+            name: str = self._everywhere("commit", folder)[0]
         except Exception as error:
             self.metrics.switched("refused")
             logger.error("%s does not answer: %s", folder, place_of(error))
@@ -189,8 +196,45 @@ class Endpoint:
         finally:
             self._loading.release()
         self.metrics.switched("ok")
-        logger.info("version %s answers", version.name)
-        return version.name
+        logger.info("version %s answers", name)
+        return name
+
+    def roll_back(self) -> str:
+        """Let the version before answer again.
+
+        Returns:
+            str: its name.
+
+        Raises:
+            InputError: there is none.
+        """
+        name: str = self._everywhere("roll_back")[0]
+        return name
+
+    @property
+    def actions(self) -> dict[str, Callable[..., Any]]:
+        """What has to be done in all processes that answer for the model, by name."""
+        return {
+            "prepare": self._prepare,
+            "commit": self._commit,
+            "discard": self._discard,
+            "roll_back": lambda: self.versions.roll_back().name,
+            "forget": self._forget,
+        }
+
+    def _prepare(self, folder: str) -> None:
+        assert self._load is not None
+        self._prepared = self.versions.prepare(self._load(folder))
+
+    def _commit(self, folder: str) -> str:
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            raise InputError(f"{folder}: is not loaded: switch once more")
+        self.versions.commit(prepared)
+        return prepared.version.name
+
+    def _discard(self) -> None:
+        self._prepared = None
 
     @contextmanager
     def counted(self, protocol: str) -> Iterator[None]:
@@ -217,6 +261,9 @@ class Endpoint:
         Returns:
             bool: whether there was anything.
         """
+        return any(self._everywhere("forget", user))
+
+    def _forget(self, user: int) -> bool:
         self.service.drain()
         found = self._histories is not None and self._histories.forget(user)
         return self.versions.forget(user) or found

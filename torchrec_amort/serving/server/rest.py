@@ -181,7 +181,7 @@ class _Rest:
         return JSONResponse({"version": await asyncio.to_thread(self._endpoint.switch, folder)})
 
     async def _roll_back(self, _: Request) -> Response:
-        return JSONResponse({"version": self._endpoint.versions.roll_back().name})
+        return JSONResponse({"version": await asyncio.to_thread(self._endpoint.roll_back)})
 
     async def _body(self, request: Request) -> bytes:
         """The message, refused if it is too large."""
