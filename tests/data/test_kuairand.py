@@ -82,7 +82,7 @@ def requests_of(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def prepared(source: Path, histories: kuairand.Histories = "one") -> list[dict[str, Any]]:
     """All requests in order of time."""
-    kuairand.prepare(source, source / "out", overwrite=True, histories=histories)
+    kuairand.prepare(source, source / "out", overwrite=True, histories=histories, history_until="request")
     return [row for requests in requests_of(source / "out").values() for row in requests]
 
 
@@ -134,7 +134,7 @@ def test_a_history_goes_on_from_the_sequence_with_what_came_of_each_exposure(sou
     assert last["history_long_view"] == [1, 0, 0, 0, 0, 0, 0]
     assert last["history_like"] == [0, 1, 0, 1, 0, 0, 0]
     assert (last["hour"], last["tab"], last["long_view"]) == (23, 14, [1.0])
-    kuairand.prepare(source, source / "short", history_length=3)
+    kuairand.prepare(source, source / "short", history_length=3, history_until="request")
     assert requests_of(source / "short")["test"][-1]["history_item"] == [2, 1, 2]
 
 
@@ -152,7 +152,7 @@ def test_separate_histories_are_of_what_was_clicked_what_was_viewed_long_and_all
     assert hours["shown"] == [-1 / 3600, -1 / 3600, 0, 0, 2, 4, 4]
     assert last["long_viewed_time"] == [APRIL_25 // 1000 - 1]
     assert (requests[0]["candidate_video"], requests[0]["click"]) == ([1, 3], [1.0, 0.0])
-    kuairand.prepare(source, source / "short", history_length=2, histories="separate")
+    kuairand.prepare(source, source / "short", history_length=2, histories="separate", history_until="request")
     short = requests_of(source / "short")["test"][-1]
     assert [short[f"{name}_item"] for name in ("clicked", "long_viewed", "shown")] == [[1, 2], [1], [1, 2]]
 
@@ -352,7 +352,7 @@ def test_requests_are_what_a_plain_recount_tells(tmp_path: Path, seed: int, hist
     sequences = [(user, APRIL_25 - 1, [20 + user, 50, 21, 50], [50], [21, 99]) for user in (5, 7, 9)]
     source = write_source(tmp_path / "source", log[:200], log[200:])
     write_sequences(source, *sequences)
-    kuairand.prepare(source, tmp_path / "out", histories=histories)
+    kuairand.prepare(source, tmp_path / "out", histories=histories, history_until="request")
     told = pq.read_table(next(source.glob("*.parquet"))).to_pylist()
     requests = recount(log, told, histories)
     lengths = [max(len(request["histories"][name]) for request in requests) for name in KEPT[histories]]
@@ -366,7 +366,7 @@ def test_histories_may_be_as_of_the_start_of_the_split(tmp_path: Path, histories
     log = random_log(0)
     source = write_source(tmp_path / "source", log)
     write_sequences(source, (5, APRIL_25 - 1, [20, 50, 21], [50], [21]))
-    kuairand.prepare(source, tmp_path / "out", histories=histories, history_until="split")
+    kuairand.prepare(source, tmp_path / "out", histories=histories)
     told = pq.read_table(next(source.glob("*.parquet"))).to_pylist()
     requests = recount(log, told, histories)
     sizes = [pq.read_table(tmp_path / "out" / split).num_rows for split in SPLITS]
@@ -402,7 +402,7 @@ def drawn(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_users_of_the_public_subset_have_what_a_plain_recount_tells(
     drawn: Path, tmp_path: Path, histories: kuairand.Histories
 ) -> None:
-    kuairand.prepare(drawn, tmp_path / "out", histories=histories)
+    kuairand.prepare(drawn, tmp_path / "out", histories=histories, history_until="request")
     logs = pa.concat_tables(
         pq.read_table(path, columns=list(LOG_COLUMNS)) for path in sorted(drawn.glob("log_standard_*"))
     )

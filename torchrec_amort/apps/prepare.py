@@ -39,8 +39,8 @@ class PrepareConfig:
             (see docs/data.md) unless given.
         histories: of kuairand: `one` of all that was shown, which is the default, or `separate` ones of what was
             clicked, what was viewed long and all that was shown.
-        history_until: of kuairand: where the histories of validation and test end, each before its `request`, which is
-            the default, or all at the start of the `split`.
+        history_until: of kuairand: where the histories of validation and test end, all at the start of the `split`,
+            which is the default, or each before its `request`.
         views: of ebnerd: a second history, of all articles that were in the user's view.
         news: of mind: its news.tsv; that beside behaviors.tsv, if there is one, unless given.
         vectors: of mind: Parquet of columns id and vector; hashed bags of the news' words unless given.

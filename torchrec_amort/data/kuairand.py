@@ -129,7 +129,7 @@ def prepare(
     overwrite: bool = False,
     history_length: int = HISTORY_LENGTH,
     histories: Histories = "one",
-    history_until: HistoryUntil = "request",
+    history_until: HistoryUntil = "split",
 ) -> dict[str, dict[str, int]]:
     """Write KuaiRand-Pure as request-level Parquet.
 
@@ -140,9 +140,9 @@ def prepare(
         history_length: events that are kept of each history, the latest ones.
         histories: `one` of all that the user was shown, with what came of it; or `separate` ones of what was `clicked`,
             what was `long_viewed` and all that was `shown`, with the times.
-        history_until: where the histories of validation and test end: each before its `request`, or all at the start of
-            the `split`. What a user did in the split is in no history then, so that two requests of a user differ
-            by what is shown, and not by what came of the first: GAUC needs that; see `docs/results.md`.
+        history_until: where the histories of validation and test end: all at the start of the `split`, or each before
+            its `request`. With the first, what a user did in the split is in no history, so that two requests of a
+            user differ by what is shown, and not by what came of the first: GAUC needs that; see `docs/results.md`.
 
     Returns:
         dict: requests, candidates and users of each split.
@@ -483,7 +483,7 @@ def split_requests(
     videos: Features,
     history_length: int = HISTORY_LENGTH,
     histories: Histories = "one",
-    history_until: HistoryUntil = "request",
+    history_until: HistoryUntil = "split",
 ) -> tuple[RequestSchema, dict[str, Iterator[pa.Table]]]:
     """Split the requests into train, validation and test, in order of time.
 

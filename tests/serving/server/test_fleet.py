@@ -137,5 +137,4 @@ def test_processes_end_with_their_supervisor(tmp_path: Path) -> None:
         for worker in fleet._workers:
             worker.orders.close()
             worker.asks.close()
-        for place in (0, 1):
-            wait_until(lambda place=place: files.done(place)[-1] == "over")
+        wait_until(lambda: all(files.done(place)[-1] == "over" for place in (0, 1)))
