@@ -34,6 +34,9 @@ from torchrec_amort.stores import local_path
 from torchrec_amort.training.processes import stop_signals
 from torchrec_amort.training.run import load_model
 
+# Those that wait longer come too late, and what is refused before it is read costs least.
+_WAITING_PER_WORKER = 16
+
 
 def serve_until_told(config: ServeConfig) -> None:
     """Answer requests until a signal tells the process to end, and then those that came.
@@ -111,8 +114,9 @@ def _serve(
         versions.switch(load(folder))
     metrics = Metrics()
     workers = config.workers or len(os.sched_getaffinity(0))
+    max_waiting = config.max_waiting or _WAITING_PER_WORKER * workers
     service = ScoringService(
-        versions, workers, config.max_waiting, config.threads_per_request, max_bytes=config.max_waiting_bytes
+        versions, workers, max_waiting, config.threads_per_request, max_bytes=config.max_waiting_bytes
     )
     metrics.collect("service", service.counters)
     metrics.collect("cache", lambda: _cache_counters(versions))
@@ -142,7 +146,7 @@ def _serve(
         grpc_port=config.grpc_port,
         http_port=config.http_port,
         access=access,
-        num_threads=workers + config.max_waiting,
+        num_threads=workers + max_waiting,
         max_bytes=config.max_message_bytes,
     )
     server.start()

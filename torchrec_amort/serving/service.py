@@ -6,6 +6,7 @@ import heapq
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
@@ -121,6 +122,7 @@ class ScoringService(Generic[Result]):
         # A heap; who leaves first stands first.
         self._queue: list[_Waiting[Result]] = []
         self._num_bytes = 0
+        self._num_by_priority: Counter[int] = Counter()
         self._numbers = itertools.count()
         self._unfinished: set[Future[Result]] = set()
         self._num_scored_now = 0
@@ -170,11 +172,11 @@ class ScoringService(Generic[Result]):
                 raise
             for other in displaced:
                 self._queue.remove(other)
-                self._num_bytes -= other.num_bytes
+                self._counted(other, -1)
             if displaced:
                 heapq.heapify(self._queue)
             heapq.heappush(self._queue, request)
-            self._num_bytes += num_bytes
+            self._counted(request, 1)
             self._counters.accepted += 1
             self._unfinished.add(future)
             self._workers.submit(self._work)
@@ -222,7 +224,9 @@ class ScoringService(Generic[Result]):
         now = self._clock()
         if now >= request.deadline:
             raise DeadlineExceeded(f"the deadline was {now - request.deadline:.3g} s ago")
-        num_before = self._num_scored_now + sum(other < request for other in self._queue)
+        num_before = self._num_scored_now + sum(
+            number for priority, number in self._num_by_priority.items() if priority <= request.priority
+        )
         # Until a worker is free, and then to be scored.
         turns = max(0, num_before - self._num_workers + 1) / self._num_workers + 1
         if now + turns * self._mean_seconds > request.deadline:
@@ -255,13 +259,20 @@ class ScoringService(Generic[Result]):
             )
         return None
 
+    def _counted(self, request: _Waiting[Result], times: int) -> None:
+        """Count a request that joins the queue, or leaves it."""
+        self._num_bytes += times * request.num_bytes
+        self._num_by_priority[request.priority] += times
+        if not self._num_by_priority[request.priority]:
+            del self._num_by_priority[request.priority]
+
     def _work(self) -> None:
         """Score the request that goes first, if there is one: one that was displaced has left its turn."""
         with self._lock:
             if not self._queue:
                 return
             request = heapq.heappop(self._queue)
-            self._num_bytes -= request.num_bytes
+            self._counted(request, -1)
             started = self._clock()
             is_late = request.deadline is not None and started + self._mean_seconds > request.deadline
         if is_late:

@@ -27,7 +27,7 @@ class ServeConfig:
         workers: requests that each process scores at the same time; as many as there are CPUs for it unless given.
         threads_per_request: CPU threads of each.
         microbatch_size: candidates that are scored at a time; all at once unless given.
-        max_waiting: requests that may wait for a worker; more are refused.
+        max_waiting: requests that may wait for a worker; more are refused. Sixteen for each worker unless given.
         max_waiting_bytes: what those may have together.
         max_message_bytes: of one message; larger ones are refused.
         timeout_ms: of requests that give none, in milliseconds; any time unless given.
@@ -52,7 +52,7 @@ class ServeConfig:
     workers: int | None = None
     threads_per_request: int = 1
     microbatch_size: int | None = None
-    max_waiting: int = 64
+    max_waiting: int | None = None
     max_waiting_bytes: int = 2**26
     max_message_bytes: int = 2**24
     timeout_ms: float | None = None
