@@ -28,6 +28,7 @@ from torchrec_amort.serving.server.fleet import Fleet, Link, Started
 from torchrec_amort.serving.server.memory import refuse_without_room
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.run import ScoringServer
+from torchrec_amort.serving.server.watch import Watch
 from torchrec_amort.serving.service import ScoringService
 from torchrec_amort.serving.versions import Version, Versions
 from torchrec_amort.stores import local_path
@@ -36,6 +37,7 @@ from torchrec_amort.training.run import load_model
 
 # Those that wait longer come too late, and what is refused before it is read costs least.
 _WAITING_PER_WORKER = 16
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def serve_until_told(config: ServeConfig) -> None:
@@ -108,6 +110,7 @@ def _serve(
     """Answer in this process."""
     # Work is spread over requests; what one thread does of it is the service's to say.
     torch.set_num_threads(config.threads_per_request)
+    watched = None if config.watch is None else _folder(config.watch)
     load = partial(_of_package, config, mapped=mapped)
     versions = Versions(load(config.package) if config.package else _of_run(config))
     for folder in switch_to:
@@ -157,6 +160,10 @@ def _serve(
     )
     if link is not None:
         link.started(Started(server.grpc_port, server.http_port), endpoint.actions, is_told_to_end.set)
+    if watched is not None and config.package is not None and (link is None or link.place == 0):
+        watch = Watch(watched, local_path(config.package), endpoint.switch)
+        while not is_told_to_end.wait(_SECONDS_BETWEEN_LOOKS):
+            watch.look()
     is_told_to_end.wait()
     server.close(config.seconds_unready)
     print(json.dumps({"service": service.counters(), "cache": _cache_counters(versions)}))
@@ -169,6 +176,13 @@ def _of_package(config: ServeConfig, package: str, mapped: Path | None) -> Versi
         refuse_without_room(folder)
     scorer = AmortizedScorer(load_package(folder, mapped), config.microbatch_size, _cache(config))
     return Version(folder.resolve().name, scorer)
+
+
+def _folder(path: str) -> Path:
+    folder = local_path(path)
+    if not folder.is_dir():
+        raise InputError(f"watch: {folder}: no such folder")
+    return folder
 
 
 def _of_run(config: ServeConfig) -> Version:

@@ -16,6 +16,7 @@ class ServeConfig:
 
     Args:
         package: what `export` wrote.
+        watch: folder of packages: whenever one is there that is newer than `package`, it is switched to.
         run_folder: or a training run, whose best or last checkpoint answers.
         name: of the model, as clients ask for it; the schema's data set unless given.
         host: that is listened on; this machine alone unless given. Give tokens and TLS with any other.
@@ -43,6 +44,7 @@ class ServeConfig:
     """
 
     package: str | None = None
+    watch: str | None = None
     run_folder: str | None = None
     name: str | None = None
     host: str = "127.0.0.1"
@@ -80,3 +82,5 @@ class ServeConfig:
         refuse_out_of_bounds(self, {AT_LEAST_ONE: (*at_least_one, "max_message_bytes"), NOT_NEGATIVE: not_negative})
         if (self.package is None) == (self.run_folder is None):
             raise InputError("give a package or a run_folder, one of the two")
+        if self.watch is not None and self.package is None:
+            raise InputError(f"watch is {self.watch!r}, but a run_folder answers: give a package to begin with")
