@@ -239,7 +239,7 @@ class Fleet:
             try:
                 self._wait_for(self._workers[place])
             except InputError as error:
-                logger.error("process %s: %s", place, error)
+                logger.error("process %s: %s", place, place_of(error))
                 self._workers[place].started = worker.started
 
     def _listen(self, worker: _Worker) -> None:
