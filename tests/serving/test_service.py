@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -134,6 +134,94 @@ def test_what_waits_is_bounded_in_bytes() -> None:
     held.go_on.set()
     service.close()
     assert ended(service) == {"accepted": 3, "refused": 2, "done": 3}
+
+
+class HeldTogether(Held):
+    """A scorer of many that waits until it may go on, and scores no call of text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together: list[list[Any]] = []
+
+    def score(self, call: Any) -> Any:
+        self.together.append([call])
+        return self._scored(super().score(call))
+
+    def score_together(self, calls: Sequence[Any]) -> list[Any]:
+        self.together.append(list(calls))
+        return [self._scored(call) for call in calls]
+
+    @staticmethod
+    def _scored(call: Any) -> Any:
+        if isinstance(call, str):
+            raise InputError(f"{call} is text")
+        return -call
+
+
+def test_what_waits_is_scored_together_and_each_sender_gets_its_own() -> None:
+    held, told = HeldTogether(), list[Any]()
+    with ScoringService(held, num_workers=1, max_waiting=9, max_together=3) as service:
+        first: Future[Any] = service.submit(1)
+        held.started.acquire()
+        calls: list[Any] = [2, 3, 4, 5, "six", 7]
+        futures = [service.submit(call, then=told.append) for call in calls]
+        assert futures[2].cancel()
+        urgent = service.submit(8, priority=-1)
+        held.go_on.set()
+        assert [first.result(), urgent.result()] == [-1, -8]
+        assert [futures[place].result() for place in (0, 1, 3, 5)] == [-2, -3, -5, -7]
+        with pytest.raises(InputError, match="six is text"):
+            futures[4].result()
+    # Who was cancelled had its turn; of those with an error each is scored once more.
+    assert held.together == [[1], [8, 2, 3], [5, "six"], [5], ["six"], [7]]
+    assert told == [-2, -3, -5, -7]
+    assert ended(service) == {"accepted": 8, "done": 6, "failed": 1, "cancelled": 1}
+
+
+class Ticking(HeldTogether):
+    """A scorer of which each call takes a second."""
+
+    now = 0.0
+
+    def score(self, call: Any) -> Any:
+        scores = super().score(call)
+        self.now += 1
+        return scores
+
+    def score_together(self, calls: Sequence[Any]) -> list[Any]:
+        self.now += len(calls)
+        return super().score_together(calls)
+
+
+def test_no_deadline_is_missed_for_what_is_scored_together() -> None:
+    held = Ticking()
+    with ScoringService(held, num_workers=1, max_waiting=9, clock=lambda: held.now) as service:
+        held.go_on.set()
+        assert service.submit(1).result() == -1
+        held.go_on.clear()
+        futures: list[Future[Any]] = [service.submit(2)]
+        held.started.acquire()
+        held.started.acquire()
+        # The one that is scored now, the one before it and the two together.
+        with pytest.raises(Overloaded, match="2 requests are before it"):
+            service.submit(3)
+            service.submit(4, deadline=held.now + 3.9)
+        futures += [service.submit(4, deadline=held.now + 4), service.submit(5), service.submit(6)]
+        held.go_on.set()
+        assert [future.result() for future in futures] == [-2, -4, -5, -6]
+    assert held.together == [[1], [2], [3, 4, 5], [6]]
+
+
+def test_workers_share_what_waits() -> None:
+    two = HeldTogether()
+    with ScoringService(two, num_workers=2, max_waiting=9) as service:
+        others = [service.submit(call) for call in (1, 2)]
+        two.started.acquire()
+        two.started.acquire()
+        waiting = [service.submit(call) for call in (3, 4, 5, 6)]
+        two.go_on.set()
+        wait([*others, *waiting])
+    assert max(map(len, two.together)) == 2
 
 
 def test_what_was_accepted_before_it_is_drained_has_ended() -> None:

@@ -119,7 +119,12 @@ def _serve(
     workers = config.workers or len(os.sched_getaffinity(0))
     max_waiting = config.max_waiting or _WAITING_PER_WORKER * workers
     service = ScoringService(
-        versions, workers, max_waiting, config.threads_per_request, max_bytes=config.max_waiting_bytes
+        versions,
+        workers,
+        max_waiting,
+        config.threads_per_request,
+        max_bytes=config.max_waiting_bytes,
+        max_together=config.max_together,
     )
     metrics.collect("service", service.counters)
     metrics.collect("cache", lambda: _cache_counters(versions))

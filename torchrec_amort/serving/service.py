@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torchrec_amort.serving.workers import Workers
 
@@ -31,6 +32,15 @@ class Scorer(Protocol[Result_co]):
 
     def score(self, requests: Any, /) -> Result_co:
         """The scores of every candidate of every request; called by many threads."""
+        ...
+
+
+@runtime_checkable
+class ScorerOfMany(Scorer[Result_co], Protocol[Result_co]):
+    """A scorer that takes less time for several calls together than for one after the other: `Versions` is one."""
+
+    def score_together(self, calls: Sequence[Any], /) -> Sequence[Result_co]:
+        """What `score` returns for each of several calls; called by many threads."""
         ...
 
 
@@ -81,8 +91,8 @@ class _Waiting(Generic[Result]):
 class ScoringService(Generic[Result]):
     """Scores requests in worker threads; one that finds the queue full, or would come too late, is refused at once.
 
-    So that memory and waiting times stay bounded however many requests come. An error in one request is its sender's
-    and leaves the others alone.
+    A worker takes what waits already together, if that pays; it does not wait for more. So memory and waiting times
+    stay bounded however many requests come. An error in one request is its sender's and leaves the others alone.
 
     Args:
         scorer: shared by the workers.
@@ -90,6 +100,7 @@ class ScoringService(Generic[Result]):
         max_waiting: requests that may wait for a worker.
         threads_per_request: CPU threads of each worker.
         max_bytes: bytes that requests which wait may have together; any number if None.
+        max_together: requests that wait which a worker takes at a time, of a `ScorerOfMany`; one of any other.
         clock: seconds, of deadlines.
 
     Raises:
@@ -109,14 +120,16 @@ class ScoringService(Generic[Result]):
         threads_per_request: int = 1,
         *,
         max_bytes: int | None = None,
+        max_together: int = 8,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if min(num_workers, max_waiting, threads_per_request, max_bytes or 1) < 1:
+        if min(num_workers, max_waiting, threads_per_request, max_bytes or 1, max_together) < 1:
             raise ValueError(
                 f"num_workers is {num_workers}, max_waiting {max_waiting}, threads_per_request {threads_per_request}, "
-                f"max_bytes {max_bytes}: all need 1 or more"
+                f"max_bytes {max_bytes}, max_together {max_together}: all need 1 or more"
             )
         self.scorer = scorer
+        self._max_together = max_together if isinstance(scorer, ScorerOfMany) else 1
         self._num_workers, self._max_waiting, self._max_bytes = num_workers, max_waiting, max_bytes
         self._clock = clock
         # A heap; who leaves first stands first.
@@ -227,8 +240,9 @@ class ScoringService(Generic[Result]):
         num_before = self._num_scored_now + sum(
             number for priority, number in self._num_by_priority.items() if priority <= request.priority
         )
-        # Until a worker is free, and then to be scored.
-        turns = max(0, num_before - self._num_workers + 1) / self._num_workers + 1
+        # Until a worker is free, and then to be scored with those that it takes together.
+        together = min(self._max_together, -(-(len(self._queue) + 1) // self._num_workers))
+        turns = max(0, num_before - self._num_workers + 1) / self._num_workers + together
         if now + turns * self._mean_seconds > request.deadline:
             raise Overloaded(
                 f"{num_before} requests are before it, and a request takes {self._mean_seconds * 1e3:.3g} ms: its "
@@ -267,40 +281,84 @@ class ScoringService(Generic[Result]):
             del self._num_by_priority[request.priority]
 
     def _work(self) -> None:
-        """Score the request that goes first, if there is one: one that was displaced has left its turn."""
+        """Score the requests that go first, if there are any: those that left before have left their turns."""
         with self._lock:
-            if not self._queue:
-                return
+            started = self._clock()
+            taken, late = self._taken(started)
+            self._num_scored_now += len(taken)
+        for request in late:
+            self._give_up(request, "late", DeadlineExceeded("its deadline came while it waited"))
+        # Who cancels a request that waits does not want it scored; later it cannot be cancelled.
+        wanted = [request for request in taken if request.future.set_running_or_notify_cancel()]
+        with self._lock:
+            self._num_scored_now -= len(taken) - len(wanted)
+            self._counters.cancelled += len(taken) - len(wanted)
+        if len(wanted) > 1:
+            self._score_together(wanted, started)
+        elif wanted:
+            self._score(wanted[0], started)
+
+    def _taken(self, started: float) -> tuple[list[_Waiting[Result]], list[_Waiting[Result]]]:
+        """The requests that a worker takes together, and those whose deadline has come; both leave the queue."""
+        taken: list[_Waiting[Result]] = []
+        late: list[_Waiting[Result]] = []
+        # The other workers have their share.
+        most = min(self._max_together, -(-len(self._queue) // self._num_workers))
+        deadline = math.inf
+        while self._queue and len(taken) < max(1, most):
+            its_deadline = math.inf if self._queue[0].deadline is None else self._queue[0].deadline
+            is_late = started + self._mean_seconds > its_deadline
+            # All of them have their scores when the last one has.
+            if not is_late and started + (len(taken) + 1) * self._mean_seconds > min(deadline, its_deadline):
+                break
             request = heapq.heappop(self._queue)
             self._counted(request, -1)
-            started = self._clock()
-            is_late = request.deadline is not None and started + self._mean_seconds > request.deadline
-        if is_late:
-            self._give_up(request, "late", DeadlineExceeded("its deadline came while it waited"))
+            if is_late:
+                late.append(request)
+            else:
+                taken.append(request)
+                deadline = min(deadline, its_deadline)
+        return taken, late
+
+    def _score_together(self, requests: Sequence[_Waiting[Result]], started: float) -> None:
+        assert isinstance(self.scorer, ScorerOfMany)
+        try:
+            scores = self.scorer.score_together([request.requests for request in requests])
+        except BaseException:  # noqa: BLE001 - of one of them: each gets its own
+            for request in requests:
+                self._score(request, self._clock())
             return
-        # Who cancels a request that waits does not want it scored; later it cannot be cancelled.
-        if not request.future.set_running_or_notify_cancel():
-            self._count("cancelled")
-            return
-        with self._lock:
-            self._num_scored_now += 1
+        seconds = (self._clock() - started) / len(requests)
+        for request, of_request in zip(requests, scores, strict=True):
+            self._tell(request, of_request, seconds)
+
+    def _score(self, request: _Waiting[Result], started: float) -> None:
         try:
             scores = self.scorer.score(request.requests)
+        except BaseException as error:  # noqa: BLE001 - it is the sender's, and the worker goes on
+            self._fail(request, error)
+        else:
+            self._tell(request, scores, self._clock() - started)
+
+    def _tell(self, request: _Waiting[Result], scores: Result, seconds: float) -> None:
+        try:
             if request.then is not None:
                 request.then(scores)
-        except BaseException as error:  # noqa: BLE001 - it is the sender's, and the worker goes on
-            self._scored(started, "failed")
-            request.future.set_exception(error)
-        else:
-            self._scored(started, "done")
-            request.future.set_result(scores)
+        except BaseException as error:  # noqa: BLE001 - as above
+            self._fail(request, error)
+            return
+        with self._lock:
+            self._mean_seconds += (seconds - self._mean_seconds) * (_LATEST if self._counters.done else 1)
+        self._scored("done")
+        request.future.set_result(scores)
 
-    def _scored(self, started: float, how: str) -> None:
+    def _fail(self, request: _Waiting[Result], error: BaseException) -> None:
+        self._scored("failed")
+        request.future.set_exception(error)
+
+    def _scored(self, how: str) -> None:
         with self._lock:
             self._num_scored_now -= 1
-            if how == "done":
-                seconds = self._clock() - started
-                self._mean_seconds += (seconds - self._mean_seconds) * (_LATEST if self._counters.done else 1)
         self._count(how)
 
     def _give_up(self, request: _Waiting[Result], how: str, error: Exception) -> None:

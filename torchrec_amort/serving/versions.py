@@ -128,20 +128,52 @@ class Versions:
         Raises:
             InputError: as `AmortizedScorer.score`, or histories are to be encoded and there is no cache for them.
         """
-        version, num_forgotten = self._current, self._num_forgotten
         if isinstance(requests, Ahead):
+            version = self._current
             if version.scorer.cache is None:
                 raise InputError(
                     "histories are encoded ahead for a cache, and this server has none: give it cache_bytes"
                 )
             version.scorer.encode(requests.requests)
             return Scored(torch.empty(0, len(version.schema.labels)), [0] * len(requests.requests), version.name)
+        (scored,) = self._score(requests, [requests])
+        return scored
+
+    def score_together(self, calls: Sequence[Requests | Ahead]) -> list[Scored]:
+        """Score the requests of several calls by the version that answers: together, where they have the same columns.
+
+        Args:
+            calls: see `score`.
+
+        Returns:
+            list: what `score` returns for each, to rounding.
+
+        Raises:
+            InputError: see `score`; a request's number is that among all.
+        """
+        scored: dict[int, Scored] = {}
+        of_schemas: dict[pa.Schema, list[int]] = {}
+        for place, call in enumerate(calls):
+            if isinstance(call, pa.Table):
+                of_schemas.setdefault(call.schema, []).append(place)
+            else:
+                scored[place] = self.score(call)
+        for places in of_schemas.values():
+            tables = [calls[place] for place in places]
+            scored |= zip(places, self._score(pa.concat_tables(tables), tables), strict=True)
+        return [scored[place] for place in range(len(calls))]
+
+    def _score(self, requests: Requests, calls: Sequence[Requests]) -> list[Scored]:
+        """Score requests, which are those of some calls."""
+        version, num_forgotten = self._current, self._num_forgotten
         logits_CT = version.scorer.score(requests)
         with self._lock:
             # Who was forgotten since may be whose request this is.
             if num_forgotten == self._num_forgotten:
-                self._recorded.append(requests)
-        return Scored(logits_CT, _num_candidates(requests, version.schema), version.name)
+                self._recorded.extend(calls)
+        counts = [_num_candidates(call, version.schema) for call in calls]
+        parts = logits_CT.split([sum(of_call) for of_call in counts])
+        return [Scored(part, of_call, version.name) for part, of_call in zip(parts, counts, strict=True)]
 
     def switch(self, version: Version) -> None:
         """Let another version answer from now on, once it has scored what was recorded; the one before it is kept.

@@ -27,6 +27,7 @@ class ServeConfig:
             go to one. Queues, caches and histories are each process' own.
         workers: requests that each process scores at the same time; as many as there are CPUs for it unless given.
         threads_per_request: CPU threads of each.
+        max_together: requests that wait which a worker scores together; their scores are the same, to rounding.
         microbatch_size: candidates that are scored at a time; all at once unless given.
         max_waiting: requests that may wait for a worker; more are refused. Sixteen for each worker unless given.
         max_waiting_bytes: what those may have together.
@@ -53,6 +54,7 @@ class ServeConfig:
     processes: int = 1
     workers: int | None = None
     threads_per_request: int = 1
+    max_together: int = 8
     microbatch_size: int | None = None
     max_waiting: int | None = None
     max_waiting_bytes: int = 2**26
@@ -73,6 +75,7 @@ class ServeConfig:
             "processes",
             "workers",
             "threads_per_request",
+            "max_together",
             "microbatch_size",
             "max_waiting",
             "max_waiting_bytes",
