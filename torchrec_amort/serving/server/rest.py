@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -118,6 +118,9 @@ class _Rest:
                 if role is not None:
                     self._access.refuse_other(request.headers.get("authorization"), role)
                 return await handler(request)
+            except ClientDisconnect:
+                # Nobody reads it.
+                return Response(status_code=499)
             except TooLarge as error:
                 return JSONResponse({"error": str(error)}, 413, {"connection": "close"})
             except Exception as error:  # noqa: BLE001 - it is the caller's, and the server goes on
