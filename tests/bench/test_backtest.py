@@ -146,7 +146,7 @@ def test_what_cannot_be_backtested_is_refused_before_training(
     )
 
 
-@pytest.mark.parametrize(("example", "days"), [("ebnerd", 7), ("kuairand", 10)])
+@pytest.mark.parametrize(("example", "days"), [("ebnerd", 4), ("kuairand", 10)])
 def test_the_examples_are_configs_of_days_in_order(example: str, days: int) -> None:
     config = parse(BacktestConfig, "backtest", ["--config", str(ROOT / "examples" / f"backtest_{example}.yaml")])
     assert {day.stop - day.start for day in config.days} == {24 * 3600}
