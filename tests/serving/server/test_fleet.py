@@ -32,9 +32,15 @@ def run(folder: Path, link: Link, before: Started | None, packages: list[str]) -
         if package == "fault":
             raise KeyError("secret")
 
+    def commit(package: str) -> int:
+        if package == "friday" and link.place == 1:
+            raise InputError("friday: is not loaded")
+        return write("commit", package)
+
     actions: dict[str, Callable[..., Any]] = {
         "prepare": prepare,
-        **{name: lambda *args, name=name: write(name, *args) for name in ("commit", "discard", "roll_back", "forget")},
+        "commit": commit,
+        **{name: lambda *args, name=name: write(name, *args) for name in ("discard", "roll_back", "forget")},
     }
     write("started", os.getpid(), before and before.http_port, *packages)
     link.started(Started(8001 + link.place, 8000 + link.place), actions, is_over.set)
@@ -124,6 +130,10 @@ def test_what_one_process_is_asked_for_all_do_and_one_that_ends_is_started_anew(
         assert files.ask(0, "commit wednesday") == "[0, 1]"
         assert files.ask(0, "commit thursday") == "[0, 1]"
         assert loaded[1:] == [["monday"], ["monday", "wednesday"], ["wednesday", "thursday"]]
+        # One that has not loaded what the others answer by is started anew with it.
+        assert files.ask(0, "commit friday") == "[0]"
+        wait_until(lambda: sum("started" in line for line in files.done(1)) == 3)
+        assert files.done(1)[-1] == f"started {fleet.pids[1]} 8001 thursday friday"
 
 
 def test_a_process_that_cannot_start_ends_the_others_and_says_why(tmp_path: Path) -> None:
@@ -132,9 +142,10 @@ def test_a_process_that_cannot_start_ends_the_others_and_says_why(tmp_path: Path
 
 
 def test_processes_end_with_their_supervisor(tmp_path: Path) -> None:
-    with watched(tmp_path, []) as (fleet, files, _):
+    with Fleet(2, Bound(tmp_path), [], [], lambda _: None) as fleet:
         # As if it were killed.
         for worker in fleet._workers:
             worker.orders.close()
             worker.asks.close()
+        files = Files(tmp_path)
         wait_until(lambda: all(files.done(place)[-1] == "over" for place in (0, 1)))

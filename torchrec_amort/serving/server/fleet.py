@@ -261,6 +261,12 @@ class Fleet:
     def _all(self, order: str, args: Sequence[Any]) -> list[Any]:
         with self._lock:
             answers = [self._ordered(worker, order, args) for worker in self._workers]
+            if order == "commit" and not all(isinstance(answer, Exception) for answer in answers):
+                # One that was started anew in between has not loaded it: it is once more, by what the others have now.
+                for place, answer in enumerate(answers):
+                    if isinstance(answer, Exception):
+                        self._workers[place].process.kill()
+                        answers[place] = _GONE
             if errors := [answer for answer in answers if isinstance(answer, Exception)]:
                 if order == "prepare":
                     for worker in self._workers:
