@@ -85,3 +85,15 @@ def test_ratios_of_like_requests_lie_around_1_and_of_slower_ones_above() -> None
     assert all(ratios[figure]["low"] <= 1 <= ratios[figure]["high"] for figure in ("p50", "p95", "mean"))
     ratios = paired_ratios(first, slower, num_users=50, samples=300, seed=0)
     assert all(1.5 < bounds["low"] < bounds["ratio"] < bounds["high"] < 2.5 for bounds in ratios.values())
+
+
+def test_a_metric_that_one_of_several_splits_has_not_is_left_out() -> None:
+    logits, labels, users = make_predictions(0)
+    # In the second one no request has a candidate that another one could be put before.
+    several, alone = (
+        UserWeightedMetrics(logits, labels, users, places) for places in (2 * users + users % 2, np.arange(len(users)))
+    )
+    assert "request_ne" in several.at(np.ones(NUM_USERS)) and "request_ne" not in alone.at(np.ones(NUM_USERS))
+    for first, other in (([several, alone], [several, alone]), ([alone], [several]), ([several], [alone])):
+        found = paired_differences(first, {"other": other}, num_users=NUM_USERS, samples=5, seed=0)["other"]
+        assert "auc" in found and "request_ne" not in found

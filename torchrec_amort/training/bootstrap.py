@@ -123,8 +123,8 @@ def paired_differences(
         seed: of the draws.
 
     Returns:
-        dict: for each model and metric that the split has, the `difference` on the split itself, and `low` and `high`,
-        the bounds of the central 95% of the bootstrap samples.
+        dict: for each model and metric that all of them have, the `difference` on the split itself, and `low` and
+        `high`, the bounds of the central 95% of the bootstrap samples.
 
     Example::
 
@@ -138,7 +138,7 @@ def paired_differences(
         record[name] = {
             metric: _bounds(values - base[metric], "difference")
             for metric, values in means.items()
-            if not np.isnan(values[0])
+            if metric in base and not np.isnan(values[0])
         }
     return record
 
@@ -176,9 +176,10 @@ def _weights(num_users: int, samples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _means(model: Sequence[UserWeighted], weights: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """For each metric, its mean over seeds for each vector of weights."""
+    """For each metric that all have, its mean over seeds, or days, for each vector of weights."""
     rows = [[one.at(weights_U) for one in model] for weights_U in weights]
-    return {metric: np.array([np.mean([one[metric] for one in row]) for row in rows]) for metric in rows[0][0]}
+    metrics = [metric for metric in rows[0][0] if all(metric in one for one in rows[0])]
+    return {metric: np.array([np.mean([one[metric] for one in row]) for row in rows]) for metric in metrics}
 
 
 def _bounds(values: np.ndarray, name: str) -> dict[str, float]:
