@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
+from torchrec_amort.bench import backtest_report, server_load_report
 from torchrec_amort.bench.benchmark_report import table
 from torchrec_amort.bench.compare_report import markdown
 
@@ -25,3 +26,17 @@ def test_every_table_is_that_of_its_record(path: Path) -> None:
 def test_every_benchmark_is_that_of_its_record(name: str) -> None:
     record = json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
     assert table(record) in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["server_grpc", "server_rest"])
+def test_every_load_is_that_of_its_record(name: str) -> None:
+    record = json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
+    lines = [line for line in server_load_report.markdown(record).splitlines() if line.startswith("|")]
+    assert "\n".join(lines) in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "backtests").glob("*.json")), ids=lambda path: path.stem)
+def test_every_backtest_is_that_of_its_record(path: Path) -> None:
+    assert backtest_report.markdown(json.loads(path.read_text())) in PAGE
+    assert f"backtests/{path.stem}.png" in PAGE
+    assert f"examples/backtest_{path.stem}.yaml" in PAGE
