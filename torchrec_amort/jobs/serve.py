@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -52,10 +51,7 @@ def serve_until_told(config: ServeConfig) -> None:
     """
     is_told_to_end = threading.Event()
 
-    def take(_: signal.Signals) -> None:
-        is_told_to_end.set()
-
-    with stop_signals(take):
+    with stop_signals(lambda _: is_told_to_end.set()):
         if config.processes == 1:
             _serve(config, is_told_to_end)
         else:
@@ -85,10 +81,7 @@ def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started 
         workers=config.workers or max(1, len(os.sched_getaffinity(0)) // config.processes),
     )
 
-    def take(_: signal.Signals) -> None:
-        is_told_to_end.set()
-
-    with stop_signals(take):
+    with stop_signals(lambda _: is_told_to_end.set()):
         _serve(own, is_told_to_end, Path(mapped), link, packages[1:])
 
 
@@ -166,7 +159,7 @@ def _serve(
     if link is not None:
         link.started(Started(server.grpc_port, server.http_port), endpoint.actions, is_told_to_end.set)
     if watched is not None and config.package is not None and (link is None or link.place == 0):
-        watch = Watch(watched, local_path(config.package), endpoint.switch)
+        watch = Watch(watched, local_path([config.package, *switch_to][-1]), endpoint.switch)
         while not is_told_to_end.wait(_SECONDS_BETWEEN_LOOKS):
             watch.look()
     is_told_to_end.wait()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ import torch
 from torch import Tensor
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
+
+from torchrec_amort.files import new_file
 
 Tables: TypeAlias = QuantEmbeddingBagCollection | QuantEmbeddingCollection
 
@@ -55,10 +55,8 @@ class MappedTables:
 
 
 def _write(weights: Tensor, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+    with new_file(file) as temporary:
         np.asarray(weights).tofile(temporary)
-    os.replace(temporary.name, file)
 
 
 def _show(tables: Tables) -> None:
