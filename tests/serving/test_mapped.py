@@ -1,3 +1,4 @@
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torchrec import EmbeddingBagConfig, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.quant.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_amort import InputError
 from torchrec_amort.serving.mapped import MappedTables
 
 KJT = KeyedJaggedTensor(["a", "b", "c"], torch.tensor([3, 0, 1, 2, 2, 4]), lengths=torch.tensor([1, 2, 0, 1, 1, 1]))
@@ -76,3 +78,17 @@ def test_tables_are_read_from_files_that_the_first_one_writes(
     first.load_state_dict({name: torch.zeros_like(table) for name, table in weights.items()})
     assert torch.equal(looked_up(second)[0].nan_to_num(), looked_up(filled)[0].nan_to_num())
     assert {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()} == files
+
+
+def test_tables_that_have_no_room_leave_nothing_behind(tmp_path: Path) -> None:
+    collection = bags(DataType.FP32)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As a full disk: files end before the tables do.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(InputError) as refused:
+            MappedTables(tmp_path / "tables").fill(collection, "bags", collection.state_dict)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "bags_0: 512 bytes of tables cannot be written" in str(refused.value)
+    assert [*tmp_path.rglob("*_0*")] == []

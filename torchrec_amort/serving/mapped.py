@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 
+from torchrec_amort.errors import InputError
 from torchrec_amort.files import new_file
 
 Tables: TypeAlias = QuantEmbeddingBagCollection | QuantEmbeddingCollection
@@ -41,6 +41,9 @@ class MappedTables:
             tables: that are not filled yet.
             name: tells them from others of the version.
             weights: gives their state dict, if it has to be written.
+
+        Raises:
+            InputError: there is no room for the files.
         """
         files = [self.folder / f"{name}_{place}" for place in range(len(tables._emb_modules))]
         if not all(file.is_file() for file in files):
@@ -55,8 +58,15 @@ class MappedTables:
 
 
 def _write(weights: Tensor, file: Path) -> None:
-    with new_file(file) as temporary:
-        np.asarray(weights).tofile(temporary)
+    try:
+        with new_file(file) as temporary:
+            # Not by `tofile`, which tells of no write that fails late.
+            temporary.write_bytes(weights.numpy().data)
+    except OSError as error:
+        raise InputError(
+            f"{file}: {weights.nbytes:,} bytes of tables cannot be written ({error}): give {file.parent} more room; "
+            "where it is memory, as /dev/shm is, it takes the size of the tables of all versions"
+        ) from error
 
 
 def _show(tables: Tables) -> None:
