@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import SCHEMA, make_table
 from tests.serving.test_scorer import make_batch
+from tests.serving.test_signing import make_key
 from tests.training.test_training import MODEL, losses, refused
 from torchrec_amort import AmortizedScorer, load_package
 from torchrec_amort.apps import apply, export, train
@@ -40,7 +41,8 @@ def test_a_day_more_is_trained_on_and_sent_as_what_changed(
     export.main([f"--run_folder={runs / 'monday'}", f"--out={packages / 'monday'}"])
     export.main([f"--run_folder={runs / 'tuesday'}", f"--out={packages / 'whole'}"])
     since = [f"--run_folder={runs / 'tuesday'}", f"--out={packages / 'delta'}", f"--since={packages / 'monday'}"]
-    export.main(since)
+    make_key(tmp_path)
+    export.main([*since, f"--signing_key={tmp_path / 'signing.pem'}"])
     assert "rows have changed since" in capsys.readouterr().out
     apply.main([f"--delta={packages / 'delta'}", f"--base={packages / 'monday'}", f"--out={packages / 'tuesday'}"])
     # Traced programs have the names of temporary files; tables and schema are the same bytes.
@@ -50,6 +52,7 @@ def test_a_day_more_is_trained_on_and_sent_as_what_changed(
         assert sums[0][name] == sums[1][name]
     batch = make_batch([(5, 4), (0, 1)])
     scores = [AmortizedScorer(load_package(packages / name)).score(batch) for name in ("whole", "tuesday", "monday")]
+    load_package(packages / "tuesday", trusted_key=tmp_path / "trusted.pem")
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
     line = refused(capsys, export.main, since)

@@ -16,8 +16,9 @@ from tests.conftest import SCHEMA
 from tests.launch import start
 from tests.serving.server.test_server import scores_of, unlabelled
 from tests.serving.test_scorer import make_model
+from tests.serving.test_signing import make_key
 from torchrec_amort import AmortizedScorer, InputError, RequestBatch, export_package, load_package
-from torchrec_amort.serving.package import MANIFEST_FILE, write_manifest
+from torchrec_amort.serving.package import MANIFEST_FILE, SIGNATURE_FILE, write_manifest
 from torchrec_amort.serving.samples import SAMPLES_FILE
 from torchrec_amort.serving.server.client import ScoringClient
 
@@ -25,7 +26,8 @@ from torchrec_amort.serving.server.client import ScoringClient
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages") / "monday"
-    export_package(make_model(), folder, SCHEMA)
+    make_key(folder.parent)
+    export_package(make_model(), folder, SCHEMA, signing_key=folder.parent / "signing.pem")
     return folder
 
 
@@ -51,10 +53,13 @@ def test_a_package_that_scores_otherwise_than_when_it_was_made_is_refused(packag
 def test_several_processes_answer_for_a_package_as_one_server(
     package: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    tuesday = tmp_path / "tuesday"
-    shutil.copytree(package, tuesday)
+    tuesday, unsigned = tmp_path / "tuesday", tmp_path / "unsigned"
+    for copy in (tuesday, unsigned):
+        shutil.copytree(package, copy)
+    (unsigned / SIGNATURE_FILE).unlink()
     command = ("torchrec-amort", "serve", "--package", str(package), "--processes", "2")
-    process = start(*command, "--grpc_port", "0", "--http_port", "0")
+    signed_by = ("--trusted_key", str(package.parent / "trusted.pem"))
+    process = start(*command, *signed_by, "--grpc_port", "0", "--http_port", "0")
     request.addfinalizer(process.kill)
     ports = [re.findall(r":(\d+)", _line(process, "version monday")) for _ in range(2)]
     _line(process, "2 processes answer")
@@ -75,7 +80,8 @@ def test_several_processes_answer_for_a_package_as_one_server(
             assert answer["version"] == version
 
     refuse_other_scores("monday")
-    assert https[1].post("/v1/versions", json={"folder": str(tmp_path / "none")}).status_code == 400
+    for folder in (tmp_path / "none", unsigned):
+        assert https[1].post("/v1/versions", json={"folder": str(folder)}).status_code == 400
     refuse_other_scores("monday")
     assert https[0].post("/v1/versions", json={"folder": str(tuesday)}).json() == {"version": "tuesday"}
     refuse_other_scores("tuesday")

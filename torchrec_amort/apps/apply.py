@@ -18,12 +18,14 @@ class ApplyConfig:
         base: the package that it is since.
         out: the package to make.
         overwrite: replace a package that is there.
+        signing_key: PEM file of an Ed25519 private key, which signs the package in place of who signed it before.
     """
 
     delta: str
     base: str
     out: str
     overwrite: bool = False
+    signing_key: str | None = None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -37,11 +39,11 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--delta", "deltas/tuesday", "--base", "packages/monday", "--out", "packages/tuesday"])
     """
     config = parse(ApplyConfig, "apply", args)
-    run_command(lambda: _apply(config))
+    run_command(lambda: _apply(config), *(["sign"] if config.signing_key else []))
 
 
 def _apply(config: ApplyConfig) -> None:
-    apply_delta(config.delta, config.base, config.out, overwrite=config.overwrite)
+    apply_delta(config.delta, config.base, config.out, overwrite=config.overwrite, signing_key=config.signing_key)
     print(f"{config.out}: {config.base} with what {config.delta} has changed")
 
 

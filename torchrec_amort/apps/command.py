@@ -23,7 +23,16 @@ EXTRAS = {
     "build": ("duckdb",),
     "spark": ("pyspark", "sqlglot"),
     "client": ("grpcio", "protobuf"),
-    "serve": ("grpcio", "grpcio-health-checking", "msgspec", "prometheus-client", "starlette", "uvicorn"),
+    "sign": ("cryptography",),
+    "serve": (
+        "cryptography",
+        "grpcio",
+        "grpcio-health-checking",
+        "msgspec",
+        "prometheus-client",
+        "starlette",
+        "uvicorn",
+    ),
 }
 # Packages whose module has another name.
 MODULES = {

@@ -34,6 +34,8 @@ class ExportConfig:
         overwrite: replace a package that is there.
         since: an earlier package, which has what is not in `out` then: that has the rows of tables that have changed
             and all other weights, and `torchrec-amort apply` makes the whole package of both.
+        signing_key: PEM file of an Ed25519 private key, which signs the package for servers that have its public key
+            (`serve --trusted_key`).
     """
 
     run_folder: str
@@ -42,6 +44,7 @@ class ExportConfig:
     tables: Tables = "int8"
     overwrite: bool = False
     since: str | None = None
+    signing_key: str | None = None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--run_folder", "runs/first", "--out", "packages/first"])
     """
     config = parse(ExportConfig, "export", args)
-    run_command(lambda: _export(config))
+    run_command(lambda: _export(config), *(["sign"] if config.signing_key else []))
 
 
 def _export(config: ExportConfig) -> None:
@@ -72,7 +75,13 @@ def _export(config: ExportConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         package = out if config.since is None else Path(folder) / "package"
         difference = export_package(
-            model, package, schema, dtype=dtype, tables=config.tables, overwrite=config.overwrite
+            model,
+            package,
+            schema,
+            dtype=dtype,
+            tables=config.tables,
+            overwrite=config.overwrite,
+            signing_key=config.signing_key,
         )
         if config.since is not None:
             sizes = write_delta(package, config.since, out, overwrite=config.overwrite)

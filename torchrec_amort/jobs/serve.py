@@ -172,7 +172,8 @@ def _of_package(config: ServeConfig, package: str, mapped: Path | None) -> Versi
     folder = local_path(package)
     if folder.is_dir():
         refuse_without_room(folder)
-    scorer = AmortizedScorer(load_package(folder, mapped), config.microbatch_size, _cache(config))
+    served = load_package(folder, mapped, trusted_key=config.trusted_key)
+    scorer = AmortizedScorer(served, config.microbatch_size, _cache(config))
     return Version(folder.resolve().name, scorer)
 
 

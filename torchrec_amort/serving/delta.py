@@ -1,7 +1,8 @@
 """Delta packages: what has changed of a package since another one, the day before's for instance.
 
 A folder of the files that the other package, the base, does not have as they are; in place of `tables.pt`, `rows.pt`
-has of each table the rows that have changed, or are new; `delta.json` tells which base it is of, and checksums.
+has of each table the rows that have changed, or are new; `delta.json` tells which base it is of, and checksums. If the
+package was signed, its signature is that of the package which is made of both.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from torchrec_amort.files import new_folder, write_json
 from torchrec_amort.serving.package import (
     DELTA_FILE,
     MANIFEST_FILE,
+    SIGNATURE_FILE,
     TABLES_FILE,
     checksum,
     read_manifest,
     refuse_damaged,
     save_tables,
+    signer,
 )
 from torchrec_amort.stores import local_path
 
@@ -82,7 +85,7 @@ def write_delta(package: str | Path, base: str | Path, folder: str | Path, *, ov
         for name, of_file in manifest["sha256"].items():
             if name != TABLES_FILE and of_base["sha256"].get(name) != of_file:
                 shutil.copyfile(package / name, temporary / name)
-        shutil.copyfile(package / MANIFEST_FILE, temporary / MANIFEST_FILE)
+        _copy_manifest(package, temporary)
         record = {
             "delta_version": DELTA_VERSION,
             "base": checksum(base / MANIFEST_FILE),
@@ -97,7 +100,14 @@ def write_delta(package: str | Path, base: str | Path, folder: str | Path, *, ov
         )
 
 
-def apply_delta(delta: str | Path, base: str | Path, folder: str | Path, *, overwrite: bool = False) -> None:
+def apply_delta(
+    delta: str | Path,
+    base: str | Path,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    signing_key: str | Path | None = None,
+) -> None:
     """Make the package that a delta is of, byte by byte, whole or not at all.
 
     Args:
@@ -105,12 +115,14 @@ def apply_delta(delta: str | Path, base: str | Path, folder: str | Path, *, over
         base: the package that it is since.
         folder: the package to make.
         overwrite: replace a folder that is there.
+        signing_key: PEM file of an Ed25519 private key, which signs the package in place of who signed it before; see
+            `load_package`. It needs the extra `sign`.
 
     Raises:
-        InputError: it is no delta, or damaged; the base is another package, or damaged; or the folder cannot be
-            written.
+        InputError: it is no delta, or damaged; the base is another package, or damaged; the folder cannot be written;
+            or the key cannot be read.
     """
-    delta, base = local_path(delta), local_path(base)
+    delta, base, sign = local_path(delta), local_path(base), signer(signing_key)
     record = _record(delta)
     read_manifest(base)
     if (have := checksum(base / MANIFEST_FILE)) != record["base"]:
@@ -125,8 +137,16 @@ def apply_delta(delta: str | Path, base: str | Path, folder: str | Path, *, over
         before = _load(base / TABLES_FILE)
         tables = {name: _renewed(rows, before.get(name)) for name, rows in _load(delta / ROWS_FILE).items()}
         save_tables(tables, temporary / TABLES_FILE)
-        shutil.copyfile(delta / MANIFEST_FILE, temporary / MANIFEST_FILE)
+        _copy_manifest(delta, temporary)
         read_manifest(temporary)
+        sign(temporary)
+
+
+def _copy_manifest(folder: Path, to: Path) -> None:
+    """Copy a manifest, with its signature if it has one."""
+    shutil.copyfile(folder / MANIFEST_FILE, to / MANIFEST_FILE)
+    if (folder / SIGNATURE_FILE).is_file():
+        shutil.copyfile(folder / SIGNATURE_FILE, to / SIGNATURE_FILE)
 
 
 def _record(delta: Path) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from torchrec_amort.serving.package import (
     load_package,
     row_count,
     save_tables,
+    signer,
     to_state,
     to_tensors,
     write_manifest,
@@ -151,6 +152,7 @@ def export_package(
     dtype: torch.dtype = torch.float32,
     tables: Tables = "int8",
     overwrite: bool = False,
+    signing_key: str | Path | None = None,
 ) -> float:
     """Write a model as a package, whole or not at all: it has been loaded and has scored requests of the schema.
 
@@ -163,13 +165,16 @@ def export_package(
         dtype: `torch.float32` or `torch.bfloat16`, of encoders and states.
         tables: `int8`, each row with a scale and an offset, or `float32`.
         overwrite: replace a package that is there.
+        signing_key: PEM file of an Ed25519 private key, which signs the package; see `load_package`. It needs the extra
+            `sign`.
 
     Returns:
         float: how much a probability of the package differs at most from the model's in float32, in
         `CHECKED_REQUESTS` random requests.
 
     Raises:
-        InputError: the model cannot be exported, the schema does not fit it, or the folder cannot be written.
+        InputError: the model cannot be exported, the schema does not fit it, the folder cannot be written, or the key
+            cannot be read.
 
     Example::
 
@@ -181,6 +186,7 @@ def export_package(
     device = next((weight.device.type for weight in [*model.parameters(), *model.buffers()]), "cpu")
     if device != "cpu":
         raise InputError(f"the model is on {device}, and packages are compiled for CPUs: export model.cpu()")
+    sign = signer(signing_key)
     try:
         own, served = serve(model, dtype, "eager", call), serve(model, dtype, "auto", call)
     except ValueError as error:
@@ -213,6 +219,7 @@ def export_package(
         logits_CT = _checked(temporary, requests, own, dtype)
         write_samples(temporary, schema, requests, logits_CT)
         write_manifest(temporary, manifest)
+        sign(temporary)
         return _difference(logits_CT, in_float32)
 
 

@@ -3,7 +3,8 @@
 A package is a folder: `history_0.pt2` and so on, one for each tower, `request.pt2` if there is a head that folds
 requests in, and `candidates.pt2`, AOTInductor's compiled phases for one request with any number of events and
 candidates; `tables.pt`, the embedding tables, quantized to int8 or not; `schema.json`; and `manifest.json`, which tells
-versions, shapes and checksums; `samples.parquet`, requests and the scores that they have to have.
+versions, shapes and checksums; `samples.parquet`, requests and the scores that they have to have; `manifest.sig`, if it
+was signed (`signing.py`).
 
 Shape suffixes: B requests; N events and C candidates, all requests together; n events and m candidates of one request;
 I dense inputs; W widths of tables and bags; T tasks.
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,31 +47,36 @@ _MOST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-2}
 # Packages of it are read, too.
 _FIRST_OF_RANKERS = 3
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.sig"
 TABLES_FILE = "tables.pt"
 DELTA_FILE = "delta.json"
 
 
-def load_package(folder: str | Path, mapped: Path | None = None) -> Served:
+def load_package(folder: str | Path, mapped: Path | None = None, *, trusted_key: str | Path | None = None) -> Served:
     """Open a package, to be given to `AmortizedScorer`.
 
     Its checksums tell a damaged package from a whole one, not a good one from an evil one: it is code, to be loaded
-    from who is trusted.
+    from who is trusted. Its signature tells who that is, provided that nobody changes its files while it is opened.
 
     Args:
         folder: what `export_package` wrote.
         mapped: a folder, best one in memory such as on /dev/shm, where processes that open the same package have its
             tables once; each has its own if None.
+        trusted_key: PEM file of Ed25519 public keys, of which one has to have signed the package: it is refused before
+            anything of it is loaded otherwise. Any package is opened if None. It needs the extra `sign`.
 
     Raises:
         InputError: it is no package, or of another version; a file is missing or damaged; it was compiled for another
-            processor, needs operators that were not built here, or scores its samples otherwise than when it was made.
+            processor, needs operators that were not built here, or scores its samples otherwise than when it was made;
+            with `trusted_key`, it is not signed by such a key, or has a file that its manifest does not have.
 
     Example::
 
         scorer = AmortizedScorer(load_package("packages/films"), microbatch_size=512)
     """
-    folder = local_path(folder)
-    manifest = read_manifest(folder)
+    # A link that is turned to another package meanwhile must not mix the two.
+    folder = local_path(folder).resolve()
+    manifest = read_manifest(folder, trusted_key)
     schema = RequestSchema.load(folder)
     tables, device = manifest["tables"], torch.device("cpu")
     weights = cache(lambda: torch.load(folder / TABLES_FILE, weights_only=True))
@@ -116,15 +122,32 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         folder: of the package.
         manifest: all else that it tells.
     """
-    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST_FILE]
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in (MANIFEST_FILE, SIGNATURE_FILE)]
     write_json(folder / MANIFEST_FILE, {**manifest, "sha256": {path.name: checksum(path) for path in paths}})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def signer(signing_key: str | Path | None) -> Callable[[Path], None]:
+    """What signs the package in a folder.
+
+    Args:
+        signing_key: PEM file of an Ed25519 private key; nothing is signed if None.
+
+    Raises:
+        InputError: it cannot be read, or is another kind of key.
+    """
+    if signing_key is None:
+        return lambda _: None
+    from torchrec_amort.serving.signing import read_signing_key, sign  # noqa: PLC0415 - of the extra `sign`
+
+    return partial(sign, key=read_signing_key(signing_key))
+
+
+def read_manifest(folder: Path, trusted_key: str | Path | None = None) -> dict[str, Any]:
     """The manifest of a package, once its files are what it says.
 
     Args:
         folder: of the package.
+        trusted_key: see `load_package`.
 
     Raises:
         InputError: as `load_package`.
@@ -136,10 +159,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise InputError(f"{path}: no such file: {folder} is no package (torchrec-amort export --help)")
+    content = path.read_bytes()
+    if trusted_key is not None:
+        from torchrec_amort.serving.signing import refuse_unsigned  # noqa: PLC0415 - of the extra `sign`
+
+        refuse_unsigned(folder, content, trusted_key)
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(content)
         package_version, checksums, cpu = manifest["package_version"], manifest["sha256"], manifest["cpu"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the manifest of a package ({error}): export it again") from error
     if package_version not in (_FIRST_OF_RANKERS, PACKAGE_VERSION):
         told = f"{path}: package_version is {package_version}, this torchrec-amort reads {PACKAGE_VERSION}"
@@ -147,6 +175,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if package_version == _FIRST_OF_RANKERS:
         manifest = _renewed(manifest)
     refuse_damaged(folder, checksums)
+    if trusted_key is not None:
+        _refuse_unlisted(folder, checksums)
     if cpu != torch.backends.cpu.get_cpu_capability():
         raise InputError(
             f"{path}: compiled for {cpu}, but this processor's capability is "
@@ -215,6 +245,16 @@ def refuse_damaged(folder: Path, checksums: Mapping[str, str]) -> None:
             raise InputError(
                 f"{folder / name}: checksum is {have[:12]}..., the manifest says {expected[:12]}...: the file is "
                 "damaged, export or copy it again"
+            )
+
+
+def _refuse_unlisted(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Refuse a package with files that nobody has signed: a vocabulary among them, for one, would be read."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in (*checksums, MANIFEST_FILE, SIGNATURE_FILE):
+            raise InputError(
+                f"{path}: is not in {MANIFEST_FILE}, so that nobody has signed it: do not serve the package; copy it "
+                "again from where it was made"
             )
 
 

@@ -17,6 +17,8 @@ class ServeConfig:
     Args:
         package: what `export` wrote.
         watch: folder of packages: whenever one is there that is newer than `package`, it is switched to.
+        trusted_key: PEM file of one Ed25519 public key or several: a package that none of them has signed is refused
+            before anything of it is loaded. It is read for each package. Any package is loaded unless given.
         run_folder: or a training run, whose best or last checkpoint answers.
         name: of the model, as clients ask for it; the schema's data set unless given.
         host: that is listened on; this machine alone unless given. Give tokens and TLS with any other.
@@ -46,6 +48,7 @@ class ServeConfig:
 
     package: str | None = None
     watch: str | None = None
+    trusted_key: str | None = None
     run_folder: str | None = None
     name: str | None = None
     host: str = "127.0.0.1"
@@ -87,3 +90,8 @@ class ServeConfig:
             raise InputError("give a package or a run_folder, one of the two")
         if self.watch is not None and self.package is None:
             raise InputError(f"watch is {self.watch!r}, but a run_folder answers: give a package to begin with")
+        if self.trusted_key is not None and self.package is None:
+            raise InputError(
+                f"trusted_key is {self.trusted_key!r}, but a run_folder answers, and runs are not signed: export it "
+                "with signing_key, and give the package"
+            )
