@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from torchrec_amort.config import config_of, parser_of
+from torchrec_amort.serving.server.call import Call
 from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.metrics import Metrics
+from torchrec_amort.serving.service import Timing
 
 DEPLOY = Path(__file__).resolve().parents[1] / "examples" / "deploy"
 VERSION = "1.31"
@@ -46,7 +48,9 @@ def test_containers_are_started_with_options_that_there_are(kind: str) -> None:
 
 def test_the_dashboard_shows_metrics_that_there_are() -> None:
     metrics = Metrics()
-    metrics.ended("grpc", "ok", 0.002)
+    call = Call("grpc", {})
+    call.was_scored("monday", 128, Timing(0.001, 0.002))
+    metrics.ended(call)
     metrics.scored("monday", 3)
     metrics.switched("ok")
     metrics.collect("service", lambda: dict.fromkeys(("refused", "displaced", "late"), 0))
@@ -56,4 +60,4 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     shown = {
         name for panel in panels for target in panel["targets"] for name in re.findall(r"amort_\w+", target["expr"])
     }
-    assert len(panels) == 8 and shown <= told, shown - told
+    assert len(panels) == 9 and shown <= told, shown - told

@@ -164,7 +164,7 @@ def test_what_waits_is_scored_together_and_each_sender_gets_its_own() -> None:
         first: Future[Any] = service.submit(1)
         held.started.acquire()
         calls: list[Any] = [2, 3, 4, 5, "six", 7]
-        futures = [service.submit(call, then=told.append) for call in calls]
+        futures = [service.submit(call, then=lambda scores, _: told.append(scores)) for call in calls]
         assert futures[2].cancel()
         urgent = service.submit(8, priority=-1)
         held.go_on.set()

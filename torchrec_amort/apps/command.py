@@ -24,6 +24,7 @@ EXTRAS = {
     "spark": ("pyspark", "sqlglot"),
     "client": ("grpcio", "protobuf"),
     "sign": ("cryptography",),
+    "trace": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
     "serve": (
         "cryptography",
         "grpcio",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,9 @@ from torchrec_amort.serving.versions import Version, Versions
 from torchrec_amort.stores import local_path
 from torchrec_amort.training.processes import stop_signals
 from torchrec_amort.training.run import load_model
+
+if TYPE_CHECKING:
+    from torchrec_amort.serving.server.traces import Traces
 
 # Those that wait longer come too late, and what is refused before it is read costs least.
 _WAITING_PER_WORKER = 16
@@ -125,6 +128,7 @@ def _serve(
     histories = _histories(config, versions)
     if histories is not None:
         metrics.collect("histories", histories.counters)
+    traces = _traces(config.trace_to, name) if config.trace_to else None
     endpoint = Endpoint(
         name,
         versions,
@@ -134,6 +138,7 @@ def _serve(
         load if config.package else None,
         histories,
         link.all if link else None,
+        traces.add if traces else None,
     )
     access = Access(
         tokens=_tokens(config.tokens),
@@ -164,6 +169,8 @@ def _serve(
             watch.look()
     is_told_to_end.wait()
     server.close(config.seconds_unready)
+    if traces is not None:
+        traces.close()
     print(json.dumps({"service": service.counters(), "cache": _cache_counters(versions)}))
 
 
@@ -175,6 +182,12 @@ def _of_package(config: ServeConfig, package: str, mapped: Path | None) -> Versi
     served = load_package(folder, mapped, trusted_key=config.trusted_key)
     scorer = AmortizedScorer(served, config.microbatch_size, _cache(config))
     return Version(folder.resolve().name, scorer)
+
+
+def _traces(address: str, name: str) -> Traces:
+    from torchrec_amort.serving.server.traces import Traces  # noqa: PLC0415 - of the extra `trace`
+
+    return Traces.to(address, name)
 
 
 def _folder(path: str) -> Path:

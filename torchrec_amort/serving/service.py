@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torchrec_amort.serving.workers import Workers
 
@@ -52,6 +52,18 @@ class DeadlineExceeded(RuntimeError):
     """The request's time was over before it was scored."""
 
 
+class Timing(NamedTuple):
+    """Where the seconds of a request went.
+
+    Args:
+        waited: in the queue.
+        scored: by a worker, with those that it took together.
+    """
+
+    waited: float
+    scored: float
+
+
 @dataclass
 class ServiceCounters:
     """What became of the requests so far: each was refused or accepted, and then ends in one of the other ways.
@@ -85,7 +97,8 @@ class _Waiting(Generic[Result]):
     num_bytes: int = field(compare=False)
     deadline: float | None = field(compare=False)
     future: Future[Result] = field(compare=False)
-    then: Callable[[Result], None] | None = field(compare=False)
+    then: Callable[[Result, Timing], None] | None = field(compare=False)
+    came: float = field(compare=False)
 
 
 class ScoringService(Generic[Result]):
@@ -152,7 +165,7 @@ class ScoringService(Generic[Result]):
         deadline: float | None = None,
         priority: int = 0,
         num_bytes: int = 0,
-        then: Callable[[Result], None] | None = None,
+        then: Callable[[Result, Timing], None] | None = None,
     ) -> Future[Result]:
         """Hand in requests.
 
@@ -161,7 +174,7 @@ class ScoringService(Generic[Result]):
             deadline: by the service's clock, `time.monotonic` unless given, in seconds: later, no one wants the scores.
             priority: those of lower numbers go first; where the queue is full, they take the place of others.
             num_bytes: what the request takes while it waits.
-            then: called with the scores before the future has them.
+            then: called with the scores, and how long they took, before the future has them.
 
         Returns:
             Future: of what the scorer returns. It ends in `Overloaded` for a request that gives up its place, and in
@@ -173,7 +186,7 @@ class ScoringService(Generic[Result]):
             Closed: the service is closed.
         """
         future: Future[Result] = Future()
-        request = _Waiting(priority, next(self._numbers), requests, num_bytes, deadline, future, then)
+        request = _Waiting(priority, next(self._numbers), requests, num_bytes, deadline, future, then, self._clock())
         with self._lock:
             if self._is_closed:
                 raise Closed("the service is closed")
@@ -328,9 +341,9 @@ class ScoringService(Generic[Result]):
             for request in requests:
                 self._score(request, self._clock())
             return
-        seconds = (self._clock() - started) / len(requests)
+        seconds = self._clock() - started
         for request, of_request in zip(requests, scores, strict=True):
-            self._tell(request, of_request, seconds)
+            self._tell(request, of_request, Timing(started - request.came, seconds), seconds / len(requests))
 
     def _score(self, request: _Waiting[Result], started: float) -> None:
         try:
@@ -338,12 +351,14 @@ class ScoringService(Generic[Result]):
         except BaseException as error:  # noqa: BLE001 - it is the sender's, and the worker goes on
             self._fail(request, error)
         else:
-            self._tell(request, scores, self._clock() - started)
+            seconds = self._clock() - started
+            self._tell(request, scores, Timing(started - request.came, seconds), seconds)
 
-    def _tell(self, request: _Waiting[Result], scores: Result, seconds: float) -> None:
+    def _tell(self, request: _Waiting[Result], scores: Result, timing: Timing, seconds: float) -> None:
+        """Hand scores out; seconds are this request's share of its worker's time."""
         try:
             if request.then is not None:
-                request.then(scores)
+                request.then(scores, timing)
         except BaseException as error:  # noqa: BLE001 - as above
             self._fail(request, error)
             return

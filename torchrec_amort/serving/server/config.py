@@ -43,6 +43,7 @@ class ServeConfig:
         certificate: PEM file of the server's certificate chain, for TLS.
         private_key: PEM file of its key.
         client_ca: PEM file of the authority whose certificates clients have to show.
+        trace_to: address of a collector of traces, which takes OTLP over HTTP: needs the extra `trace`.
         seconds_unready: how long it goes on when it is told to end, so that balancers learn of it.
     """
 
@@ -71,6 +72,7 @@ class ServeConfig:
     certificate: str | None = None
     private_key: str | None = None
     client_ca: str | None = None
+    trace_to: str | None = None
     seconds_unready: float = 0.0
 
     def __post_init__(self) -> None:

@@ -22,9 +22,10 @@ from torchrec_amort.errors import InputError, one_line, place_of
 from torchrec_amort.schema import KINDS_OF_LABELS
 from torchrec_amort.serving.histories import HistoryStore, UnknownHistory
 from torchrec_amort.serving.server.access import Unauthenticated
+from torchrec_amort.serving.server.call import Call
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.tensors import DATATYPE_OF_COLUMN
-from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService
+from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService, Timing
 from torchrec_amort.serving.versions import Ahead, Prepared, Requests, Scored, Version, Versions
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Endpoint:
         histories: keeps histories, so that clients need not send them whole; None if they have to.
         everywhere: does one of `actions`, with its arguments, here and in all other processes that answer, and returns
             what each returned; here alone if None.
+        trace: called with each call that has ended.
 
     Example::
 
@@ -81,10 +83,12 @@ class Endpoint:
         load: Callable[[str], Version] | None = None,
         histories: HistoryStore | None = None,
         everywhere: Callable[..., list[Any]] | None = None,
+        trace: Callable[[Call], None] | None = None,
     ) -> None:
         self.name, self.versions, self.service, self.metrics = name, versions, service, metrics
         self._timeout_ms, self._load, self._histories = timeout_ms, load, histories
         self._everywhere = everywhere or (lambda action, *args: [self.actions[action](*args)])
+        self._trace = trace
         self._loading = threading.Lock()
         self._prepared: Prepared | None = None
         self._is_draining = threading.Event()
@@ -114,6 +118,7 @@ class Endpoint:
         requests: Requests,
         parameters: Mapping[str, Any],
         *,
+        call: Call | None = None,
         seconds_left: float | None = None,
         num_bytes: int = 0,
     ) -> Future[Scored]:
@@ -122,6 +127,7 @@ class Endpoint:
         Args:
             requests: of the schema of the version that answers.
             parameters: `timeout_ms`, `priority`, `history` and `encode`, those of them that are given.
+            call: that they came by, which is told what becomes of them.
             seconds_left: what the protocol itself leaves until no one waits for the scores any more.
             num_bytes: of the message.
 
@@ -139,6 +145,8 @@ class Endpoint:
         timeout_ms = parameters.get(TIMEOUT, self._timeout_ms)
         left = [s for s in (seconds_left, None if timeout_ms is None else timeout_ms / 1e3) if s is not None]
         deadline = time.monotonic() + min(left) if left else None
+        if call is not None:
+            call.was_read()
         asked, keep = self._with_histories(requests, is_new=parameters.get(HISTORY) == "append")
         return self.service.submit(
             Ahead(asked) if parameters.get(ENCODE) else asked,
@@ -146,7 +154,7 @@ class Endpoint:
             priority=int(parameters.get(PRIORITY, 0)),
             num_bytes=num_bytes,
             # Before the answer is out: the next request of the user may follow at once.
-            then=partial(self._scored, keep=keep),
+            then=partial(self._scored, call=call, keep=keep),
         )
 
     def _with_histories(self, requests: Requests, is_new: bool) -> tuple[Requests, Callable[[], None] | None]:
@@ -237,20 +245,24 @@ class Endpoint:
         self._prepared = None
 
     @contextmanager
-    def counted(self, protocol: str) -> Iterator[None]:
+    def call(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Call]:
         """Time and count a call, which is answered within, by what becomes of it.
 
         Args:
             protocol: by which it came.
+            headers: that came with it.
         """
-        started, kind = time.perf_counter(), "ok"
+        call = Call(protocol, headers)
         try:
-            yield
+            yield call
         except BaseException as error:
-            kind = failure_of(error).kind
+            call.result = failure_of(error).kind
             raise
         finally:
-            self.metrics.ended(protocol, kind, time.perf_counter() - started)
+            call.end()
+            self.metrics.ended(call)
+            if self._trace is not None:
+                self._trace(call)
 
     def forget(self, user: int) -> bool:
         """Remove every trace of a user; what came before is scored first, so that it leaves none either.
@@ -268,8 +280,11 @@ class Endpoint:
         found = self._histories is not None and self._histories.forget(user)
         return self.versions.forget(user) or found
 
-    def _scored(self, scored: Scored, keep: Callable[[], None] | None) -> None:
-        self.metrics.scored(scored.version, sum(scored.num_candidates))
+    def _scored(self, scored: Scored, timing: Timing, call: Call | None, keep: Callable[[], None] | None) -> None:
+        num_candidates = sum(scored.num_candidates)
+        self.metrics.scored(scored.version, num_candidates)
+        if call is not None:
+            call.was_scored(scored.version, num_candidates, timing)
         if keep is not None:
             keep()
 

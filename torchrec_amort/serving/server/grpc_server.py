@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.serving.server.access import Access
+from torchrec_amort.serving.server.call import Call
 from torchrec_amort.serving.server.endpoint import PLATFORM, Answer, Endpoint, failure_of, told
 from torchrec_amort.serving.server.messages import METHODS, SERVICE, message
 from torchrec_amort.serving.server.tensors import DATATYPE_OF, InputTensor, table_of
@@ -138,15 +139,17 @@ class GrpcServer:
         return message("ModelMetadataResponse")(**self._endpoint.metadata())
 
     def _ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
-        with self._endpoint.counted("grpc"):
-            return self._infer(request, context)
+        with self._endpoint.call("grpc", dict(context.invocation_metadata())) as call:
+            return self._infer(request, context, call)
 
-    def _infer(self, request: Any, context: grpc.ServicerContext) -> Any:
-        self._access.refuse_other(dict(context.invocation_metadata()).get("authorization"), "score")
+    def _infer(self, request: Any, context: grpc.ServicerContext, call: Call) -> Any:
+        self._access.refuse_other(call.headers.get("authorization"), "score")
         self._endpoint.refuse_other(request.model_name, request.model_version)
         table = table_of(_tensors(request), self._endpoint.versions.current.schema)
         parameters = {name: _value(parameter) for name, parameter in request.parameters.items()}
-        future = self._endpoint.submit(table, parameters, seconds_left=context.time_remaining(), num_bytes=table.nbytes)
+        future = self._endpoint.submit(
+            table, parameters, call=call, seconds_left=context.time_remaining(), num_bytes=table.nbytes
+        )
         # Who has hung up gives its place in the queue to others.
         context.add_callback(future.cancel)
         answer = Answer.of(future.result(), [output.name for output in request.outputs])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from torchrec_amort.serving.server.call import Call
+
 _SECONDS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _CANDIDATES = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # What a cache tells that may fall again; all else only rises.
@@ -19,7 +21,7 @@ class Metrics:
     Example::
 
         metrics = Metrics()
-        metrics.ended("grpc", "ok", 0.002)
+        metrics.switched("ok")
         print(metrics.text().decode())
     """
 
@@ -32,6 +34,13 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        self._phases = Histogram(
+            "amort_phase_seconds",
+            "Of calls that were scored: to read one, to wait for a worker, to score it, to write its answer.",
+            ["phase"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
         self._candidates = Histogram(
             "amort_candidates", "Candidates of a call.", buckets=_CANDIDATES, registry=self._registry
         )
@@ -39,9 +48,11 @@ class Metrics:
 
         self._switches = Counter("amort_switches", "Versions that were loaded.", ["result"], registry=self._registry)
 
-    def ended(self, protocol: str, result: str, seconds: float) -> None:
-        """A call has ended: `ok`, or in an error of some kind."""
-        self._seconds.labels(protocol, result).observe(seconds)
+    def ended(self, call: Call) -> None:
+        """A call has ended."""
+        self._seconds.labels(call.protocol, call.result).observe(call.seconds)
+        for phase, seconds in call.phases.items():
+            self._phases.labels(phase).observe(seconds)
 
     def scored(self, version: str, num_candidates: int) -> None:
         """A call was scored by a version."""

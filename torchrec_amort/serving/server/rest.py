@@ -152,22 +152,23 @@ class _Rest:
     async def _infer(self, request: Request) -> Response:
         self._refuse_other(request)
         body = await self._body(request)
-        with self._endpoint.counted("rest"):
+        with self._endpoint.call("rest", request.headers) as call:
             asked, tensors = _read(body, request.headers.get(HEADER_LENGTH))
             table = table_of(tensors, self._endpoint.versions.current.schema)
             parameters = dict(asked.parameters)
             # Triton's clients say here that they take binary tensors.
             all_binary = bool(parameters.pop("binary_data_output", False))
-            scored = await self._scored(self._endpoint.submit(table, parameters, num_bytes=table.nbytes))
+            scored = await self._scored(self._endpoint.submit(table, parameters, call=call, num_bytes=table.nbytes))
             answer = Answer.of(scored, [output.name for output in asked.outputs])
             binary = {output.name for output in asked.outputs if output.parameters.get(BINARY, all_binary)}
             return _response(self._endpoint.name, asked.id, answer, set(answer.tensors) if all_binary else binary)
 
     async def _score(self, request: Request) -> Response:
         body = await self._body(request)
-        with self._endpoint.counted("score"):
+        with self._endpoint.call("score", request.headers) as call:
             asked = _decoded(_SCORING, body)
-            scored = await self._scored(self._endpoint.submit(asked.requests, asked.parameters, num_bytes=len(body)))
+            future = self._endpoint.submit(asked.requests, asked.parameters, call=call, num_bytes=len(body))
+            scored = await self._scored(future)
             logits = Answer.of(scored, [LOGITS]).tensors[LOGITS]
             parts = np.split(logits, np.cumsum(scored.num_candidates)[:-1])
             scores = [part.tolist() for part in parts]
