@@ -59,7 +59,8 @@ def test_several_processes_answer_for_a_package_as_one_server(
     (unsigned / SIGNATURE_FILE).unlink()
     command = ("torchrec-amort", "serve", "--package", str(package), "--processes", "2")
     signed_by = ("--trusted_key", str(package.parent / "trusted.pem"))
-    process = start(*command, *signed_by, "--grpc_port", "0", "--http_port", "0")
+    log = ("--request_log", str(tmp_path / "log"), "--request_log_share", "1", "--request_log_days", "1")
+    process = start(*command, *signed_by, "--grpc_port", "0", "--http_port", "0", *log)
     request.addfinalizer(process.kill)
     ports = [re.findall(r":(\d+)", _line(process, "version monday")) for _ in range(2)]
     _line(process, "2 processes answer")
@@ -94,8 +95,16 @@ def test_several_processes_answer_for_a_package_as_one_server(
     assert https[1].post("/v1/roll_back").json() == {"version": "monday"}
     refuse_other_scores("monday")
 
+    user = requests[0]["user"]
+    assert "amort_request_log_dropped_total 0.0" in https[0].get("/metrics").text
+    assert https[0].post("/v1/forget", json={"user": user}).json() == {"found": True}
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
+    logged = {file: pq.read_table(file).to_pylist() for file in (tmp_path / "log").glob("*/test/*")}
+    assert {file.name.split("-")[2] for file in logged} == {"0", "1"}
+    rows = [row for of_file in logged.values() for row in of_file]
+    assert {row["user"] for row in rows} == {request["user"] for request in requests} - {user}
+    assert {row["request_id"] for row in rows} <= {request["request_id"] for request in requests}
 
 
 def _line(process: subprocess.Popen[str], told: str) -> str:

@@ -19,6 +19,7 @@ from torchrec_amort.errors import InputError
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.histories import HistoryStore
 from torchrec_amort.serving.package import load_package, tables_checksum
+from torchrec_amort.serving.request_log import RequestLog
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.serving.server.access import Access, Role
 from torchrec_amort.serving.server.config import ServeConfig
@@ -129,6 +130,9 @@ def _serve(
     if histories is not None:
         metrics.collect("histories", histories.counters)
     traces = _traces(config.trace_to, name) if config.trace_to else None
+    request_log = _request_log(config, link)
+    if request_log is not None:
+        metrics.collect("request_log", request_log.counters)
     endpoint = Endpoint(
         name,
         versions,
@@ -139,6 +143,7 @@ def _serve(
         histories,
         link.all if link else None,
         traces.add if traces else None,
+        request_log,
     )
     access = Access(
         tokens=_tokens(config.tokens),
@@ -163,14 +168,17 @@ def _serve(
     )
     if link is not None:
         link.started(Started(server.grpc_port, server.http_port), endpoint.actions, is_told_to_end.set)
+    looks = [] if request_log is None else [request_log.look]
     if watched is not None and config.package is not None and (link is None or link.place == 0):
-        watch = Watch(watched, local_path([config.package, *switch_to][-1]), endpoint.switch)
-        while not is_told_to_end.wait(_SECONDS_BETWEEN_LOOKS):
-            watch.look()
-    is_told_to_end.wait()
+        looks.append(Watch(watched, local_path([config.package, *switch_to][-1]), endpoint.switch).look)
+    while not is_told_to_end.wait(_SECONDS_BETWEEN_LOOKS if looks else None):
+        for look in looks:
+            look()
     server.close(config.seconds_unready)
     if traces is not None:
         traces.close()
+    if request_log is not None:
+        request_log.close()
     print(json.dumps({"service": service.counters(), "cache": _cache_counters(versions)}))
 
 
@@ -214,6 +222,18 @@ def _histories(config: ServeConfig, versions: Versions) -> HistoryStore | None:
         return None
     limits = dict.fromkeys(versions.current.schema.histories, config.history_events)
     return HistoryStore(versions.current.schema, config.history_bytes, limits, config.cache_seconds)
+
+
+def _request_log(config: ServeConfig, link: Link | None) -> RequestLog | None:
+    if config.request_log is None or config.request_log_share is None or config.request_log_days is None:
+        return None
+    return RequestLog(
+        config.request_log,
+        config.request_log_share,
+        config.request_log_days,
+        place=link.place if link else 0,
+        num_places=config.processes,
+    )
 
 
 def _cache_counters(versions: Versions) -> dict[str, int]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from torchrec_amort.errors import InputError
+from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.scorer import AmortizedScorer
 
@@ -267,3 +267,27 @@ def _num_candidates(requests: Requests, schema: RequestSchema) -> list[int]:
     if isinstance(requests, pa.Table):
         return [len(entries) for entries in requests[column]]
     return [len(request[column]) for request in requests]
+
+
+def table_of(requests: Requests, schema: RequestSchema) -> pa.Table:
+    """Requests as a table.
+
+    Args:
+        requests: a table, which is returned as it is, or mappings: of these, the columns of the schema that one has.
+        schema: of the requests.
+
+    Raises:
+        InputError: a value of a mapping cannot be had in the column's type.
+
+    Example::
+
+        table_of([{"user": 7, "candidate_item": [5, 6]}], schema).num_rows  # 1
+    """
+    if isinstance(requests, pa.Table):
+        return requests
+    names = {name for request in requests for name in request}
+    columns = [field for field in schema.arrow_schema() if field.name in names]
+    try:
+        return pa.Table.from_pylist(list(requests), pa.schema(columns))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(f"requests: cannot be read ({one_line(error)})") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, refuse_out_of_bounds
+from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, UP_TO_ONE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError
 
 
@@ -39,6 +39,10 @@ class ServeConfig:
         cache_seconds: how long they, and histories, are kept; without limit unless given.
         history_bytes: of histories, which are kept so that clients need send new events alone; none if 0.
         history_events: of each history that are kept, the latest ones.
+        request_log: folder that a random share of the scored requests is written to, with users, histories and scores;
+            none unless given. It needs `request_log_share` and `request_log_days`.
+        request_log_share: of the requests that are written, above 0 and up to 1; each is drawn by itself.
+        request_log_days: after which they are removed.
         tokens: JSON file of tokens by role, `score` and `admin`; without the token of a role, anybody has it.
         certificate: PEM file of the server's certificate chain, for TLS.
         private_key: PEM file of its key.
@@ -68,6 +72,9 @@ class ServeConfig:
     cache_seconds: float | None = None
     history_bytes: int = 0
     history_events: int = 1000
+    request_log: str | None = None
+    request_log_share: float | None = None
+    request_log_days: float | None = None
     tokens: str | None = None
     certificate: str | None = None
     private_key: str | None = None
@@ -88,6 +95,9 @@ class ServeConfig:
         )
         not_negative = ("grpc_port", "http_port", "cache_bytes", "history_bytes", "seconds_unready")
         refuse_out_of_bounds(self, {AT_LEAST_ONE: (*at_least_one, "max_message_bytes"), NOT_NEGATIVE: not_negative})
+        refuse_out_of_bounds(
+            self, {POSITIVE: ("request_log_share", "request_log_days"), UP_TO_ONE: ("request_log_share",)}
+        )
         if (self.package is None) == (self.run_folder is None):
             raise InputError("give a package or a run_folder, one of the two")
         if self.watch is not None and self.package is None:
@@ -96,4 +106,11 @@ class ServeConfig:
             raise InputError(
                 f"trusted_key is {self.trusted_key!r}, but a run_folder answers, and runs are not signed: export it "
                 "with signing_key, and give the package"
+            )
+        of_log = (self.request_log, self.request_log_share, self.request_log_days)
+        if None in of_log and of_log != (None, None, None):
+            raise InputError(
+                f"request_log is {self.request_log!r}, request_log_share {self.request_log_share}, request_log_days "
+                f"{self.request_log_days}: requests are personal data: say which share is kept, where and how long, or "
+                "give none of the three"
             )

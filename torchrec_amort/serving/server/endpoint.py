@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from torchrec_amort.errors import InputError, one_line, place_of
+from torchrec_amort.errors import InputError, place_of
 from torchrec_amort.schema import KINDS_OF_LABELS
 from torchrec_amort.serving.histories import HistoryStore, UnknownHistory
+from torchrec_amort.serving.request_log import RequestLog
 from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.call import Call
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.tensors import DATATYPE_OF_COLUMN
 from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService, Timing
-from torchrec_amort.serving.versions import Ahead, Prepared, Requests, Scored, Version, Versions
+from torchrec_amort.serving.versions import Ahead, Prepared, Requests, Scored, Version, Versions, table_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Endpoint:
         everywhere: does one of `actions`, with its arguments, here and in all other processes that answer, and returns
             what each returned; here alone if None.
         trace: called with each call that has ended.
+        request_log: writes a share of the requests that are scored into files; none if None.
 
     Example::
 
@@ -84,9 +86,11 @@ class Endpoint:
         histories: HistoryStore | None = None,
         everywhere: Callable[..., list[Any]] | None = None,
         trace: Callable[[Call], None] | None = None,
+        request_log: RequestLog | None = None,
     ) -> None:
         self.name, self.versions, self.service, self.metrics = name, versions, service, metrics
         self._timeout_ms, self._load, self._histories = timeout_ms, load, histories
+        self._request_log = request_log
         self._everywhere = everywhere or (lambda action, *args: [self.actions[action](*args)])
         self._trace = trace
         self._loading = threading.Lock()
@@ -148,13 +152,16 @@ class Endpoint:
         if call is not None:
             call.was_read()
         asked, keep = self._with_histories(requests, is_new=parameters.get(HISTORY) == "append")
+        log = None
+        if self._request_log is not None and not parameters.get(ENCODE):
+            log = partial(self._request_log.put, asked, num_bytes=num_bytes)
         return self.service.submit(
             Ahead(asked) if parameters.get(ENCODE) else asked,
             deadline=deadline,
             priority=int(parameters.get(PRIORITY, 0)),
             num_bytes=num_bytes,
             # Before the answer is out: the next request of the user may follow at once.
-            then=partial(self._scored, call=call, keep=keep),
+            then=partial(self._scored, call=call, keep=keep, log=log),
         )
 
     def _with_histories(self, requests: Requests, is_new: bool) -> tuple[Requests, Callable[[], None] | None]:
@@ -164,17 +171,9 @@ class Endpoint:
             if is_new:
                 raise InputError(f"parameter {HISTORY!r}: this server keeps no histories: send them whole")
             return requests, None
-        table = requests if isinstance(requests, pa.Table) else self._table_of(requests)
+        table = table_of(requests, self.versions.current.schema)
         keep = partial(store.keep, table, is_new=is_new, epoch=store.epoch)
         return store.joined(table) if is_new else requests, keep
-
-    def _table_of(self, requests: Sequence[Mapping[str, Any]]) -> pa.Table:
-        names = {name for request in requests for name in request}
-        columns = [field for field in self.versions.current.schema.arrow_schema() if field.name in names]
-        try:
-            return pa.Table.from_pylist(list(requests), pa.schema(columns))
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            raise InputError(f"requests: cannot be read ({one_line(error)})") from error
 
     def switch(self, folder: str) -> str:
         """Load the package of a folder, and let it answer once it has scored its samples and the latest requests.
@@ -278,15 +277,28 @@ class Endpoint:
     def _forget(self, user: int) -> bool:
         self.service.drain()
         found = self._histories is not None and self._histories.forget(user)
-        return self.versions.forget(user) or found
+        found |= self.versions.forget(user)
+        if self._request_log is not None:
+            # The last one, since a disk can fail.
+            found |= self._request_log.forget(user)
+        return found
 
-    def _scored(self, scored: Scored, timing: Timing, call: Call | None, keep: Callable[[], None] | None) -> None:
+    def _scored(
+        self,
+        scored: Scored,
+        timing: Timing,
+        call: Call | None,
+        keep: Callable[[], None] | None,
+        log: Callable[..., None] | None,
+    ) -> None:
         num_candidates = sum(scored.num_candidates)
         self.metrics.scored(scored.version, num_candidates)
         if call is not None:
             call.was_scored(scored.version, num_candidates, timing)
         if keep is not None:
             keep()
+        if log is not None:
+            log(scored=scored, schema=self.versions.current.schema)
 
     def metadata(self) -> dict[str, Any]:
         """What the protocol tells of the model: tensors of lists may have their lengths beside them."""

@@ -106,6 +106,8 @@ def _listening(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        # At once: who was told of the port may be there before uvicorn is.
+        listening.listen()
     except OSError as error:
         listening.close()
         raise InputError(f"{host}:{port}: cannot be listened on ({error}): choose another port") from error
