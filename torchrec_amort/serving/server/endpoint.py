@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from torchrec_amort.errors import InputError, one_line, place_of
 from torchrec_amort.schema import KINDS_OF_LABELS
-from torchrec_amort.serving.histories import HistoryStore, UnknownHistory
+from torchrec_amort.serving.histories import Histories, TierUnreachable, UnknownHistory
 from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.tensors import DATATYPE_OF_COLUMN
@@ -79,7 +79,7 @@ class Endpoint:
         metrics: Metrics,
         timeout_ms: float | None = None,
         load: Callable[[str], Version] | None = None,
-        histories: HistoryStore | None = None,
+        histories: Histories | None = None,
         everywhere: Callable[..., list[Any]] | None = None,
     ) -> None:
         self.name, self.versions, self.service, self.metrics = name, versions, service, metrics
@@ -93,6 +93,11 @@ class Endpoint:
     def is_ready(self) -> bool:
         """Whether requests should be sent here."""
         return not self._is_draining.is_set()
+
+    @property
+    def waits(self) -> bool:
+        """Whether `submit` may wait for other servers, so that no event loop may call it."""
+        return self._histories is not None and self._histories.is_shared
 
     def drain(self) -> None:
         """Be not ready from now on, but go on with what comes."""
@@ -130,7 +135,7 @@ class Endpoint:
 
         Raises:
             InputError: a parameter is unknown or not as it should be.
-            UnknownHistory: as `HistoryStore.joined`.
+            UnknownHistory: as `HistoryStore.asked`.
             Overloaded: as `ScoringService.submit`.
             DeadlineExceeded: as `ScoringService.submit`.
             Closed: as `ScoringService.submit`.
@@ -157,8 +162,8 @@ class Endpoint:
                 raise InputError(f"parameter {HISTORY!r}: this server keeps no histories: send them whole")
             return requests, None
         table = requests if isinstance(requests, pa.Table) else self._table_of(requests)
-        keep = partial(store.keep, table, is_new=is_new, epoch=store.epoch)
-        return store.joined(table) if is_new else requests, keep
+        asked = store.asked(table, is_new=is_new)
+        return asked.requests if is_new else requests, asked.keep
 
     def _table_of(self, requests: Sequence[Mapping[str, Any]]) -> pa.Table:
         names = {name for request in requests for name in request}
@@ -260,13 +265,20 @@ class Endpoint:
 
         Returns:
             bool: whether there was anything.
+
+        Raises:
+            TierUnreachable: a shared tier does not answer. The user is forgotten on this server alone.
         """
         return any(self._everywhere("forget", user))
 
     def _forget(self, user: int) -> bool:
         self.service.drain()
-        found = self._histories is not None and self._histories.forget(user)
-        return self.versions.forget(user) or found
+        try:
+            found = self._histories is not None and self._histories.forget(user)
+        finally:
+            # After the histories: what is encoded of them until then is forgotten, too.
+            is_encoded = self.versions.forget(user)
+        return is_encoded or found
 
     def _scored(self, scored: Scored, keep: Callable[[], None] | None) -> None:
         self.metrics.scored(scored.version, sum(scored.num_candidates))
@@ -363,6 +375,7 @@ _FAILURES: list[tuple[type[BaseException], Failure]] = [
     (InputError, Failure("INVALID_ARGUMENT", 400, "bad_input")),
     (NotHere, Failure("NOT_FOUND", 404, "not_here")),
     (UnknownHistory, Failure("FAILED_PRECONDITION", 409, "unknown_history")),
+    (TierUnreachable, Failure("UNAVAILABLE", 503, "tier_unreachable")),
     (Unauthenticated, Failure("UNAUTHENTICATED", 401, "unauthenticated")),
     (Overloaded, Failure("RESOURCE_EXHAUSTED", 429, "overloaded")),
     (DeadlineExceeded, Failure("DEADLINE_EXCEEDED", 504, "deadline")),
