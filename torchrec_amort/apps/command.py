@@ -24,6 +24,7 @@ EXTRAS = {
     "spark": ("pyspark", "sqlglot"),
     "client": ("grpcio", "protobuf"),
     "serve": ("grpcio", "grpcio-health-checking", "msgspec", "prometheus-client", "starlette", "uvicorn"),
+    "tier": ("cryptography", "redis"),
 }
 # Packages whose module has another name.
 MODULES = {
