@@ -19,7 +19,7 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--package", "packages/films", "--cache_bytes", "1000000000"])
     """
     config = parse(ServeConfig, "serve", args)
-    run_command(lambda: _serve(config), "serve")
+    run_command(lambda: _serve(config), "serve", *(["tier"] if config.shared_histories else []))
 
 
 def _serve(config: ServeConfig) -> None:

@@ -37,6 +37,9 @@ class ServeConfig:
         cache_seconds: how long they, and histories, are kept; without limit unless given.
         history_bytes: of histories, which are kept so that clients need send new events alone; none if 0.
         history_events: of each history that are kept, the latest ones.
+        shared_histories: `redis://HOST:PORT/DATABASE` of a Valkey or Redis that keeps the histories of several servers,
+            so that new events may go to any of them.
+        shared_histories_key: file of 32 bytes in base64 that they are encrypted with there, or `off`.
         tokens: JSON file of tokens by role, `score` and `admin`; without the token of a role, anybody has it.
         certificate: PEM file of the server's certificate chain, for TLS.
         private_key: PEM file of its key.
@@ -64,6 +67,8 @@ class ServeConfig:
     cache_seconds: float | None = None
     history_bytes: int = 0
     history_events: int = 1000
+    shared_histories: str | None = None
+    shared_histories_key: str | None = None
     tokens: str | None = None
     certificate: str | None = None
     private_key: str | None = None
@@ -87,3 +92,14 @@ class ServeConfig:
             raise InputError("give a package or a run_folder, one of the two")
         if self.watch is not None and self.package is None:
             raise InputError(f"watch is {self.watch!r}, but a run_folder answers: give a package to begin with")
+        self._refuse_half_shared()
+
+    def _refuse_half_shared(self) -> None:
+        """Refuse a tier that not all is told of."""
+        if (self.shared_histories is None) != (self.shared_histories_key is None):
+            raise InputError("shared_histories and shared_histories_key go together: a key's file, or off, is needed")
+        if self.shared_histories is not None and (not self.history_bytes or self.cache_seconds is None):
+            raise InputError(
+                f"history_bytes is {self.history_bytes} and cache_seconds {self.cache_seconds}: with shared_histories "
+                "give bytes for what is read of them, and how long they are kept"
+            )
