@@ -63,7 +63,9 @@ def test_several_processes_answer_for_a_package_as_one_server(
 ) -> None:
     key = tmp_path / "key.txt"
     key.write_text(base64.b64encode(bytes(32)).decode())
-    shared = ["--shared_histories", tier.url, "--shared_histories_key", str(key)]
+    # Where other tests run, too, its answer may take longer than a server waits.
+    url = f"{tier.url}?socket_timeout=30&socket_connect_timeout=30"
+    shared = ["--shared_histories", url, "--shared_histories_key", str(key)]
     tuesday = tmp_path / "tuesday"
     shutil.copytree(package, tuesday)
     command = ("torchrec-amort", "serve", "--package", str(package), "--processes", "2")

@@ -245,7 +245,8 @@ class HistoryTier:
         sealing: names users and encrypts their values.
         seconds_to_live: how long after a user's latest request events are kept. Requests that take more than half of
             it leave none.
-        timeout: how long the tier is waited for whenever it is, in seconds.
+        timeout: how long the tier is waited for whenever it is, in seconds, unless the URL has `socket_timeout` and
+            `socket_connect_timeout`.
 
     Raises:
         InputError: the URL is none of those.
