@@ -40,14 +40,15 @@ except InputError:
     pass
 """
 WITHOUT_EXTRAS = """
-import contextlib, importlib.abc, io, json, sys
+import contextlib, io, json, sys
+from importlib.machinery import PathFinder
 
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if {{name, name.partition(".")[0]}} & {packages}:
-            raise ModuleNotFoundError(name, name=name)
+found = PathFinder.find_spec
 
-sys.meta_path.insert(0, Missing())
+def find_spec(name, path=None, target=None):
+    return None if {{name, name.partition(".")[0]}} & {packages} else found(name, path, target)
+
+PathFinder.find_spec = find_spec
 {score}
 from torchrec_amort.apps import cli
 told = {{}}

@@ -113,6 +113,8 @@ def _not_run() -> dict[str, str]:
         "serving.server.fleet.Fleet": SERVER,
         "serving.server.fleet.Link": SERVER,
         "serving.server.watch.Watch": SERVER,
+        "serving.history_tier.HistoryTier": SERVER,
+        "serving.shared_histories.SharedHistoryStore": SERVER,
         "serving.mapped.MappedTables": "needs tables; tests/serving/test_mapped.py has some",
         "serving.server.memory.refuse_without_room": COMPILES,
         "serving.server.client.ScoringClient": SERVER,

@@ -1,9 +1,11 @@
+import base64
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -14,13 +16,21 @@ import pytest
 
 from tests.conftest import SCHEMA
 from tests.launch import start
-from tests.serving.server.test_server import scores_of, unlabelled
+from tests.serving.server.test_server import EVENTS, scores_of, unlabelled
 from tests.serving.test_scorer import make_model
 from tests.serving.test_signing import make_key
+from tests.serving.valkey import Valkey, valkey
 from torchrec_amort import AmortizedScorer, InputError, RequestBatch, export_package, load_package
+from torchrec_amort.serving.history_tier import Sealed
 from torchrec_amort.serving.package import MANIFEST_FILE, SIGNATURE_FILE, write_manifest
 from torchrec_amort.serving.samples import SAMPLES_FILE
 from torchrec_amort.serving.server.client import ScoringClient
+
+
+@pytest.fixture
+def tier() -> Iterator[Valkey]:
+    with valkey() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +61,14 @@ def test_a_package_that_scores_otherwise_than_when_it_was_made_is_refused(packag
 
 
 def test_several_processes_answer_for_a_package_as_one_server(
-    package: Path, tmp_path: Path, request: pytest.FixtureRequest
+    package: Path, tmp_path: Path, request: pytest.FixtureRequest, tier: Valkey
 ) -> None:
     tuesday, unsigned = tmp_path / "tuesday", tmp_path / "unsigned"
     for copy in (tuesday, unsigned):
         shutil.copytree(package, copy)
     (unsigned / SIGNATURE_FILE).unlink()
     command = ("torchrec-amort", "serve", "--package", str(package), "--processes", "2")
-    signed_by = ("--trusted_key", str(package.parent / "trusted.pem"))
-    log = ("--request_log", str(tmp_path / "log"), "--request_log_share", "1", "--request_log_days", "1")
-    process = start(*command, *signed_by, "--grpc_port", "0", "--http_port", "0", *log)
+    process = start(*command, "--grpc_port", "0", "--http_port", "0", *_more_options(package, tmp_path, tier))
     request.addfinalizer(process.kill)
     ports = [re.findall(r":(\d+)", _line(process, "version monday")) for _ in range(2)]
     _line(process, "2 processes answer")
@@ -81,12 +89,20 @@ def test_several_processes_answer_for_a_package_as_one_server(
             assert answer["version"] == version
 
     refuse_other_scores("monday")
+    # New events alone, which any process takes.
+    for place in (1, 0):
+        bare = [{name: value for name, value in asked.items() if name not in EVENTS} for asked in requests]
+        body = {"requests": bare, "parameters": {"history": "append"}}
+        answer = https[place].post("/v1/score", json=body).json()
+        np.testing.assert_allclose(np.concatenate(answer["scores"]), expected, atol=1e-5)
     for folder in (tmp_path / "none", unsigned):
         assert https[1].post("/v1/versions", json={"folder": str(folder)}).status_code == 400
     refuse_other_scores("monday")
     assert https[0].post("/v1/versions", json={"folder": str(tuesday)}).json() == {"version": "tuesday"}
     refuse_other_scores("tuesday")
     assert https[1].post("/v1/forget", json={"user": requests[0]["user"]}).json() == {"found": True}
+    assert [http.post("/v1/score", json=body).status_code for http in https] == [409, 409]
+    assert tier.admin.hexists(Sealed("films", bytes(32)).name_of(requests[0]["user"]), "value") == 0
 
     children = subprocess.run(["pgrep", "-P", _forkserver_of(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
@@ -119,3 +135,16 @@ def _line(process: subprocess.Popen[str], told: str) -> str:
 def _forkserver_of(pid: int) -> str:
     children = subprocess.run(["pgrep", "-P", str(pid), "-f", "forkserver"], capture_output=True, text=True, check=True)
     return children.stdout.split()[0]
+
+
+def _more_options(package: Path, folder: Path, tier: Valkey) -> list[str]:
+    """A log, signatures, and histories that are shared."""
+    key = folder / "key.txt"
+    key.write_text(base64.b64encode(bytes(32)).decode())
+    # Where other tests run, too, its answer may take longer than a server waits.
+    url = f"{tier.url}?socket_timeout=30&socket_connect_timeout=30"
+    shared = ("--shared_histories", url, "--shared_histories_key", str(key))
+    kept = ("--history_bytes", "1000000", "--cache_seconds", "3600", *shared)
+    signed_by = ("--trusted_key", str(package.parent / "trusted.pem"))
+    log = ("--request_log", str(folder / "log"), "--request_log_share", "1", "--request_log_days", "1")
+    return [*signed_by, *log, *kept]

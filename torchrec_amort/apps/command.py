@@ -34,6 +34,7 @@ EXTRAS = {
         "starlette",
         "uvicorn",
     ),
+    "tier": ("cryptography", "redis"),
 }
 # Packages whose module has another name.
 MODULES = {

@@ -19,7 +19,8 @@ def main(args: Sequence[str] | None = None) -> None:
         main(["--package", "packages/films", "--cache_bytes", "1000000000"])
     """
     config = parse(ServeConfig, "serve", args)
-    run_command(lambda: _serve(config), "serve", *(["trace"] if config.trace_to else []))
+    needed = {"trace": config.trace_to, "tier": config.shared_histories}
+    run_command(lambda: _serve(config), "serve", *(extra for extra, option in needed.items() if option))
 
 
 def _serve(config: ServeConfig) -> None:

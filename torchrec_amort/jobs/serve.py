@@ -17,7 +17,7 @@ import torch
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.serving.cache import HistoryCache
-from torchrec_amort.serving.histories import HistoryStore
+from torchrec_amort.serving.histories import Histories, HistoryStore
 from torchrec_amort.serving.package import load_package, tables_checksum
 from torchrec_amort.serving.request_log import RequestLog
 from torchrec_amort.serving.scorer import AmortizedScorer
@@ -126,7 +126,7 @@ def _serve(
     metrics.collect("service", service.counters)
     metrics.collect("cache", lambda: _cache_counters(versions))
     name = config.name or versions.current.schema.dataset
-    histories = _histories(config, versions)
+    histories = _histories(config, versions, name)
     if histories is not None:
         metrics.collect("histories", histories.counters)
     traces = _traces(config.trace_to, name) if config.trace_to else None
@@ -217,11 +217,25 @@ def _cache(config: ServeConfig) -> HistoryCache | None:
     return HistoryCache(config.cache_bytes, config.cache_seconds) if config.cache_bytes else None
 
 
-def _histories(config: ServeConfig, versions: Versions) -> HistoryStore | None:
+def _histories(config: ServeConfig, versions: Versions, model: str) -> Histories | None:
     if not config.history_bytes:
         return None
     limits = dict.fromkeys(versions.current.schema.histories, config.history_events)
-    return HistoryStore(versions.current.schema, config.history_bytes, limits, config.cache_seconds)
+    local = HistoryStore(versions.current.schema, config.history_bytes, limits, config.cache_seconds)
+    return local if config.shared_histories is None else _shared(config, local, model)
+
+
+def _shared(config: ServeConfig, local: HistoryStore, model: str) -> Histories:
+    from torchrec_amort.serving.history_tier import HistoryTier, Plain, Sealed  # noqa: PLC0415 - of the extra `tier`
+    from torchrec_amort.serving.shared_histories import SharedHistoryStore  # noqa: PLC0415 - the same
+
+    assert config.shared_histories is not None
+    assert config.shared_histories_key is not None
+    assert config.cache_seconds is not None
+    key = config.shared_histories_key
+    sealing = Plain(model) if key == "off" else Sealed.read(model, key)
+    tier = HistoryTier(config.shared_histories, local.columns, sealing, config.cache_seconds)
+    return SharedHistoryStore(local, tier)
 
 
 def _request_log(config: ServeConfig, link: Link | None) -> RequestLog | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from torchrec_amort import InputError
+from torchrec_amort.serving.histories import TierUnreachable
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
 
 
@@ -31,6 +32,8 @@ def run(folder: Path, link: Link, before: Started | None, packages: list[str]) -
             raise InputError("other: has other features")
         if package == "fault":
             raise KeyError("secret")
+        if package == "shared":
+            raise TierUnreachable("shared: does not answer")
 
     def commit(package: str) -> int:
         if package == "friday" and link.place == 1:
@@ -117,6 +120,7 @@ def test_what_one_process_is_asked_for_all_do_and_one_that_ends_is_started_anew(
         assert [files.done(place)[2:] for place in (0, 1)] == [["prepare other", "discard"]] * 2
         # Of a fault, no more is told than where it is.
         assert "secret" not in (told := files.ask(0, "prepare fault")) and "KeyError" in told
+        assert files.ask(0, "prepare shared") == "TierUnreachable: shared: does not answer"
         assert loaded == []
         assert files.ask(0, "commit tuesday") == "[0, 1]"
         assert loaded == [["monday", "tuesday"]]

@@ -43,6 +43,9 @@ class ServeConfig:
             none unless given. It needs `request_log_share` and `request_log_days`.
         request_log_share: of the requests that are written, above 0 and up to 1; each is drawn by itself.
         request_log_days: after which they are removed.
+        shared_histories: `redis://HOST:PORT/DATABASE` of a Valkey or Redis that keeps the histories of several servers,
+            so that new events may go to any of them.
+        shared_histories_key: file of 32 bytes in base64 that they are encrypted with there, or `off`.
         tokens: JSON file of tokens by role, `score` and `admin`; without the token of a role, anybody has it.
         certificate: PEM file of the server's certificate chain, for TLS.
         private_key: PEM file of its key.
@@ -75,6 +78,8 @@ class ServeConfig:
     request_log: str | None = None
     request_log_share: float | None = None
     request_log_days: float | None = None
+    shared_histories: str | None = None
+    shared_histories_key: str | None = None
     tokens: str | None = None
     certificate: str | None = None
     private_key: str | None = None
@@ -113,4 +118,15 @@ class ServeConfig:
                 f"request_log is {self.request_log!r}, request_log_share {self.request_log_share}, request_log_days "
                 f"{self.request_log_days}: requests are personal data: say which share is kept, where and how long, or "
                 "give none of the three"
+            )
+        self._refuse_half_shared()
+
+    def _refuse_half_shared(self) -> None:
+        """Refuse a tier that not all is told of."""
+        if (self.shared_histories is None) != (self.shared_histories_key is None):
+            raise InputError("shared_histories and shared_histories_key go together: a key's file, or off, is needed")
+        if self.shared_histories is not None and (not self.history_bytes or self.cache_seconds is None):
+            raise InputError(
+                f"history_bytes is {self.history_bytes} and cache_seconds {self.cache_seconds}: with shared_histories "
+                "give bytes for what is read of them, and how long they are kept"
             )

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from torchrec_amort.errors import InputError, place_of
 from torchrec_amort.schema import KINDS_OF_LABELS
-from torchrec_amort.serving.histories import HistoryStore, UnknownHistory
+from torchrec_amort.serving.histories import Histories, TierUnreachable, UnknownHistory
 from torchrec_amort.serving.request_log import RequestLog
 from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.call import Call
@@ -83,7 +83,7 @@ class Endpoint:
         metrics: Metrics,
         timeout_ms: float | None = None,
         load: Callable[[str], Version] | None = None,
-        histories: HistoryStore | None = None,
+        histories: Histories | None = None,
         everywhere: Callable[..., list[Any]] | None = None,
         trace: Callable[[Call], None] | None = None,
         request_log: RequestLog | None = None,
@@ -101,6 +101,11 @@ class Endpoint:
     def is_ready(self) -> bool:
         """Whether requests should be sent here."""
         return not self._is_draining.is_set()
+
+    @property
+    def waits(self) -> bool:
+        """Whether `submit` may wait for other servers, so that no event loop may call it."""
+        return self._histories is not None and self._histories.is_shared
 
     def drain(self) -> None:
         """Be not ready from now on, but go on with what comes."""
@@ -140,7 +145,7 @@ class Endpoint:
 
         Raises:
             InputError: a parameter is unknown or not as it should be.
-            UnknownHistory: as `HistoryStore.joined`.
+            UnknownHistory: as `HistoryStore.asked`.
             Overloaded: as `ScoringService.submit`.
             DeadlineExceeded: as `ScoringService.submit`.
             Closed: as `ScoringService.submit`.
@@ -172,8 +177,8 @@ class Endpoint:
                 raise InputError(f"parameter {HISTORY!r}: this server keeps no histories: send them whole")
             return requests, None
         table = table_of(requests, self.versions.current.schema)
-        keep = partial(store.keep, table, is_new=is_new, epoch=store.epoch)
-        return store.joined(table) if is_new else requests, keep
+        asked = store.asked(table, is_new=is_new)
+        return asked.requests if is_new else requests, asked.keep
 
     def switch(self, folder: str) -> str:
         """Load the package of a folder, and let it answer once it has scored its samples and the latest requests.
@@ -271,17 +276,25 @@ class Endpoint:
 
         Returns:
             bool: whether there was anything.
+
+        Raises:
+            TierUnreachable: a shared tier does not answer. The user is forgotten on this server alone.
         """
         return any(self._everywhere("forget", user))
 
     def _forget(self, user: int) -> bool:
         self.service.drain()
-        found = self._histories is not None and self._histories.forget(user)
-        found |= self.versions.forget(user)
-        if self._request_log is not None:
-            # The last one, since a disk can fail.
-            found |= self._request_log.forget(user)
-        return found
+        try:
+            found = self._histories is not None and self._histories.forget(user)
+        finally:
+            # After the histories: what is encoded of them until then is forgotten, too.
+            is_elsewhere = self._forget_but_histories(user)
+        return is_elsewhere or found
+
+    def _forget_but_histories(self, user: int) -> bool:
+        found = self.versions.forget(user)
+        # The last one, since a disk can fail.
+        return (self._request_log is not None and self._request_log.forget(user)) or found
 
     def _scored(
         self,
@@ -390,6 +403,7 @@ _FAILURES: list[tuple[type[BaseException], Failure]] = [
     (InputError, Failure("INVALID_ARGUMENT", 400, "bad_input")),
     (NotHere, Failure("NOT_FOUND", 404, "not_here")),
     (UnknownHistory, Failure("FAILED_PRECONDITION", 409, "unknown_history")),
+    (TierUnreachable, Failure("UNAVAILABLE", 503, "tier_unreachable")),
     (Unauthenticated, Failure("UNAUTHENTICATED", 401, "unauthenticated")),
     (Overloaded, Failure("RESOURCE_EXHAUSTED", 429, "overloaded")),
     (DeadlineExceeded, Failure("DEADLINE_EXCEEDED", 504, "deadline")),

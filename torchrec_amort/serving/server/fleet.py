@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeAlias
 
 from torchrec_amort.errors import InputError, place_of
+from torchrec_amort.serving.histories import TierUnreachable
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Link:
                 return
             try:
                 answer: Any = actions[order](*args)
-            except InputError as error:
+            except (InputError, TierUnreachable) as error:
                 answer = error
             except Exception as error:  # noqa: BLE001 - it is the one's who asked, and the process goes on
                 # Others may not be able to read it.

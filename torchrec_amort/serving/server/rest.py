@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,9 +16,10 @@ from starlette.routing import Route
 
 from torchrec_amort.errors import InputError
 from torchrec_amort.serving.server.access import Access, Role
+from torchrec_amort.serving.server.call import Call
 from torchrec_amort.serving.server.endpoint import LOGITS, PLATFORM, Answer, Endpoint, failure_of, told
 from torchrec_amort.serving.server.tensors import DATATYPE_OF, InputTensor, table_of
-from torchrec_amort.serving.versions import Scored
+from torchrec_amort.serving.versions import Requests, Scored
 from torchrec_amort.versions import installed_versions
 
 # Where the JSON of a message ends, after which its binary tensors come.
@@ -158,7 +159,7 @@ class _Rest:
             parameters = dict(asked.parameters)
             # Triton's clients say here that they take binary tensors.
             all_binary = bool(parameters.pop("binary_data_output", False))
-            scored = await self._scored(self._endpoint.submit(table, parameters, call=call, num_bytes=table.nbytes))
+            scored = await self._scored(table, parameters, call, table.nbytes)
             answer = Answer.of(scored, [output.name for output in asked.outputs])
             binary = {output.name for output in asked.outputs if output.parameters.get(BINARY, all_binary)}
             return _response(self._endpoint.name, asked.id, answer, set(answer.tensors) if all_binary else binary)
@@ -167,8 +168,7 @@ class _Rest:
         body = await self._body(request)
         with self._endpoint.call("score", request.headers) as call:
             asked = _decoded(_SCORING, body)
-            future = self._endpoint.submit(asked.requests, asked.parameters, call=call, num_bytes=len(body))
-            scored = await self._scored(future)
+            scored = await self._scored(asked.requests, asked.parameters, call, len(body))
             logits = Answer.of(scored, [LOGITS]).tensors[LOGITS]
             parts = np.split(logits, np.cumsum(scored.num_candidates)[:-1])
             scores = [part.tolist() for part in parts]
@@ -206,8 +206,9 @@ class _Rest:
             raise TooLarge(f"the message has {max(told, size)} bytes or more, and the limit is {limit}")
         return b"".join(parts)
 
-    async def _scored(self, future: Future[Scored]) -> Scored:
-        return await asyncio.wrap_future(future)
+    async def _scored(self, requests: Requests, parameters: Mapping[str, Any], call: Call, num_bytes: int) -> Scored:
+        submit = partial(self._endpoint.submit, requests, parameters, call=call, num_bytes=num_bytes)
+        return await asyncio.wrap_future(await asyncio.to_thread(submit) if self._endpoint.waits else submit())
 
     def _refuse_other(self, request: Request) -> None:
         self._endpoint.refuse_other(request.path_params["name"], request.path_params.get("version", ""))
