@@ -243,6 +243,8 @@ def test_files_go_when_their_time_is_over(tmp_path: Path) -> None:
     foreign.touch()
     with answering(log) as endpoint:
         send(endpoint, requests_of(2))
+        # Its thread has them, by the clock of now.
+        log.look()
         clock.now += 599
         log.look()
         assert files_in(folder) == [foreign]

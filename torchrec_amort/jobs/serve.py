@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -112,74 +113,98 @@ def _serve(
     versions = Versions(load(config.package) if config.package else _of_run(config))
     for folder in switch_to:
         versions.switch(load(folder))
-    metrics = Metrics()
-    workers = config.workers or len(os.sched_getaffinity(0))
-    max_waiting = config.max_waiting or _WAITING_PER_WORKER * workers
+    with ExitStack() as at_the_end:
+        request_log = _request_log(config, link)
+        if request_log is not None:
+            at_the_end.callback(request_log.close)
+        endpoint = _endpoint(config, versions, load if config.package else None, link, request_log, at_the_end)
+        server = _server(config, endpoint)
+        server.start()
+        print(
+            f"{endpoint.name}, version {versions.current.name}: gRPC on {config.host}:{server.grpc_port}, HTTP on "
+            f"{config.host}:{server.http_port}, {_num_workers(config)} workers",
+            flush=True,
+        )
+        if link is not None:
+            link.started(Started(server.grpc_port, server.http_port), endpoint.actions, is_told_to_end.set)
+        looks = [] if request_log is None else [request_log.look]
+        if watched is not None and config.package is not None and (link is None or link.place == 0):
+            looks.append(Watch(watched, local_path([config.package, *switch_to][-1]), endpoint.switch).look)
+        while not is_told_to_end.wait(_SECONDS_BETWEEN_LOOKS if looks else None):
+            for look in looks:
+                look()
+        server.close(config.seconds_unready)
+    print(json.dumps({"service": endpoint.service.counters(), "cache": _cache_counters(versions)}))
+
+
+def _endpoint(
+    config: ServeConfig,
+    versions: Versions,
+    load: Callable[[str], Version] | None,
+    link: Link | None,
+    request_log: RequestLog | None,
+    at_the_end: ExitStack,
+) -> Endpoint:
+    """What answers, with all that it counts."""
+    name = config.name or versions.current.schema.dataset
     service = ScoringService(
         versions,
-        workers,
-        max_waiting,
+        _num_workers(config),
+        _max_waiting(config),
         config.threads_per_request,
         max_bytes=config.max_waiting_bytes,
         max_together=config.max_together,
     )
+    histories = _histories(config, versions, name)
+    metrics = Metrics()
     metrics.collect("service", service.counters)
     metrics.collect("cache", lambda: _cache_counters(versions))
-    name = config.name or versions.current.schema.dataset
-    histories = _histories(config, versions, name)
     if histories is not None:
         metrics.collect("histories", histories.counters)
-    traces = _traces(config.trace_to, name) if config.trace_to else None
-    request_log = _request_log(config, link)
     if request_log is not None:
         metrics.collect("request_log", request_log.counters)
-    endpoint = Endpoint(
+    traces = None
+    if config.trace_to is not None:
+        traces = _traces(config.trace_to, name)
+        at_the_end.callback(traces.close)
+    return Endpoint(
         name,
         versions,
         service,
         metrics,
         config.timeout_ms,
-        load if config.package else None,
+        load,
         histories,
         link.all if link else None,
         traces.add if traces else None,
         request_log,
     )
+
+
+def _server(config: ServeConfig, endpoint: Endpoint) -> ScoringServer:
     access = Access(
         tokens=_tokens(config.tokens),
         certificate=config.certificate,
         private_key=config.private_key,
         client_ca=config.client_ca,
     )
-    server = ScoringServer(
+    return ScoringServer(
         endpoint,
         config.host,
         grpc_port=config.grpc_port,
         http_port=config.http_port,
         access=access,
-        num_threads=workers + max_waiting,
+        num_threads=_num_workers(config) + _max_waiting(config),
         max_bytes=config.max_message_bytes,
     )
-    server.start()
-    print(
-        f"{name}, version {versions.current.name}: gRPC on {config.host}:{server.grpc_port}, HTTP on "
-        f"{config.host}:{server.http_port}, {workers} workers",
-        flush=True,
-    )
-    if link is not None:
-        link.started(Started(server.grpc_port, server.http_port), endpoint.actions, is_told_to_end.set)
-    looks = [] if request_log is None else [request_log.look]
-    if watched is not None and config.package is not None and (link is None or link.place == 0):
-        looks.append(Watch(watched, local_path([config.package, *switch_to][-1]), endpoint.switch).look)
-    while not is_told_to_end.wait(_SECONDS_BETWEEN_LOOKS if looks else None):
-        for look in looks:
-            look()
-    server.close(config.seconds_unready)
-    if traces is not None:
-        traces.close()
-    if request_log is not None:
-        request_log.close()
-    print(json.dumps({"service": service.counters(), "cache": _cache_counters(versions)}))
+
+
+def _num_workers(config: ServeConfig) -> int:
+    return config.workers or len(os.sched_getaffinity(0))
+
+
+def _max_waiting(config: ServeConfig) -> int:
+    return config.max_waiting or _WAITING_PER_WORKER * _num_workers(config)
 
 
 def _of_package(config: ServeConfig, package: str, mapped: Path | None) -> Version:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from torchrec_amort import InputError
+from torchrec_amort.serving.server import fleet as fleet_module
 from torchrec_amort.serving.histories import TierUnreachable
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
 
@@ -18,6 +19,8 @@ def run(folder: Path, link: Link, before: Started | None, packages: list[str]) -
     """A process that writes down what it does, and asks for what it finds in a file."""
     if packages == ["damaged"]:
         raise InputError("damaged: is no package")
+    if packages == ["stuck"]:
+        threading.Event().wait()
     own = folder / f"{link.place}"
     is_over = threading.Event()
 
@@ -142,6 +145,12 @@ def test_what_one_process_is_asked_for_all_do_and_one_that_ends_is_started_anew(
 
 def test_a_process_that_cannot_start_ends_the_others_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="damaged: is no package"), watched(tmp_path, ["damaged"]):
+        pass
+
+
+def test_a_process_that_never_answers_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_MOST_SECONDS_TO_START", 0.2)
+    with pytest.raises(InputError, match="process 0 does not answer after 0.2 s"), watched(tmp_path, ["stuck"]):
         pass
 
 

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds until a process that has ended is started anew; doubled each time, if it ends again and again.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
+# Whoever asks all processes for something waits for one that starts.
+_MOST_SECONDS_TO_START = 900.0
 
 # What a process runs: its link, the ports that it had before if it is started anew, and the packages that are loaded,
 # the one that answers last.
@@ -218,6 +220,9 @@ class Fleet:
         return _Worker(place, process, asks, orders, time.monotonic())
 
     def _wait_for(self, worker: _Worker) -> None:
+        if not worker.orders.poll(_MOST_SECONDS_TO_START):
+            worker.process.kill()
+            raise InputError(f"process {worker.place} does not answer after {_MOST_SECONDS_TO_START:g} s: it is killed")
         try:
             started = worker.orders.recv()
         except (EOFError, OSError) as error:
