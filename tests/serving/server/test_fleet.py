@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from torchrec_amort import InputError
-from torchrec_amort.serving.server import fleet as fleet_module
 from torchrec_amort.serving.histories import TierUnreachable
+from torchrec_amort.serving.server import fleet as fleet_module
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
 
 
