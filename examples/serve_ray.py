@@ -5,8 +5,7 @@
 Run from the root of the clone. Every node has to have the package under that path. docs/deploying.md tells more.
 """
 
-from __future__ import annotations
-
+# Ray reads the annotation of `application`: no annotation is left as text here.
 from pathlib import Path
 from typing import Any
 
