@@ -36,7 +36,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|torchrec|np|numpy|pa|pyarrow|pathlib|collections|concurrent|grpc|signal|typing)\..*"),
     ("py:.*", r"(Keyed)?(Jagged)?Tensor|DLRM|Embedding(Bag)?(Collection|Config)|Future|Path|int64|B \+ 1"),
-    ("py:.*", r"cryptography\..*|KeyedOptimizer|tqdm"),
+    ("py:.*", r"cryptography\..*|KeyedOptimizer|tqdm|TracerProvider"),
     ("py:.*", r"(.*\.)?(Backend|Call|Combine|HistoryAttention|Location|Loss|Paths|Precision|Result|Role|Score)"),
     ("py:.*", "WhenLonger"),
 ]

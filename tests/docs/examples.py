@@ -113,6 +113,7 @@ def _not_run() -> dict[str, str]:
         "serving.server.fleet.Fleet": SERVER,
         "serving.server.fleet.Link": SERVER,
         "serving.server.watch.Watch": SERVER,
+        "serving.server.traces.Traces": SERVER,
         "serving.history_tier.HistoryTier": SERVER,
         "serving.shared_histories.SharedHistoryStore": SERVER,
         "serving.mapped.MappedTables": "needs tables; tests/serving/test_mapped.py has some",
