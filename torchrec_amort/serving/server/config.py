@@ -99,9 +99,14 @@ class ServeConfig:
             "history_events",
         )
         not_negative = ("grpc_port", "http_port", "cache_bytes", "history_bytes", "seconds_unready")
-        refuse_out_of_bounds(self, {AT_LEAST_ONE: (*at_least_one, "max_message_bytes"), NOT_NEGATIVE: not_negative})
         refuse_out_of_bounds(
-            self, {POSITIVE: ("request_log_share", "request_log_days"), UP_TO_ONE: ("request_log_share",)}
+            self,
+            {
+                AT_LEAST_ONE: (*at_least_one, "max_message_bytes"),
+                NOT_NEGATIVE: not_negative,
+                POSITIVE: ("request_log_share", "request_log_days"),
+                UP_TO_ONE: ("request_log_share",),
+            },
         )
         if (self.package is None) == (self.run_folder is None):
             raise InputError("give a package or a run_folder, one of the two")

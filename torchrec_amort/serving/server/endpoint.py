@@ -154,12 +154,12 @@ class Endpoint:
         timeout_ms = parameters.get(TIMEOUT, self._timeout_ms)
         left = [s for s in (seconds_left, None if timeout_ms is None else timeout_ms / 1e3) if s is not None]
         deadline = time.monotonic() + min(left) if left else None
-        if call is not None:
-            call.was_read()
         asked, keep = self._with_histories(requests, is_new=parameters.get(HISTORY) == "append")
         log = None
         if self._request_log is not None and not parameters.get(ENCODE):
             log = partial(self._request_log.put, asked, num_bytes=num_bytes)
+        if call is not None:
+            call.was_read()
         return self.service.submit(
             Ahead(asked) if parameters.get(ENCODE) else asked,
             deadline=deadline,
