@@ -191,6 +191,8 @@ def test_requests_may_come_one_by_one() -> None:
         (["user_id"], "request 0 is a str, not a mapping"),
         ([*make_requests([(1, 1)]), None], "request 1 is a NoneType, not a mapping"),
         ([], "an empty list"),
+        (pa.Table.from_pylist([], SCHEMA.arrow_schema()), "there is none"),
+        (make_batch([(1, 1)]).select(torch.empty(0, dtype=torch.int64)), "there is none"),
     ],
 )
 def test_what_is_no_list_of_requests_is_told(path: Callable[..., Any], requests: Any, message: str) -> None:

@@ -138,9 +138,9 @@ class AmortizedScorer:
             Tensor: logits [C, T], the candidates in the order of the requests, on the model's device.
 
         Raises:
-            InputError: a request is malformed, has an id outside its table or, if that is to be refused, too long a
-                history; its ids have weights where the model's bags have none, or none where they have some; or a
-                cache is to be used and the batch does not tell `users`.
+            InputError: there is no request, or one is malformed, has an id outside its table or, if that is to be
+                refused, too long a history; its ids have weights where the model's bags have none, or none where they
+                have some; or a cache is to be used and the batch does not tell `users`.
             FloatingPointError: a score is not finite.
 
         Example::
@@ -194,6 +194,8 @@ class AmortizedScorer:
 
     def _batch(self, requests: RequestBatch | pa.Table | Iterable[Mapping[str, Any]]) -> RequestBatch:
         batch = requests.shallow_copy() if isinstance(requests, RequestBatch) else self._read(requests)
+        if not len(batch):
+            raise InputError("requests: there is none: a batch needs at least 1 request")
         if self.validate:
             refuse_missing_features(batch, self._features)
         if self.validate and isinstance(requests, RequestBatch):

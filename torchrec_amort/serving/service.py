@@ -17,6 +17,8 @@ from torchrec_amort.serving.workers import Workers
 
 # Share of the latest request in the mean time to score one.
 _LATEST = 0.05
+# How much longer than the mean the requests before one may take, so that its scores are still there in time.
+_MARGIN = 2
 
 
 class Closed(RuntimeError):
@@ -190,12 +192,7 @@ class ScoringService(Generic[Result]):
         with self._lock:
             if self._is_closed:
                 raise Closed("the service is closed")
-            try:
-                self._refuse_late(request)
-                displaced = self._displaced_for(request)
-            except (Overloaded, DeadlineExceeded):
-                self._counters.refused += 1
-                raise
+            displaced = self._refuse_or_displace(deadline, priority, num_bytes)
             for other in displaced:
                 self._queue.remove(other)
                 self._counted(other, -1)
@@ -210,6 +207,21 @@ class ScoringService(Generic[Result]):
         for other in displaced:
             self._give_up(other, "displaced", Overloaded("the queue is full, and a request that goes first came"))
         return future
+
+    def refuse_early(self, *, deadline: float | None = None, priority: int = 0, num_bytes: int = 0) -> None:
+        """Refuse a request as `submit` would now, and nothing else: before it is read, which costs more than this.
+
+        Args:
+            deadline: see `submit`.
+            priority: see `submit`.
+            num_bytes: see `submit`.
+
+        Raises:
+            Overloaded: see `submit`.
+            DeadlineExceeded: see `submit`.
+        """
+        with self._lock:
+            self._refuse_or_displace(deadline, priority, num_bytes)
 
     def counters(self) -> dict[str, int]:
         """What became of the requests so far: see `ServiceCounters`."""
@@ -243,45 +255,53 @@ class ScoringService(Generic[Result]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_late(self, request: _Waiting[Result]) -> None:
+    def _refuse_or_displace(self, deadline: float | None, priority: int, num_bytes: int) -> list[_Waiting[Result]]:
+        """The requests that have to leave the queue for another one, if that is not refused."""
+        try:
+            self._refuse_late(deadline, priority)
+            return self._displaced_for(priority, num_bytes)
+        except (Overloaded, DeadlineExceeded):
+            self._counters.refused += 1
+            raise
+
+    def _refuse_late(self, deadline: float | None, priority: int) -> None:
         """Refuse a request whose scores would come after its deadline, as long as others have taken so far."""
-        if request.deadline is None:
+        if deadline is None:
             return
         now = self._clock()
-        if now >= request.deadline:
-            raise DeadlineExceeded(f"the deadline was {now - request.deadline:.3g} s ago")
+        if now >= deadline:
+            raise DeadlineExceeded(f"the deadline was {now - deadline:.3g} s ago")
         num_before = self._num_scored_now + sum(
-            number for priority, number in self._num_by_priority.items() if priority <= request.priority
+            number for other, number in self._num_by_priority.items() if other <= priority
         )
         # Until a worker is free, and then to be scored with those that it takes together.
         together = min(self._max_together, -(-(len(self._queue) + 1) // self._num_workers))
-        turns = max(0, num_before - self._num_workers + 1) / self._num_workers + together
-        if now + turns * self._mean_seconds > request.deadline:
+        turns = _MARGIN * max(0, num_before - self._num_workers + 1) / self._num_workers + together
+        if now + turns * self._mean_seconds > deadline:
             raise Overloaded(
                 f"{num_before} requests are before it, and a request takes {self._mean_seconds * 1e3:.3g} ms: its "
-                f"scores would come after its deadline in {(request.deadline - now) * 1e3:.3g} ms"
+                f"scores may come after its deadline in {(deadline - now) * 1e3:.3g} ms"
             )
 
-    def _displaced_for(self, request: _Waiting[Result]) -> list[_Waiting[Result]]:
-        """The requests that have to leave the queue for another one."""
+    def _displaced_for(self, priority: int, num_bytes: int) -> list[_Waiting[Result]]:
         displaced: list[_Waiting[Result]] = []
-        while reason := self._why_full(request, displaced):
+        while reason := self._why_full(num_bytes, displaced):
             # The one that goes last, of those that stay.
             other = max((other for other in self._queue if other not in displaced), default=None)
-            if other is None or other.priority <= request.priority:
+            if other is None or other.priority <= priority:
                 raise Overloaded(reason)
             displaced.append(other)
         return displaced
 
-    def _why_full(self, request: _Waiting[Result], displaced: Sequence[_Waiting[Result]]) -> str | None:
+    def _why_full(self, num_bytes: int, displaced: Sequence[_Waiting[Result]]) -> str | None:
         """Why the queue, less some requests, has no place for another one; None if it has."""
         num_waiting = len(self._queue) - len(displaced)
-        num_bytes = self._num_bytes - sum(other.num_bytes for other in displaced)
+        bytes_waiting = self._num_bytes - sum(other.num_bytes for other in displaced)
         if num_waiting == self._max_waiting:
             return f"{num_waiting} requests are waiting: the limit"
-        if self._max_bytes is not None and num_bytes + request.num_bytes > self._max_bytes:
+        if self._max_bytes is not None and bytes_waiting + num_bytes > self._max_bytes:
             return (
-                f"{num_waiting} requests of {num_bytes} bytes are waiting, and it has {request.num_bytes}: the limit "
+                f"{num_waiting} requests of {bytes_waiting} bytes are waiting, and it has {num_bytes}: the limit "
                 f"is {self._max_bytes} bytes"
             )
         return None

@@ -55,8 +55,7 @@ def by_grpc(client: Client) -> Callable[[bytes], str]:
             infer(body, timeout=60)
         except grpc.RpcError as error:
             told: Any = error
-            # What gRPC itself cannot read, and nothing else, is its fault.
-            assert told.code().name != "INTERNAL" or "deserializing" in told.details(), told.details()
+            assert told.code().name != "INTERNAL", told.details()
             assert told.details()
             return str(told.code().name)
         return "OK"
@@ -104,7 +103,7 @@ def test_each_is_answered_or_refused_with_a_reason_and_nothing_stays_of_it() -> 
             if number == NUM_MESSAGES // 10:
                 before = resident()
         # A number that was changed may be another good one.
-        assert statuses.keys() <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "INTERNAL", "DEADLINE_EXCEEDED",
+        assert statuses.keys() <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED",
                                    "200", "400", "504"}, statuses  # fmt: skip
         assert statuses["INVALID_ARGUMENT"] > 1000 and statuses["400"] > 1000, statuses
         assert resident() - before < 50e6

@@ -150,10 +150,7 @@ class Endpoint:
             DeadlineExceeded: as `ScoringService.submit`.
             Closed: as `ScoringService.submit`.
         """
-        _refuse_parameters(parameters)
-        timeout_ms = parameters.get(TIMEOUT, self._timeout_ms)
-        left = [s for s in (seconds_left, None if timeout_ms is None else timeout_ms / 1e3) if s is not None]
-        deadline = time.monotonic() + min(left) if left else None
+        deadline = self._deadline(parameters, seconds_left)
         asked, keep = self._with_histories(requests, is_new=parameters.get(HISTORY) == "append")
         log = None
         if self._request_log is not None and not parameters.get(ENCODE):
@@ -168,6 +165,31 @@ class Endpoint:
             # Before the answer is out: the next request of the user may follow at once.
             then=partial(self._scored, call=call, keep=keep, log=log),
         )
+
+    def refuse_early(
+        self, parameters: Mapping[str, Any], *, seconds_left: float | None = None, num_bytes: int = 0
+    ) -> None:
+        """Refuse requests as `submit` would now, before they are read.
+
+        Args:
+            parameters: see `submit`.
+            seconds_left: see `submit`.
+            num_bytes: see `submit`.
+
+        Raises:
+            InputError: as `submit`.
+            Overloaded: as `ScoringService.submit`.
+            DeadlineExceeded: as `ScoringService.submit`.
+        """
+        deadline = self._deadline(parameters, seconds_left)
+        self.service.refuse_early(deadline=deadline, priority=int(parameters.get(PRIORITY, 0)), num_bytes=num_bytes)
+
+    def _deadline(self, parameters: Mapping[str, Any], seconds_left: float | None) -> float | None:
+        """When no one waits for the scores any more, by the clock of `time.monotonic`."""
+        _refuse_parameters(parameters)
+        timeout_ms = parameters.get(TIMEOUT, self._timeout_ms)
+        left = [s for s in (seconds_left, None if timeout_ms is None else timeout_ms / 1e3) if s is not None]
+        return time.monotonic() + min(left) if left else None
 
     def _with_histories(self, requests: Requests, is_new: bool) -> tuple[Requests, Callable[[], None] | None]:
         """Requests with whole histories, and what keeps those once they are scored."""

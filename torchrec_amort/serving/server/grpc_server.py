@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from torchrec_amort.errors import InputError
@@ -75,7 +77,7 @@ class GrpcServer:
         handlers = {
             method: grpc.unary_unary_rpc_method_handler(
                 self._handler(getattr(self, f"_{method}")),
-                request_deserializer=message(f"{method}Request").FromString,
+                request_deserializer=partial(_request, message(f"{method}Request")),
                 response_serializer=message(f"{method}Response").SerializeToString,
             )
             for method in METHODS
@@ -114,6 +116,8 @@ class GrpcServer:
     def _handler(self, answer: Callable[[Any, grpc.ServicerContext], Any]) -> Callable[..., Any]:
         def handle(request: Any, context: grpc.ServicerContext) -> Any:
             try:
+                if isinstance(request, DecodeError):
+                    raise InputError(f"message: is none of the protocol ({request})")
                 return answer(request, context)
             except Exception as error:  # noqa: BLE001 - it is the caller's, and the server goes on
                 context.abort(grpc.StatusCode[failure_of(error).grpc], told(error))
@@ -145,8 +149,9 @@ class GrpcServer:
     def _infer(self, request: Any, context: grpc.ServicerContext, call: Call) -> Any:
         self._access.refuse_other(call.headers.get("authorization"), "score")
         self._endpoint.refuse_other(request.model_name, request.model_version)
-        table = table_of(_tensors(request), self._endpoint.versions.current.schema)
         parameters = {name: _value(parameter) for name, parameter in request.parameters.items()}
+        self._endpoint.refuse_early(parameters, seconds_left=context.time_remaining(), num_bytes=request.ByteSize())
+        table = table_of(_tensors(request), self._endpoint.versions.current.schema)
         future = self._endpoint.submit(
             table, parameters, call=call, seconds_left=context.time_remaining(), num_bytes=table.nbytes
         )
@@ -163,6 +168,14 @@ class GrpcServer:
             ],
             raw_output_contents=[values.tobytes() for values in answer.tensors.values()],
         )
+
+
+def _request(kind: Any, body: bytes) -> Any:
+    """A request, or why it is none: what is raised here, gRPC answers as a fault of the server's, and never frees."""
+    try:
+        return kind.FromString(body)
+    except DecodeError as error:
+        return error
 
 
 def _tensors(request: Any) -> list[InputTensor]:

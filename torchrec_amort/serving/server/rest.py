@@ -155,10 +155,11 @@ class _Rest:
         body = await self._body(request)
         with self._endpoint.call("rest", request.headers) as call:
             asked, tensors = _read(body, request.headers.get(HEADER_LENGTH))
-            table = table_of(tensors, self._endpoint.versions.current.schema)
             parameters = dict(asked.parameters)
             # Triton's clients say here that they take binary tensors.
             all_binary = bool(parameters.pop("binary_data_output", False))
+            self._endpoint.refuse_early(parameters, num_bytes=len(body))
+            table = table_of(tensors, self._endpoint.versions.current.schema)
             scored = await self._scored(table, parameters, call, table.nbytes)
             answer = Answer.of(scored, [output.name for output in asked.outputs])
             binary = {output.name for output in asked.outputs if output.parameters.get(BINARY, all_binary)}
