@@ -222,7 +222,8 @@ def test_what_is_refused_is_told_by_status_and_reason(client: Client) -> None:
     for (_, told), expected in zip(
         answers,
         [reason, "there is no tensor", "parameter 'speed': is unknown", "'timeout_ms': is 'soon', not a number",
-         "output 'scores': is unknown: there are", "message: is none of the protocol", "raw_input_contents: has 2 tensors, but inputs 1"],
+         "output 'scores': is unknown: there are", "message: is none of the protocol",
+         "raw_input_contents: has 2 tensors, but inputs 1"],
         strict=True,
     ):  # fmt: skip
         assert re.search(expected, told), told
