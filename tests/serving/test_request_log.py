@@ -267,6 +267,23 @@ def test_files_go_when_their_time_is_over(tmp_path: Path) -> None:
     assert files_in(folder) == [foreign]
 
 
+def test_a_clock_that_is_set_back_keeps_no_file_and_no_request_longer(tmp_path: Path) -> None:
+    clock, folder = Clock(), tmp_path / "log"
+    log = RequestLog(folder, **LIMITS, seconds_per_file=600, clock=clock)
+    with answering(log) as endpoint:
+        clock.now += 30 * DAY
+        send(endpoint, requests_of(2))
+        log.look()
+        clock.now -= 30 * DAY
+        log.look()
+        (written,) = files_in(folder)
+        old = written.with_name(written.name.replace(written.name.split("-")[1], f"{int(clock.now - 8 * DAY):010d}"))
+        written.rename(old)
+        clock.now += 61
+        log.look()
+        assert files_in(folder) == []
+
+
 def test_what_a_killed_process_was_writing_is_removed_when_its_place_is_taken(tmp_path: Path) -> None:
     clock, folder = Clock(), tmp_path / "log"
     with answering(log := RequestLog(folder, **LIMITS, clock=clock)) as endpoint:

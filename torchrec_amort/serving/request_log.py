@@ -244,9 +244,10 @@ class RequestLog:
     def _look(self) -> None:
         now = self._clock()
         is_full = self._part_rows >= self._rows_per_file or self._part_bytes >= _MOST_BYTES
-        if is_full or now - self._part_since >= self._seconds_per_file:
+        # A clock may be set back, too.
+        if is_full or abs(now - self._part_since) >= self._seconds_per_file:
             self._write()
-        if now - self._swept >= _SECONDS_BETWEEN_SWEEPS:
+        if abs(now - self._swept) >= _SECONDS_BETWEEN_SWEEPS:
             self._sweep()
 
     def _write(self) -> None:
