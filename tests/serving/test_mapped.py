@@ -204,7 +204,11 @@ def test_a_row_that_has_changed_takes_a_page(tmp_path: Path, in_folder: bool) ->
 
 
 def test_a_system_that_gives_no_more_mappings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monday, before, after = MappedTables(FilesInFolder(tmp_path / "monday")), bags(DataType.FP32), bags(DataType.FP32)
+    monday, before, after = (
+        MappedTables(FilesInFolder(tmp_path / "monday")),
+        bags(DataType.FP32, 10_000),
+        bags(DataType.FP32, 10_000),
+    )
     monday.fill(before, "bags", before.state_dict)
     monkeypatch.setattr(mapped_module, "_libc", SimpleNamespace(mmap=lambda *_: 2**64 - 1))
     rows = {"places": torch.tensor([0]), "rows": torch.zeros(1, 32, dtype=torch.uint8)}
