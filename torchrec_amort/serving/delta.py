@@ -145,7 +145,7 @@ def apply_delta(
             or the key cannot be read.
     """
     delta, base, sign = local_path(delta), local_path(base), signer(signing_key)
-    record = _record(delta)
+    record, _ = _record(delta)
     refuse_damaged(delta, record["sha256"])
     read_manifest(base)
     if (have := checksum(base / MANIFEST_FILE)) != record["base"]:
@@ -181,7 +181,7 @@ def read_delta(
         delta: what `write_delta` wrote.
         base_of: gives the package whose manifest has a checksum, with files in memory for its tables; raises InputError
             if it is not here.
-        files_of: files in memory for the tables of a checksum.
+        files_of: files in memory for the tables of a checksum, which is that of `delta.json`.
         refuse_without_room: called with the bytes that tables will take, before they do.
         trusted_key: see `load_package`: of which one has to have signed the delta.
 
@@ -196,7 +196,7 @@ def read_delta(
         served, package = package.load()
     """
     delta = local_path(delta).resolve()
-    record = _record(delta, trusted_key)
+    record, of_record = _record(delta, trusted_key)
     base = base_of(record["base"])
     refuse_damaged(delta, record["sha256"])
     content = (delta / MANIFEST_FILE).read_bytes()
@@ -209,7 +209,8 @@ def read_delta(
     for name, path in paths.items():
         refuse_damaged_file(path, manifest["sha256"][name])
     refuse_other_machine(delta, manifest)
-    mapped = MappedTables(files_of(manifest["sha256"][TABLES_FILE]))
+    # The tables' own checksum is not computed: a package that has it must not read what a wrong delta has made.
+    mapped = MappedTables(files_of(of_record))
     rows = cache(lambda: _load(delta / ROWS_FILE))
 
     def fill(tables: Tables, name: str) -> None:
@@ -217,6 +218,7 @@ def read_delta(
             mapped.map(tables, name)
             return
         changed = under(rows(), name)
+        # In a process that is started anew, the base's files may have to be written, too.
         before = base.tables(name) if name in base.manifest["tables"] else None
         if base.mapped is not None and manifest["tables"][name] == base.manifest["tables"].get(name):
             mapped.fill_changed(tables, name, base.mapped, changed, refuse_without_room)
@@ -236,8 +238,8 @@ def _copy_manifest(folder: Path, to: Path) -> None:
         shutil.copyfile(folder / SIGNATURE_FILE, to / SIGNATURE_FILE)
 
 
-def _record(delta: Path, trusted_key: str | Path | None = None) -> dict[str, Any]:
-    """What `delta.json` tells, once it is known who has signed it."""
+def _record(delta: Path, trusted_key: str | Path | None = None) -> tuple[dict[str, Any], str]:
+    """What `delta.json` tells, once it is known who has signed it, and its checksum."""
     path = delta / DELTA_FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file: {delta} is no delta (torchrec-amort export --help)")
@@ -257,7 +259,7 @@ def _record(delta: Path, trusted_key: str | Path | None = None) -> dict[str, Any
         )
     if trusted_key is not None:
         refuse_unlisted(delta, (*checksums, DELTA_FILE, DELTA_SIGNATURE_FILE))
-    return record
+    return record, hashlib.sha256(content).hexdigest()
 
 
 def _load(path: Path) -> dict[str, Any]:

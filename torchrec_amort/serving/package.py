@@ -355,11 +355,13 @@ def _renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables_checksum(folder: Path) -> str | None:
-    """The checksum of a package's tables, which tells them from others'; None if it is not there any more.
+    """What tells the tables of a package, or those that a delta makes, from others; None if it is not there any more.
 
     Args:
-        folder: of the package.
+        folder: of the package or the delta.
     """
+    if (delta := folder / DELTA_FILE).is_file():
+        return checksum(delta)
     path = folder / MANIFEST_FILE
     if not path.is_file():
         return None

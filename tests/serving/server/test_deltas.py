@@ -1,5 +1,6 @@
 """A server takes deltas as they are: it answers as the packages would that they make."""
 
+import json
 import os
 import shutil
 import signal
@@ -24,7 +25,15 @@ from tests.serving.test_signing import change_a_byte
 from torchrec_amort import AmortizedScorer, InputError, RequestSchema, TableConfig, export_package, load_package
 from torchrec_amort.jobs.serve import _of_package, _serve_as_one, serve_until_told
 from torchrec_amort.serving.delta import write_delta
-from torchrec_amort.serving.package import MANIFEST_FILE, TABLES_FILE, read_manifest, tables_checksum, write_manifest
+from torchrec_amort.serving.package import (
+    DELTA_FILE,
+    MANIFEST_FILE,
+    TABLES_FILE,
+    checksum,
+    read_manifest,
+    tables_checksum,
+    write_manifest,
+)
 from torchrec_amort.serving.samples import SAMPLES_FILE
 from torchrec_amort.serving.server import memory
 from torchrec_amort.serving.server.config import ServeConfig
@@ -72,8 +81,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, uncompiled_here: None) -> P
     """Monday's package; Tuesday's and Wednesday's, in `whole`, and the deltas of these, each since the day before."""
     folder = tmp_path_factory.mktemp("packages")
     monday = export(folder / "monday", 0, [])
-    tuesday = export(folder / "whole" / "tuesday", 1, [0, 2, 3])
-    wednesday = export(folder / "whole" / "wednesday", 2, [0, 3, 4])
+    tuesday = export(folder / "whole" / "tuesday", 1, [1, 2, 3])
+    wednesday = export(folder / "whole" / "wednesday", 2, [1, 4, 5])
     write_delta(tuesday, monday, folder / "tuesday")
     write_delta(wednesday, tuesday, folder / "wednesday")
     return folder
@@ -149,7 +158,7 @@ def test_deltas_follow_one_another_and_share_what_has_not_changed(
 
 def test_tables_that_have_grown_are_copied(folder: Path, tmp_path: Path, one: tuple[Server, Versions, Any]) -> None:
     server, _, _ = one
-    grown = export(tmp_path / "grown", 1, [0, 3, 19_999], GROWN)
+    grown = export(tmp_path / "grown", 1, [1, 15, 20_000], GROWN)
     write_delta(grown, folder / "monday", tmp_path / "thursday")
     assert server.switch(tmp_path / "thursday") == (200, "thursday")
     server.answers_by(grown, "thursday")
@@ -211,6 +220,23 @@ def test_a_file_that_has_not_changed_is_needed_of_the_base(
         (monday / TABLES_FILE).unlink()
         assert server.switch(folder / "tuesday") == (200, "tuesday")
         server.answers_by(folder / "whole" / "tuesday", "tuesday")
+
+
+def test_a_package_does_not_read_tables_that_a_wrong_delta_has_made(folder: Path, tmp_path: Path) -> None:
+    load = partial(_of_package, ServeConfig(package=str(folder / "monday")), mapped=tmp_path / "mapped")
+    wrong = Path(shutil.copytree(folder / "tuesday", tmp_path / "wrong"))
+    rows = torch.load(wrong / "rows.pt")
+    # No sample has such a user.
+    rows["request.embedding_bags.user_id.weight"]["rows"][:] = 0
+    torch.save(rows, wrong / "rows.pt")
+    record = json.loads((wrong / DELTA_FILE).read_text())
+    record["sha256"]["rows.pt"] = checksum(wrong / "rows.pt")
+    (wrong / DELTA_FILE).write_text(json.dumps(record))
+    monday = load(str(folder / "monday"))
+    of_wrong = load(str(wrong), current=monday).scorer.score(REQUESTS).numpy()
+    right = load(str(folder / "whole" / "tuesday"), current=monday).scorer.score(REQUESTS).numpy()
+    assert not np.array_equal(of_wrong, scores_of(folder / "whole" / "tuesday"))
+    np.testing.assert_array_equal(right, scores_of(folder / "whole" / "tuesday"))
 
 
 def test_a_server_does_not_start_with_a_delta(folder: Path) -> None:
@@ -277,7 +303,7 @@ def test_processes_share_a_delta_and_come_back_by_it(folder: Path, tmp_path: Pat
             servers[0].answers_by(folder / "whole" / "tuesday", "tuesday")
             assert servers[0].switch(folder / "whole" / "wednesday") == (200, "wednesday")
             assert servers[0].switch(folder / "monday") == (200, "monday")
-            assert folders_in(mapped) == {of["wednesday"], of["monday"]}
+            assert folders_in(mapped) == {tables_checksum(folder / "whole" / "wednesday"), of["monday"]}
         finally:
             is_over.set()
             watching.join()
