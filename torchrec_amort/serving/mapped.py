@@ -232,7 +232,7 @@ class MappedTables:
             InputError: there is no room for the files.
         """
         modules = _modules(tables, name)
-        layers = {module.file: base.files.find(module.file) for module in modules}
+        layers = {module.file: base.layers(module.file) for module in modules}
         runs = {module.file: _runs(module, changed, layers[module.file]) for module in modules}
         sizes = {module.file: sum(stop - start for start, stop in runs[module.file]) for module in modules}
         # Most pages are of rows that have changed: without the others, the other version's file need not stay.
@@ -240,16 +240,14 @@ class MappedTables:
         # Pages that are written to are this process' own until they are in the file.
         refuse_without_room(sum(sizes[m.file] + (m.size if m.file in whole else sizes[m.file]) for m in modules))
         for module in modules:
-            before = layers[module.file]
-            assert before is not None
-            weights = before.map(module.size)
+            weights = layers[module.file].map(module.size)
             module.read(weights)
             for table, rows in module.rows().items():
                 rows[changed[table]["places"]] = changed[table]["rows"]
             if module.file in whole:
                 self.files.put(module.file, weights)
             else:
-                self.files.put_pages(module.file, before.whole, runs[module.file], weights)
+                self.files.put_pages(module.file, layers[module.file].whole, runs[module.file], weights)
         self.map(tables, name)
 
     def has(self, tables: Tables, name: str) -> bool:
@@ -259,9 +257,13 @@ class MappedTables:
     def map(self, tables: Tables, name: str) -> None:
         """Let a collection read the files, which are there."""
         for module in _modules(tables, name):
-            layers = self.files.find(module.file)
-            assert layers is not None
-            module.read(layers.map(module.size))
+            module.read(self.layers(module.file).map(module.size))
+
+    def layers(self, file: str) -> Layers:
+        """A file, which is there."""
+        layers = self.files.find(file)
+        assert layers is not None, f"{file} is not there"
+        return layers
 
 
 @dataclass(frozen=True)
@@ -306,9 +308,8 @@ def _modules(tables: Tables, name: str) -> list[_Module]:
     ]
 
 
-def _runs(module: _Module, changed: Mapping[str, Mapping[str, Tensor]], before: Layers | None) -> list[tuple[int, int]]:
+def _runs(module: _Module, changed: Mapping[str, Mapping[str, Tensor]], before: Layers) -> list[tuple[int, int]]:
     """Runs of the pages that have rows which have changed, now or before: the narrowest gaps are within them."""
-    assert before is not None
     found = [np.arange(start // _PAGE, -(-stop // _PAGE)) for start, stop in before.runs]
     for name, rows in module.rows().items():
         width = rows.shape[1]

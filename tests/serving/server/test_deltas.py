@@ -1,5 +1,6 @@
 """A server takes deltas as they are: it answers as the packages would that they make."""
 
+import gc
 import json
 import os
 import shutil
@@ -151,9 +152,14 @@ def test_deltas_follow_one_another_and_share_what_has_not_changed(
     # Once more, since what came before.
     assert server.switch(folder / "wednesday") == (200, "wednesday")
     server.answers_by(folder / "whole" / "wednesday", "wednesday")
-    # A whole package takes the place of all.
-    assert server.switch(folder / "whole" / "tuesday") == (200, "tuesday")
-    assert mappings_of(weights_of(versions))[0].keys().isdisjoint(mapped)
+    # Once whole packages have taken the place of both versions, nothing of them stays in memory.
+    (inode,) = mapped
+    for name in ("tuesday", "wednesday"):
+        assert f" {inode} " in Path("/proc/self/maps").read_text()
+        assert server.switch(folder / "whole" / name) == (200, name)
+    del monday
+    gc.collect()
+    assert f" {inode} " not in Path("/proc/self/maps").read_text()
 
 
 def test_tables_that_have_grown_are_copied(folder: Path, tmp_path: Path, one: tuple[Server, Versions, Any]) -> None:
