@@ -1,5 +1,6 @@
 """Who made a package is known before anything of it is loaded."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,9 +24,11 @@ from torchrec_amort.apps import apply
 from torchrec_amort.jobs.serve import _of_package, serve_until_told
 from torchrec_amort.serving.delta import apply_delta, write_delta
 from torchrec_amort.serving.package import (
+    DELTA_FILE,
     MANIFEST_FILE,
     SIGNATURE_FILE,
     TABLES_FILE,
+    checksum,
     read_manifest,
     signer,
     write_manifest,
@@ -196,6 +199,54 @@ def test_a_signed_delta_makes_a_signed_package(keys: Path, tmp_path: Path) -> No
     read_manifest(tmp_path / "signed", keys / "other" / "trusted.pem")
     with pytest.raises(InputError, match="has signed this manifest.json"):
         read_manifest(tmp_path / "signed", keys / "own" / "trusted.pem")
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_only_signed_deltas_are_taken_as_they_are(keys: Path, tmp_path: Path, loaded: list[str]) -> None:
+    signing_key, trusted_key = keys / "own" / "signing.pem", str(keys / "own" / "trusted.pem")
+    monday, tuesday = tmp_path / "monday", tmp_path / "package"
+    export_package(make_model(0), monday, SCHEMA, signing_key=signing_key)
+    export_package(make_model(1), tuesday, SCHEMA, signing_key=signing_key)
+    write_delta(tuesday, monday, tmp_path / "tuesday", signing_key=signing_key)
+
+    def exchange_rows(delta: Path) -> None:
+        """As one does who can write deltas, and has no key."""
+        torch.save({}, delta / "rows.pt")
+        record = json.loads((delta / DELTA_FILE).read_text())
+        record["sha256"]["rows.pt"] = checksum(delta / "rows.pt")
+        (delta / DELTA_FILE).write_text(json.dumps(record))
+
+    spoilt: dict[str, tuple[Callable[[Path], Any], str]] = {
+        # Its package is signed, which has other rows' checksum.
+        "unsigned": (lambda d: (d / "delta.sig").unlink(), "delta.sig: no such file: the delta is not signed"),
+        "by another key": (signer(keys / "other" / "signing.pem", DELTA_FILE), "none of the 1 keys of"),
+        "other rows": (exchange_rows, "has signed this delta.json"),
+        "damaged rows": (lambda d: change_a_byte(d / "rows.pt"), "rows.pt: checksum is"),
+        "more files": (
+            lambda d: shutil.copy(d / "samples.parquet", d / "vocabulary-user_id.parquet"),
+            "vocabulary-user_id.parquet: is not in delta.json, so that nobody has signed it",
+        ),
+    }
+    load = partial(_of_package, ServeConfig(package=str(monday), trusted_key=trusted_key), mapped=None)
+    versions = Versions(load(str(monday)))
+    with serving(versions, load=lambda folder: load(folder, current=versions.current)) as client:
+        for name, (spoil, told) in spoilt.items():
+            spoil(Path(shutil.copytree(tmp_path / "tuesday", tmp_path / name)))
+            loaded.clear()
+            reply = client.http.post("/v1/versions", json={"folder": str(tmp_path / name)})
+            assert reply.status_code == 400 and told in reply.json()["error"], reply.text
+            assert loaded == [] and versions.current.name == "monday"
+        reply = client.http.post("/v1/versions", json={"folder": str(tmp_path / "tuesday")})
+        assert reply.json() == {"version": "tuesday"}
+    openssl(tmp_path, SIGN.replace("signing.pem", str(keys / "other" / "signing.pem")).replace("manifest", "delta")
+            .replace("packages/first", "unsigned"))  # fmt: skip
+    with pytest.raises(InputError, match="has signed this delta.json"):
+        load(str(tmp_path / "unsigned"))
+    load = partial(
+        _of_package, ServeConfig(package=str(monday), trusted_key=str(keys / "other" / "trusted.pem")), mapped=None
+    )
+    with pytest.raises(InputError, match="and none answers yet"):
+        load(str(tmp_path / "unsigned"))
 
 
 OF_RSA = "openssl genpkey -algorithm rsa -out rsa.pem; openssl pkey -in rsa.pem -pubout -out file.pem"

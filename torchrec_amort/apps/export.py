@@ -84,7 +84,7 @@ def _export(config: ExportConfig) -> None:
             signing_key=config.signing_key,
         )
         if config.since is not None:
-            sizes = write_delta(package, config.since, out, overwrite=config.overwrite)
+            sizes = write_delta(package, config.since, out, overwrite=config.overwrite, signing_key=config.signing_key)
             print(
                 f"{out}: {sizes.rows:,} of {sizes.all_rows:,} rows have changed since {config.since}; the package of "
                 f"both has {sizes.all_bytes / 1e6:.1f} MB"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -19,15 +18,14 @@ import torch
 from torchrec_amort.errors import InputError
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.histories import Histories, HistoryStore
-from torchrec_amort.serving.package import load_package, tables_checksum
 from torchrec_amort.serving.request_log import RequestLog
 from torchrec_amort.serving.scorer import AmortizedScorer
 from torchrec_amort.serving.server.access import Access, Role
 from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.endpoint import Endpoint
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
-from torchrec_amort.serving.server.memory import refuse_without_room
 from torchrec_amort.serving.server.metrics import Metrics
+from torchrec_amort.serving.server.opener import Opener, VersionOfPackage, clear
 from torchrec_amort.serving.server.run import ScoringServer
 from torchrec_amort.serving.server.watch import Watch
 from torchrec_amort.serving.service import ScoringService
@@ -66,9 +64,9 @@ def serve_until_told(config: ServeConfig) -> None:
 def _serve_by_several(config: ServeConfig, is_told_to_end: threading.Event) -> None:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="torchrec-amort-", dir=memory if memory.is_dir() else None) as mapped:
-        run, clear = partial(_serve_as_one, config, mapped), partial(_clear, Path(mapped))
+        run, cleared = partial(_serve_as_one, config, mapped), partial(clear, Path(mapped))
         packages = [config.package] if config.package else []
-        with Fleet(config.processes, run, [__name__], packages, clear) as fleet:
+        with Fleet(config.processes, run, [__name__], packages, cleared) as fleet:
             print(f"{config.processes} processes answer", flush=True)
             fleet.watch(until=is_told_to_end)
 
@@ -90,14 +88,6 @@ def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started 
         _serve(own, is_told_to_end, Path(mapped), link, packages[1:])
 
 
-def _clear(mapped: Path, packages: Sequence[str]) -> None:
-    """Remove the tables of all other packages."""
-    wanted = {tables_checksum(local_path(folder)) for folder in packages}
-    for folder in mapped.iterdir():
-        if folder.name not in wanted:
-            shutil.rmtree(folder)
-
-
 def _serve(
     config: ServeConfig,
     is_told_to_end: threading.Event,
@@ -112,12 +102,13 @@ def _serve(
     load = partial(_of_package, config, mapped=mapped)
     versions = Versions(load(config.package) if config.package else _of_run(config))
     for folder in switch_to:
-        versions.switch(load(folder))
+        versions.switch(load(folder, current=versions.current))
     with ExitStack() as at_the_end:
         request_log = _request_log(config, link)
         if request_log is not None:
             at_the_end.callback(request_log.close)
-        endpoint = _endpoint(config, versions, load if config.package else None, link, request_log, at_the_end)
+        switched = (lambda folder: load(folder, current=versions.current)) if config.package else None
+        endpoint = _endpoint(config, versions, switched, link, request_log, at_the_end)
         server = _server(config, endpoint)
         server.start()
         print(
@@ -207,14 +198,14 @@ def _max_waiting(config: ServeConfig) -> int:
     return config.max_waiting or _WAITING_PER_WORKER * _num_workers(config)
 
 
-def _of_package(config: ServeConfig, package: str, mapped: Path | None) -> Version:
-    """A version, by the name of the package's folder."""
-    folder = local_path(package)
-    if folder.is_dir():
-        refuse_without_room(folder)
-    served = load_package(folder, mapped, trusted_key=config.trusted_key)
+def _of_package(
+    config: ServeConfig, package: str, mapped: Path | None, current: Version | None = None
+) -> VersionOfPackage:
+    """A version, by the name of the folder of the package, or of a delta since that of the current one."""
+    opener = Opener(mapped, config.trusted_key)
+    served, opened = opener.read(package, current.package if isinstance(current, VersionOfPackage) else None).load()
     scorer = AmortizedScorer(served, config.microbatch_size, _cache(config))
-    return Version(folder.resolve().name, scorer)
+    return VersionOfPackage(opened.folder.name, scorer, package=opened)
 
 
 def _traces(address: str, name: str) -> Traces:

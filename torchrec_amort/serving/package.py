@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+import tempfile
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +37,7 @@ from torchrec_amort.modules.tower import CANDIDATE_ITEM, refuse_other_numbers
 from torchrec_amort.ops.native import why_no_build
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.lookup import BagLookup, Embeddings, Lookups, SequenceLookup
-from torchrec_amort.serving.mapped import MappedTables, Tables
+from torchrec_amort.serving.mapped import Files, FilesInFolder, MappedTables, Tables
 from torchrec_amort.serving.native_encoder import NativeState
 from torchrec_amort.serving.phases import Histories, Phases, RequestTerms
 from torchrec_amort.serving.samples import SAMPLES_FILE, refuse_other_scores
@@ -50,6 +53,9 @@ MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 TABLES_FILE = "tables.pt"
 DELTA_FILE = "delta.json"
+# Collections of bags; all others are of sequences.
+_SIDES = ("request", "candidate")
+_Value = TypeVar("_Value")
 
 
 def load_package(folder: str | Path, mapped: Path | None = None, *, trusted_key: str | Path | None = None) -> Served:
@@ -74,45 +80,145 @@ def load_package(folder: str | Path, mapped: Path | None = None, *, trusted_key:
 
         scorer = AmortizedScorer(load_package("packages/films"), microbatch_size=512)
     """
+    files_of = None if mapped is None else lambda checksum: FilesInFolder(mapped / checksum)
+    served, _ = read_package(folder, files_of, trusted_key=trusted_key).load()
+    return served
+
+
+@dataclass(frozen=True, eq=False)
+class Package:
+    """The files of a package, which are what its manifest says: in one folder, or in those of a delta and its base.
+
+    Args:
+        folder: which it is named by.
+        manifest: what it tells.
+        checksum: of the manifest's file, which tells the package from all others.
+        paths: of each file but the tables, by its name in the package.
+        fill: lets a collection have its tables, given its name.
+        mapped: files in memory that its tables are in, or will be; None if they are each collection's own.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    checksum: str
+    paths: Mapping[str, Path]
+    fill: Callable[[Tables, str], None]
+    mapped: MappedTables | None
+
+    def tables(self, name: str) -> Tables:
+        """A collection of its tables.
+
+        Args:
+            name: of the collection.
+
+        Raises:
+            InputError: there is no room for it.
+        """
+        tables = make_tables(self.manifest, name)
+        self.fill(tables, name)
+        return tables
+
+    def load(self) -> tuple[Served, Package]:
+        """Load it, and let it score its samples.
+
+        Returns:
+            tuple: what is given to `AmortizedScorer`, and the package, which knows no more how its tables were made, so
+            that nothing of that stays in memory.
+
+        Raises:
+            InputError: as `load_package`.
+        """
+        with _in_one_folder(self.paths) as folder:
+            schema = RequestSchema.load(folder)
+            tables = {name: self.tables(name) for name in self.manifest["tables"]}
+            served = _served(self.manifest, folder, schema, tables)
+            if SAMPLES_FILE in self.manifest["sha256"]:
+                refuse_other_scores(served, folder, _MOST_DIFFERENCE[self.manifest["dtype"]], told=self.folder)
+        return served, self if self.mapped is None else replace(self, fill=self.mapped.map)
+
+
+def read_package(
+    folder: str | Path,
+    files_of: Callable[[str], Files] | None = None,
+    *,
+    trusted_key: str | Path | None = None,
+) -> Package:
+    """Read and verify a package, without loading anything of it.
+
+    Args:
+        folder: what `export_package` wrote.
+        files_of: files in memory for the tables of a checksum; see `Package.mapped`.
+        trusted_key: see `load_package`.
+
+    Raises:
+        InputError: see `load_package`.
+
+    Example::
+
+        served, _ = read_package("packages/films").load()
+    """
     # A link that is turned to another package meanwhile must not mix the two.
     folder = local_path(folder).resolve()
-    manifest = read_manifest(folder, trusted_key)
-    schema = RequestSchema.load(folder)
-    tables, device = manifest["tables"], torch.device("cpu")
-    weights = cache(lambda: torch.load(folder / TABLES_FILE, weights_only=True))
+    content = read_content(folder, trusted_key)
+    manifest = parse_manifest(folder, content)
+    _refuse_other_files(folder, manifest, is_signed=trusted_key is not None)
+    weights = cache(lambda: torch.load(folder / TABLES_FILE, weights_only=True, mmap=True))
+    mapped = None if files_of is None else MappedTables(files_of(manifest["sha256"][TABLES_FILE]))
 
-    def fill(collection: Tables, name: str) -> None:
+    def fill(tables: Tables, name: str) -> None:
         if mapped is None:
-            collection.load_state_dict(_under(weights(), name))
+            tables.load_state_dict(under(weights(), name))
         else:
-            of_package = MappedTables(mapped / manifest["sha256"][TABLES_FILE])
-            of_package.fill(collection, name, lambda: _under(weights(), name))
+            mapped.fill(tables, name, lambda: under(weights(), name))
 
-    bags = {}
-    for side in tables.keys() & {"candidate", "request"}:
-        configs = [_from_record(EmbeddingBagConfig, record) for record in tables[side]]
-        collection = QuantEmbeddingBagCollection(tables=configs, is_weighted=False, device=device)
-        fill(collection, side)
-        bags[side] = BagLookup(collection, side)
-    sequences = []
-    for place in range(len(tables) - len(bags)):
-        name = f"sequences_{place}"
-        configs = [_from_record(EmbeddingConfig, record) for record in tables[name]]
-        collection = QuantEmbeddingCollection(tables=configs, device=device)
-        fill(collection, name)
-        sequences.append(SequenceLookup(collection, name))
+    paths = {name: folder / name for name in manifest["sha256"] if name != TABLES_FILE}
+    return Package(folder, manifest, hashlib.sha256(content).hexdigest(), paths, fill, mapped)
+
+
+def make_tables(manifest: Mapping[str, Any], name: str) -> Tables:
+    """A collection of a package's tables, not filled yet, in eval mode.
+
+    Args:
+        manifest: of the package.
+        name: of the collection.
+    """
+    records, device = manifest["tables"][name], torch.device("cpu")
+    # Lookups read a copy of a collection in training mode, whose tables are not in the mapped files.
+    if name in _SIDES:
+        bags = [_from_record(EmbeddingBagConfig, record) for record in records]
+        return QuantEmbeddingBagCollection(tables=bags, is_weighted=False, device=device).eval()
+    configs = [_from_record(EmbeddingConfig, record) for record in records]
+    return QuantEmbeddingCollection(tables=configs, device=device).eval()
+
+
+@contextmanager
+def _in_one_folder(paths: Mapping[str, Path]) -> Iterator[Path]:
+    """A folder of links to the files of a package, for what reads them by their names."""
+    with tempfile.TemporaryDirectory(prefix="torchrec-amort-") as folder:
+        for name, path in paths.items():
+            (Path(folder) / name).symlink_to(path)
+        yield Path(folder)
+
+
+def _served(manifest: Mapping[str, Any], folder: Path, schema: RequestSchema, tables: Mapping[str, Tables]) -> Served:
+    """What answers, of files in a folder and of tables."""
+    bags = {side: BagLookup(tables[side], side) for side in _SIDES if side in tables}
+    names = [f"sequences_{place}" for place in range(len(tables) - len(bags))]
     reads = {tower: Reads(**of_tower) for tower, of_tower in manifest["reads"].items()}
     sequence_bags = {name: SequenceBag(**bag) for name, bag in manifest["sequence_bags"].items()}
-    served = Served(
-        Lookups(bags.get("request"), bags.get("candidate"), sequences, reads, sequence_bags),
+    return Served(
+        Lookups(
+            bags.get("request"),
+            bags.get("candidate"),
+            [SequenceLookup(tables[name], name) for name in names],
+            reads,
+            sequence_bags,
+        ),
         _PackagedPhases(folder, manifest, schema),
         manifest["history_lengths"],
-        device,
+        torch.device("cpu"),
         schema,
     )
-    if SAMPLES_FILE in manifest["sha256"]:
-        refuse_other_scores(served, folder, _MOST_DIFFERENCE[manifest["dtype"]])
-    return served
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -126,11 +232,12 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_json(folder / MANIFEST_FILE, {**manifest, "sha256": {path.name: checksum(path) for path in paths}})
 
 
-def signer(signing_key: str | Path | None) -> Callable[[Path], None]:
+def signer(signing_key: str | Path | None, of: str = MANIFEST_FILE) -> Callable[[Path], None]:
     """What signs the package in a folder.
 
     Args:
         signing_key: PEM file of an Ed25519 private key; nothing is signed if None.
+        of: the file of the folder that is signed; `DELTA_FILE` of a delta.
 
     Raises:
         InputError: it cannot be read, or is another kind of key.
@@ -139,11 +246,27 @@ def signer(signing_key: str | Path | None) -> Callable[[Path], None]:
         return lambda _: None
     from torchrec_amort.serving.signing import read_signing_key, sign  # noqa: PLC0415 - of the extra `sign`
 
-    return partial(sign, key=read_signing_key(signing_key))
+    key = read_signing_key(signing_key)
+    return lambda folder: sign(folder / of, key)
 
 
 def read_manifest(folder: Path, trusted_key: str | Path | None = None) -> dict[str, Any]:
     """The manifest of a package, once its files are what it says.
+
+    Args:
+        folder: of the package.
+        trusted_key: see `load_package`.
+
+    Raises:
+        InputError: as `load_package`.
+    """
+    manifest = parse_manifest(folder, read_content(folder, trusted_key))
+    _refuse_other_files(folder, manifest, is_signed=trusted_key is not None)
+    return manifest
+
+
+def read_content(folder: Path, trusted_key: str | Path | None) -> bytes:
+    """The bytes of a package's manifest, once it is known who has signed them.
 
     Args:
         folder: of the package.
@@ -163,28 +286,58 @@ def read_manifest(folder: Path, trusted_key: str | Path | None = None) -> dict[s
     if trusted_key is not None:
         from torchrec_amort.serving.signing import refuse_unsigned  # noqa: PLC0415 - of the extra `sign`
 
-        refuse_unsigned(folder, content, trusted_key)
+        refuse_unsigned(path, content, trusted_key)
+    return content
+
+
+def parse_manifest(folder: Path, content: bytes) -> dict[str, Any]:
+    """What a manifest tells, as one of today's.
+
+    Args:
+        folder: of the package, or of a delta that makes it.
+        content: of the manifest's file.
+
+    Raises:
+        InputError: it is no manifest, or of another version.
+    """
+    path = folder / MANIFEST_FILE
     try:
         manifest: dict[str, Any] = json.loads(content)
-        package_version, checksums, cpu = manifest["package_version"], manifest["sha256"], manifest["cpu"]
+        package_version, _, _ = manifest["package_version"], manifest["sha256"], manifest["cpu"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the manifest of a package ({error}): export it again") from error
     if package_version not in (_FIRST_OF_RANKERS, PACKAGE_VERSION):
         told = f"{path}: package_version is {package_version}, this torchrec-amort reads {PACKAGE_VERSION}"
         raise InputError(f"{told}: export the model again")
-    if package_version == _FIRST_OF_RANKERS:
-        manifest = _renewed(manifest)
-    refuse_damaged(folder, checksums)
-    if trusted_key is not None:
-        _refuse_unlisted(folder, checksums)
-    if cpu != torch.backends.cpu.get_cpu_capability():
+    return _renewed(manifest) if package_version == _FIRST_OF_RANKERS else manifest
+
+
+def _refuse_other_files(folder: Path, manifest: Mapping[str, Any], *, is_signed: bool) -> None:
+    """Refuse a package whose files are not what its manifest says, or that does not run here."""
+    refuse_damaged(folder, manifest["sha256"])
+    if is_signed:
+        refuse_unlisted(folder, (*manifest["sha256"], MANIFEST_FILE, SIGNATURE_FILE))
+    refuse_other_machine(folder, manifest)
+
+
+def refuse_other_machine(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a package that does not run here.
+
+    Args:
+        folder: of the package, or of a delta that makes it.
+        manifest: what it tells.
+
+    Raises:
+        InputError: it was compiled for another processor, or needs operators that were not built here.
+    """
+    path = folder / MANIFEST_FILE
+    if manifest["cpu"] != torch.backends.cpu.get_cpu_capability():
         raise InputError(
-            f"{path}: compiled for {cpu}, but this processor's capability is "
+            f"{path}: compiled for {manifest['cpu']}, but this processor's capability is "
             f"{torch.backends.cpu.get_cpu_capability()}: export it on such a machine"
         )
     if manifest["operators"] is not None and (reason := _why_no_operators(getattr(torch, manifest["dtype"]))):
         raise InputError(f"{path}: it needs the operators of {manifest['operators']}, which are not here: {reason}")
-    return manifest
 
 
 def _renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,11 +355,13 @@ def _renewed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables_checksum(folder: Path) -> str | None:
-    """The checksum of a package's tables, which tells them from others'; None if it is not there any more.
+    """What tells the tables of a package, or those that a delta makes, from others; None if it is not there any more.
 
     Args:
-        folder: of the package.
+        folder: of the package or the delta.
     """
+    if (delta := folder / DELTA_FILE).is_file():
+        return checksum(delta)
     path = folder / MANIFEST_FILE
     if not path.is_file():
         return None
@@ -239,22 +394,43 @@ def refuse_damaged(folder: Path, checksums: Mapping[str, str]) -> None:
         InputError: names the first file that is missing or another one.
     """
     for name, expected in checksums.items():
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file: the package is not whole, export or copy it again")
-        if (have := checksum(folder / name)) != expected:
-            raise InputError(
-                f"{folder / name}: checksum is {have[:12]}..., the manifest says {expected[:12]}...: the file is "
-                "damaged, export or copy it again"
-            )
+        refuse_damaged_file(folder / name, expected)
 
 
-def _refuse_unlisted(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Refuse a package with files that nobody has signed: a vocabulary among them, for one, would be read."""
+def refuse_damaged_file(path: Path, expected: str) -> None:
+    """Refuse a file that is not what was written.
+
+    Args:
+        path: of the file.
+        expected: its checksum.
+
+    Raises:
+        InputError: it is missing or another one.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: the package is not whole, export or copy it again")
+    if (have := checksum(path)) != expected:
+        raise InputError(
+            f"{path}: checksum is {have[:12]}..., the manifest says {expected[:12]}...: the file is damaged, export or "
+            "copy it again"
+        )
+
+
+def refuse_unlisted(folder: Path, names: Container[str]) -> None:
+    """Refuse a package with files that nobody has signed: a vocabulary among them, for one, would be read.
+
+    Args:
+        folder: of a package, or of a delta.
+        names: of the files that have been signed, and of the signatures.
+
+    Raises:
+        InputError: names the first other file.
+    """
     for path in sorted(folder.iterdir()):
-        if path.name not in (*checksums, MANIFEST_FILE, SIGNATURE_FILE):
+        if path.name not in names:
             raise InputError(
-                f"{path}: is not in {MANIFEST_FILE}, so that nobody has signed it: do not serve the package; copy it "
-                "again from where it was made"
+                f"{path}: is not in {DELTA_FILE if (folder / DELTA_FILE).is_file() else MANIFEST_FILE}, so that nobody "
+                "has signed it: do not serve the package; copy it again from where it was made"
             )
 
 
@@ -280,7 +456,8 @@ def _from_record(kind: type[Any], record: Mapping[str, Any]) -> Any:
     return kind(**fields)
 
 
-def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(weights: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:
+    """What a mapping has under names that begin with a prefix, by the rest of these."""
     return {
         name.removeprefix(f"{prefix}."): weight for name, weight in weights.items() if name.startswith(f"{prefix}.")
     }

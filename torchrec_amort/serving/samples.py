@@ -42,13 +42,14 @@ def write_samples(
     pq.write_table(table.append_column(_LOGITS, pa.array(logits)), folder / SAMPLES_FILE)
 
 
-def refuse_other_scores(served: Served, folder: Path, most: float) -> None:
+def refuse_other_scores(served: Served, folder: Path, most: float, told: Path) -> None:
     """Refuse a package that scores its samples in another way than when it was made.
 
     Args:
         served: the package, loaded.
-        folder: of the package.
+        folder: of the package's files.
         most: difference of a probability that is none.
+        told: what the package is called.
 
     Raises:
         InputError: names the first sample that differs, and by how much.
@@ -61,6 +62,6 @@ def refuse_other_scores(served: Served, folder: Path, most: float) -> None:
         difference = (torch.sigmoid(part_mT) - torch.sigmoid(torch.tensor(of_request))).abs().max()
         if not difference <= most:
             raise InputError(
-                f"{folder}: sample {row}: a probability differs by {float(difference):.1e} from when the package was "
+                f"{told}: sample {row}: a probability differs by {float(difference):.1e} from when the package was "
                 f"made, more than {most:.0e}: do not serve it; export it again on this machine"
             )

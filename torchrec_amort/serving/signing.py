@@ -1,7 +1,8 @@
 """Signatures of packages: whether one of whom we trust has made them, which checksums alone do not tell.
 
 What is signed, with Ed25519, is `manifest.json`, byte by byte, and it has the checksums of all other files. The
-signature lies beside it in `manifest.sig`, as its 64 bytes: `openssl pkeyutl` makes and verifies such files, too.
+signature lies beside it in `manifest.sig`, as its 64 bytes: `openssl pkeyutl` makes and verifies such files, too. Of a
+delta it is `delta.json`, and its signature is in `delta.sig`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from torchrec_amort.errors import InputError, one_line
-from torchrec_amort.serving.package import MANIFEST_FILE, SIGNATURE_FILE
+from torchrec_amort.serving.package import DELTA_FILE
 
 _BEGIN = b"-----BEGIN "
 
@@ -69,41 +70,46 @@ def read_trusted_keys(path: str | Path) -> list[Ed25519PublicKey]:
     return trusted
 
 
-def sign(folder: Path, key: Ed25519PrivateKey) -> None:
-    """Sign a package, in place of a signature that is there.
+def sign(path: Path, key: Ed25519PrivateKey) -> None:
+    """Sign a package or a delta, in place of a signature that is there.
 
     Args:
-        folder: of the package, whose manifest has its last form.
+        path: of the manifest, or of `delta.json`, in its last form.
         key: whose public key those have who are to trust it.
     """
-    (folder / SIGNATURE_FILE).write_bytes(key.sign((folder / MANIFEST_FILE).read_bytes()))
+    _signature_of(path).write_bytes(key.sign(path.read_bytes()))
 
 
-def refuse_unsigned(folder: Path, manifest: bytes, trusted_key: str | Path) -> None:
-    """Refuse a package that nobody has signed whom we trust.
+def refuse_unsigned(signed: Path, content: bytes, trusted_key: str | Path) -> None:
+    """Refuse a package or a delta that nobody has signed whom we trust.
 
     Args:
-        folder: of the package.
-        manifest: the bytes of its manifest that are acted on: the file may be another one by now.
+        signed: path of the manifest, or of `delta.json`.
+        content: the bytes of it that are acted on: the file may be another one by now.
         trusted_key: see `read_trusted_keys`.
 
     Raises:
-        InputError: there is no signature, or none of these keys has made it for this manifest; or as
+        InputError: there is no signature, or none of these keys has made it for these bytes; or as
             `read_trusted_keys`.
     """
     keys = read_trusted_keys(trusted_key)
-    path = folder / SIGNATURE_FILE
+    path = _signature_of(signed)
     if not path.is_file():
+        kind = "delta" if signed.name == DELTA_FILE else "package"
         raise InputError(
-            f"{path}: no such file: the package is not signed, and a key of {trusted_key} has to have signed it: "
+            f"{path}: no such file: the {kind} is not signed, and a key of {trusted_key} has to have signed it: "
             "export it with signing_key"
         )
     signature = path.read_bytes()
-    if not any(_has_signed(key, signature, manifest) for key in keys):
+    if not any(_has_signed(key, signature, content) for key in keys):
         raise InputError(
-            f"{path}: none of the {len(keys)} keys of {trusted_key} has signed this {MANIFEST_FILE}: one of the two "
+            f"{path}: none of the {len(keys)} keys of {trusted_key} has signed this {signed.name}: one of the two "
             "files was changed, or another key has signed: do not serve it; export it with a key that is trusted"
         )
+
+
+def _signature_of(signed: Path) -> Path:
+    return signed.with_suffix(".sig")
 
 
 def _has_signed(key: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:

@@ -13,11 +13,12 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
 
-def refuse_without_room(folder: Path, available: int | None = None) -> None:
+def refuse_without_room(folder: Path, needed: int | None = None, *, available: int | None = None) -> None:
     """Refuse a package that does not fit beside what is in memory already.
 
     Args:
-        folder: of the package.
+        folder: of the package, or of a delta.
+        needed: bytes that it takes; those of all of its files, read and put into place, if None.
         available: bytes that may still be taken; what the system tells if None.
 
     Raises:
@@ -28,7 +29,8 @@ def refuse_without_room(folder: Path, available: int | None = None) -> None:
         refuse_without_room(Path("packages/tuesday"))
     """
     available = available_bytes() if available is None else available
-    needed = int(_TIMES_ITS_FILES * sum(path.stat().st_size for path in folder.iterdir()))
+    if needed is None:
+        needed = int(_TIMES_ITS_FILES * sum(path.stat().st_size for path in folder.iterdir()))
     if available is not None and needed > available:
         raise InputError(
             f"{folder}: needs {needed / 1e6:,.0f} MB beside the version that answers, but {available / 1e6:,.0f} MB "
