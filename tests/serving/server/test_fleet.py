@@ -13,13 +13,15 @@ from torchrec_amort import InputError
 from torchrec_amort.serving.histories import TierUnreachable
 from torchrec_amort.serving.server import fleet as fleet_module
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
+from torchrec_amort.serving.server.loaded import Loaded
 
 
-def run(folder: Path, link: Link, before: Started | None, packages: list[str]) -> None:
+def run(folder: Path, link: Link, before: Started | None, loaded: Loaded) -> None:
     """A process that writes down what it does, and asks for what it finds in a file."""
-    if packages == ["damaged"]:
+    packages = loaded.packages
+    if packages == ("damaged",):
         raise InputError("damaged: is no package")
-    if packages == ["stuck"]:
+    if packages == ("stuck",):
         threading.Event().wait()
     own = folder / f"{link.place}"
     is_over = threading.Event()
@@ -95,14 +97,14 @@ class Bound:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, link: Link, before: Started | None, packages: list[str]) -> None:
-        run(self.folder, link, before, packages)
+    def __call__(self, link: Link, before: Started | None, loaded: Loaded) -> None:
+        run(self.folder, link, before, loaded)
 
 
 @contextmanager
 def watched(folder: Path, packages: list[str]) -> Iterator[tuple[Fleet, Files, list[list[str]]]]:
     loaded: list[list[str]] = []
-    with Fleet(2, Bound(folder), [], packages, lambda packages: loaded.append(list(packages))) as fleet:
+    with Fleet(2, Bound(folder), [], Loaded(tuple(packages)), lambda one: loaded.append(one.folders)) as fleet:
         is_over = threading.Event()
         watching = threading.Thread(target=fleet.watch, args=(is_over,))
         watching.start()
@@ -155,7 +157,7 @@ def test_a_process_that_never_answers_is_killed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_processes_end_with_their_supervisor(tmp_path: Path) -> None:
-    with Fleet(2, Bound(tmp_path), [], [], lambda _: None) as fleet:
+    with Fleet(2, Bound(tmp_path), [], Loaded(), lambda _: None) as fleet:
         # As if it were killed.
         for worker in fleet._workers:
             worker.orders.close()
