@@ -100,12 +100,15 @@ def serving(
     load: Any = None,
     histories: Any = None,
     trace: Any = None,
+    request_log: Any = None,
     **options: Any,
 ) -> Iterator[Client]:
     service = ScoringService(versions, **({"num_workers": 2, "max_waiting": 9} | options))
     metrics = Metrics()
     metrics.collect("service", service.counters)
-    endpoint = Endpoint("films", versions, service, metrics, timeout_ms, load, histories, trace=trace)
+    endpoint = Endpoint(
+        "films", versions, service, metrics, timeout_ms, load, histories, trace=trace, request_log=request_log
+    )
     ports: Any = {"grpc_port": 0, "http_port": 0, "num_threads": 12, "max_bytes": MAX_BYTES, "access": access}
     with (
         ScoringServer(endpoint, "127.0.0.1", **ports) as server,
