@@ -413,10 +413,11 @@ def test_the_commands_of_the_page_run() -> None:
             line = f"curl -s {command}".replace("localhost:8000", f"localhost:{client.server.http_port}")
             done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, timeout=60)
             answers.append(json.loads(done.stdout or "null"))
-    scored, ready, about, inferred, switched, rolled_back, encoded, forgotten = answers
+    scored, ready, about, inferred, switched, rolled_back, rolled_out, rollout, encoded, forgotten = answers
     assert encoded["scores"] == [[]]
     assert ready is None and about["name"] == "films"
     np.testing.assert_allclose(np.ravel(scored["scores"]), inferred["outputs"][0]["data"], atol=1e-6)
+    assert rolled_out == rollout and (rollout["treatment"], rollout["share"]) == ("tuesday", 0.1)
     assert (switched, rolled_back, forgotten) == ({"version": "tuesday"}, {"version": "monday"}, {"found": True})
 
 
