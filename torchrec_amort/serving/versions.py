@@ -62,6 +62,15 @@ class Version:
         self.scorer.encode(asked.requests)
         return torch.empty(0, len(self.schema.labels))
 
+    def refuse_malformed(self, asked: Requests | Ahead) -> None:
+        """Refuse requests that cannot be read, without scoring any.
+
+        Raises:
+            InputError: as `AmortizedScorer.score`.
+        """
+        if not isinstance(asked, Ahead):
+            self.scorer.warm_up(asked, times=0)
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -208,6 +217,14 @@ class VersionRollout(RolloutOf[Requests | Ahead]):
                 f"version {name!r}: experiment is {stage.experiment!r}, but {self.experiment!r} is on, and users would "
                 "change sides: give the same one, or roll back first"
             )
+
+    def _parts(self, requests: Requests | Ahead) -> list[Part[Requests | Ahead]]:
+        try:
+            return super()._parts(requests)
+        except InputError:
+            # Told with the numbers that requests have among all, and not in the part that was refused.
+            self.control.refuse_malformed(requests)
+            raise
 
     def _joined(self, asked: Requests | Ahead, parts: Sequence[Part[Requests | Ahead]]) -> tuple[Tensor, list[str]]:
         names = {row: (self.treatment if part.is_treated else self.control).name for part in parts for row in part.rows}
