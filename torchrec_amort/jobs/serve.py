@@ -139,7 +139,7 @@ def _serve(
             for look in looks:
                 look()
         server.close(config.seconds_unready)
-    print(json.dumps({"service": endpoint.service.counters(), "cache": _cache_counters(versions)}))
+    print(json.dumps({"service": endpoint.service.counters(), "cache": _cache_counters(versions.current)}))
 
 
 def _endpoint(
@@ -163,8 +163,9 @@ def _endpoint(
     histories = _histories(config, versions, name)
     metrics = Metrics()
     metrics.collect("service", service.counters)
-    metrics.collect("cache", lambda: _cache_counters(versions))
+    metrics.collect("cache", lambda: _cache_counters(versions.current))
     metrics.collect("rollout", lambda: _rollout_counters(versions))
+    metrics.collect("rollout_cache", lambda: _cache_counters(versions.treatment))
     if histories is not None:
         metrics.collect("histories", histories.counters)
     if request_log is not None:
@@ -281,8 +282,8 @@ def _request_log(config: ServeConfig, link: Link | None) -> RequestLog | None:
     )
 
 
-def _cache_counters(versions: Versions) -> dict[str, int]:
-    cache = versions.current.scorer.cache
+def _cache_counters(version: Version | None) -> dict[str, int]:
+    cache = None if version is None else version.scorer.cache
     return {} if cache is None else cache.counters()
 
 

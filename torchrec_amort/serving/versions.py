@@ -322,6 +322,12 @@ class Versions:
         return self._rollout
 
     @property
+    def treatment(self) -> Version | None:
+        """The version that is rolled out itself."""
+        rollout = self._rollout
+        return None if rollout is None else rollout.treatment
+
+    @property
     def names(self) -> list[str]:
         """Of the versions that answer: one, or two during a rollout, the control's first."""
         rollout = self._rollout
@@ -513,8 +519,8 @@ class Versions:
             self._recorded.clear()
             self._num_forgotten += 1
             rollout = self._rollout
-            treatment = None if rollout is None else rollout.treatment
-            versions = [version for version in (self._current, self._previous, treatment) if version is not None]
+            all_of_them = (self._current, self._previous, self.treatment)
+            versions = [version for version in all_of_them if version is not None]
         if rollout is not None:
             # First: to score a sample puts its history into the treatment's cache.
             rollout.drop_samples()

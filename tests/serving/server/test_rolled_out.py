@@ -305,7 +305,9 @@ def test_processes_roll_out_and_switch_back_as_one_and_one_that_is_killed_comes_
         killed(fleet, other, 1)
         refuse_other_sides(sides(BOTH, 0.9))
         assert [other.get("/v1/rollout").json()[name] for name in ("share", "switched_back")] == [0.9, None]
-        assert "amort_rollout_share 0.9" in other.get("/metrics").text
+        told = other.get("/metrics").text
+        assert "amort_rollout_share 0.9" in told and "amort_rollout_switched_back 0.0" in told
+        assert re.search(r"^amort_rollout_cache_misses_total [1-4]\.0$", told, re.MULTILINE)
         assert posted(other, "/v1/forget", user=TREATED) == {"found": True}
         assert posted(other, "/v1/versions", folder="packages/tuesday") == {"version": "tuesday"}
         refuse_other_sides(["tuesday"] * 4)
