@@ -105,12 +105,6 @@ class Shadow(Generic[Asked]):
         max_waiting: samples that may wait.
         draw: of the samples.
         on_fault: called with what is wrong.
-
-    Example::
-
-        shadow = Shadow(kind, scorer.score, reference, 0.01, 1e-4, 32, random.Random(), print)
-        shadow.offer(batch, logits_CT)
-        shadow.close()
     """
 
     def __init__(

@@ -136,8 +136,12 @@ class VersionRollout(RolloutOf[Requests | Ahead]):
 
     Example::
 
+        monday, tuesday = (
+            Version(name, AmortizedScorer(one, schema=schema)) for name, one in (("monday", old), ("tuesday", model))
+        )
         rollout = VersionRollout(monday, tuesday, Stage("tuesday-1", share=0.1), on_fault=print)
-        logits_CT, versions_B = rollout.score([test_table])[0]
+        ((logits_CT, versions_B),) = rollout.score([test_table])
+        rollout.close()
     """
 
     def __init__(
@@ -329,7 +333,7 @@ class Versions:
 
     @property
     def names(self) -> list[str]:
-        """Of the versions that answer: one, or two during a rollout, the control's first."""
+        """Of the versions that answer; during a rollout there may be two, the control's first."""
         rollout = self._rollout
         return [self._current.name] if rollout is None else rollout.names
 
