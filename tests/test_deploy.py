@@ -51,7 +51,7 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     call = Call("grpc", {})
     call.was_scored("monday", 128, Timing(0.001, 0.002))
     metrics.ended(call)
-    metrics.scored("monday", 3)
+    metrics.scored(["monday"], 3)
     metrics.switched("ok")
     metrics.collect("service", lambda: dict.fromkeys(("refused", "displaced", "late"), 0))
     metrics.collect("cache", lambda: dict.fromkeys(("hits", "misses", "bytes"), 0))

@@ -146,4 +146,4 @@ def test_the_package_logs_what_the_page_on_governance_says() -> None:
     calls = []
     for path in (ROOT / "torchrec_amort").rglob("*.py"):
         calls += re.findall(LOG_CALL, path.read_text())
-    assert sorted(calls) == [*10 * ["error"], *2 * ["info"], *3 * ["warning"]]
+    assert sorted(calls) == [*11 * ["error"], *3 * ["info"], *3 * ["warning"]]

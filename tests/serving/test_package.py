@@ -5,7 +5,8 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -98,6 +99,7 @@ def test_several_processes_answer_for_a_package_as_one_server(
     for folder in (tmp_path / "none", unsigned):
         assert https[1].post("/v1/versions", json={"folder": str(folder)}).status_code == 400
     refuse_other_scores("monday")
+    _roll_out(https, tuesday, unsigned, lambda: refuse_other_scores("tuesday"))
     assert https[0].post("/v1/versions", json={"folder": str(tuesday)}).json() == {"version": "tuesday"}
     refuse_other_scores("tuesday")
     assert https[1].post("/v1/forget", json={"user": requests[0]["user"]}).json() == {"found": True}
@@ -121,6 +123,22 @@ def test_several_processes_answer_for_a_package_as_one_server(
     rows = [row for of_file in logged.values() for row in of_file]
     assert {row["user"] for row in rows} == {request["user"] for request in requests} - {user}
     assert {row["request_id"] for row in rows} <= {request["request_id"] for request in requests}
+
+
+def _roll_out(
+    https: list[httpx.Client], package: Path, unsigned: Path, refuse_other_scores: Callable[[], None]
+) -> None:
+    """Samples are compared in each process, and none differs."""
+    rollout = {"experiment": "tuesday-1", "share": 1, "sample_rate": 1}
+    assert https[1].post("/v1/rollout", json=rollout | {"folder": str(unsigned)}).status_code == 400
+    assert https[1].post("/v1/rollout", json=rollout | {"folder": str(package)}).json()["control"] == "monday"
+    refuse_other_scores()
+    for http in https:
+        until = time.monotonic() + 60
+        while not (about := http.get("/v1/rollout").json())["counters"]["compared"]:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert about["switched_back"] is None and about["counters"]["largest_difference"] < 1e-5
 
 
 def _line(process: subprocess.Popen[str], told: str) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from torchrec_amort.serving.server.access import Access, Role
 from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.endpoint import Endpoint
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
+from torchrec_amort.serving.server.loaded import Loaded
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.opener import Opener, VersionOfPackage, clear
 from torchrec_amort.serving.server.run import ScoringServer
@@ -64,14 +65,14 @@ def serve_until_told(config: ServeConfig) -> None:
 def _serve_by_several(config: ServeConfig, is_told_to_end: threading.Event) -> None:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="torchrec-amort-", dir=memory if memory.is_dir() else None) as mapped:
-        run, cleared = partial(_serve_as_one, config, mapped), partial(clear, Path(mapped))
-        packages = [config.package] if config.package else []
-        with Fleet(config.processes, run, [__name__], packages, cleared) as fleet:
+        run = partial(_serve_as_one, config, mapped)
+        loaded = Loaded((config.package,) if config.package else ())
+        with Fleet(config.processes, run, [__name__], loaded, partial(clear, Path(mapped))) as fleet:
             print(f"{config.processes} processes answer", flush=True)
             fleet.watch(until=is_told_to_end)
 
 
-def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started | None, packages: list[str]) -> None:
+def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started | None, loaded: Loaded) -> None:
     """Answer as one of several processes, until told to end or left alone."""
     is_told_to_end = threading.Event()
     given = [port and port + link.place for port in (config.grpc_port, config.http_port)]
@@ -80,12 +81,12 @@ def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started 
         config,
         grpc_port=ports.grpc_port,
         http_port=ports.http_port,
-        package=packages[0] if packages else None,
+        package=loaded.packages[0] if loaded.packages else None,
         workers=config.workers or max(1, len(os.sched_getaffinity(0)) // config.processes),
     )
 
     with stop_signals(lambda _: is_told_to_end.set()):
-        _serve(own, is_told_to_end, Path(mapped), link, packages[1:])
+        _serve(own, is_told_to_end, Path(mapped), link, loaded)
 
 
 def _serve(
@@ -93,7 +94,7 @@ def _serve(
     is_told_to_end: threading.Event,
     mapped: Path | None = None,
     link: Link | None = None,
-    switch_to: Sequence[str] = (),
+    loaded: Loaded | None = None,
 ) -> None:
     """Answer in this process."""
     # Work is spread over requests; what one thread does of it is the service's to say.
@@ -101,14 +102,18 @@ def _serve(
     watched = None if config.watch is None else _folder(config.watch)
     load = partial(_of_package, config, mapped=mapped)
     versions = Versions(load(config.package) if config.package else _of_run(config))
-    for folder in switch_to:
+    loaded = loaded or Loaded((config.package,) if config.package else ())
+    for folder in loaded.packages[1:]:
         versions.switch(load(folder, current=versions.current))
     with ExitStack() as at_the_end:
+        at_the_end.callback(versions.close)
         request_log = _request_log(config, link)
         if request_log is not None:
             at_the_end.callback(request_log.close)
         switched = (lambda folder: load(folder, current=versions.current)) if config.package else None
         endpoint = _endpoint(config, versions, switched, link, request_log, at_the_end)
+        if loaded.rollout is not None:
+            endpoint.restore(loaded.rollout)
         server = _server(config, endpoint)
         server.start()
         print(
@@ -120,12 +125,12 @@ def _serve(
             link.started(Started(server.grpc_port, server.http_port), endpoint.actions, is_told_to_end.set)
         looks = [] if request_log is None else [request_log.look]
         if watched is not None and config.package is not None and (link is None or link.place == 0):
-            looks.append(Watch(watched, local_path([config.package, *switch_to][-1]), endpoint.switch).look)
+            looks.append(Watch(watched, local_path(loaded.packages[-1]), endpoint.switch).look)
         while not is_told_to_end.wait(_SECONDS_BETWEEN_LOOKS if looks else None):
             for look in looks:
                 look()
         server.close(config.seconds_unready)
-    print(json.dumps({"service": endpoint.service.counters(), "cache": _cache_counters(versions)}))
+    print(json.dumps({"service": endpoint.service.counters(), "cache": _cache_counters(versions.current)}))
 
 
 def _endpoint(
@@ -149,7 +154,9 @@ def _endpoint(
     histories = _histories(config, versions, name)
     metrics = Metrics()
     metrics.collect("service", service.counters)
-    metrics.collect("cache", lambda: _cache_counters(versions))
+    metrics.collect("cache", lambda: _cache_counters(versions.current))
+    metrics.collect("rollout", lambda: _rollout_counters(versions))
+    metrics.collect("rollout_cache", lambda: _cache_counters(versions.treatment))
     if histories is not None:
         metrics.collect("histories", histories.counters)
     if request_log is not None:
@@ -266,9 +273,16 @@ def _request_log(config: ServeConfig, link: Link | None) -> RequestLog | None:
     )
 
 
-def _cache_counters(versions: Versions) -> dict[str, int]:
-    cache = versions.current.scorer.cache
+def _cache_counters(version: Version | None) -> dict[str, int]:
+    cache = None if version is None else version.scorer.cache
     return {} if cache is None else cache.counters()
+
+
+def _rollout_counters(versions: Versions) -> dict[str, float]:
+    rollout = versions.rollout
+    if rollout is None:
+        return {}
+    return {**rollout.counters(), "share": rollout.share, "switched_back": float(rollout.switched_back is not None)}
 
 
 def _tokens(path: str | None) -> dict[Role, str]:

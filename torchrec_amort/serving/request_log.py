@@ -327,7 +327,7 @@ def _logged(call: _Call, schema: RequestSchema) -> pa.Table:
     parts_mT = np.split(logits_CT, np.cumsum(call.scored.num_candidates)[:-1])
     logits = [parts_mT[row] for row in call.rows]
     rows = rows.append_column(LOGITS, lists_of([len(part) for part in logits], vectors_of(np.concatenate(logits))))
-    return rows.append_column(VERSION, pa.array([call.scored.version] * len(call.rows)))
+    return rows.append_column(VERSION, pa.array([call.scored.versions[row] for row in call.rows]))
 
 
 def _without_labels(schema: RequestSchema) -> RequestSchema:

@@ -10,9 +10,10 @@ import logging
 import math
 import random
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum, auto
+from typing import Generic
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.errors import InputError, place_of
 from torchrec_amort.hashing import mix
 from torchrec_amort.models.ranker import CollectionRanker, Ranker
-from torchrec_amort.serving.workers import Workers
+from torchrec_amort.serving.shadow import Asked, Kind, Shadow
 
 logger = logging.getLogger(__name__)
 
@@ -104,27 +105,238 @@ class RolloutCounters:
     failed: int = 0
 
 
-@dataclass
-class ShadowCounters:
-    """What became of the samples so far: those that are none of compared, uncompared and dropped are waiting.
+class Went(Enum):
+    """Where a request went, and what became of it there."""
+
+    CONTROL = auto()
+    TREATMENT = auto()
+    # By the treatment; the control answered.
+    REFUSED = auto()
+    FAILED = auto()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which users a treatment answers, and which of its answers are compared.
 
     Args:
-        sampled: requests that were drawn.
-        compared: with the reference.
-        uncompared: not compared, since an error was raised: the treatment refused the request as malformed (in shadow
-            only), or it or the reference raised any other error, which switches back.
-        dropped: found the queue full, or the rollout closed.
-        largest_difference: the largest absolute difference of a logit so far; inf where one was not finite.
+        experiment: its name; another name draws other users.
+        share: of the users that the treatment answers, from 0 to 1.
+        sample_rate: share of the requests that are compared, from 0 to 1.
+        threshold: the largest absolute difference of a logit that is taken for rounding, in log-odds.
+
+    Raises:
+        InputError: `share` or `sample_rate` is not from 0 to 1, or `threshold` not a finite number above 0.
+
+    Example::
+
+        Stage("tuesday-1", share=0.1)
     """
 
-    sampled: int = 0
-    compared: int = 0
-    uncompared: int = 0
-    dropped: int = 0
-    largest_difference: float = 0.0
+    experiment: str
+    share: float
+    sample_rate: float = 0.01
+    threshold: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name, value in (("share", self.share), ("sample_rate", self.sample_rate)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}, not from 0 to 1")
+        if not 0 < self.threshold < math.inf:
+            raise InputError(f"threshold is {self.threshold}, not a finite number above 0")
 
 
-class Rollout:
+@dataclass(frozen=True, eq=False)
+class Part(Generic[Asked]):
+    """Requests that went the same way, of those that came together.
+
+    Args:
+        rows: which of them they are.
+        requests: these alone.
+        logits_CT: their scores.
+        went: where to, and what became of them there.
+    """
+
+    rows: Sequence[int]
+    requests: Asked
+    logits_CT: Tensor
+    went: Went
+
+    @property
+    def is_treated(self) -> bool:
+        """Whether the treatment scored them."""
+        return self.went is Went.TREATMENT
+
+
+class RolloutOf(Generic[Asked]):
+    """What a rollout does whatever requests are: see `Rollout`, which is that of batches.
+
+    Args:
+        kind: of the requests.
+        treatment: the new path.
+        control: the path that all others get.
+        reference: what the treatment's logits have to be.
+        stage: whose requests go where.
+        max_waiting: samples that may wait to be compared.
+        seed: of the draw of samples; another one every time if None.
+        on_fault: called with the reason when a fault has switched back.
+
+    Raises:
+        ValueError: `max_waiting` is below 1.
+    """
+
+    def __init__(
+        self,
+        kind: Kind[Asked],
+        treatment: Callable[[Asked], Tensor],
+        *,
+        control: Callable[[Asked], Tensor],
+        reference: Callable[[Asked], Tensor],
+        stage: Stage,
+        max_waiting: int = 32,
+        seed: int | None = None,
+        on_fault: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if max_waiting < 1:
+            raise ValueError(f"max_waiting is {max_waiting}, not 1 or more")
+        self.stage = stage
+        self.experiment = stage.experiment
+        self.share = stage.share
+        self._kind = kind
+        self._treatment = treatment
+        self._control = control
+        self._on_fault = on_fault
+        self._lock = threading.Lock()
+        self._counters = RolloutCounters()
+        self._switched_back: str | None = None
+        self._shadow = Shadow(
+            kind,
+            treatment,
+            reference,
+            stage.sample_rate,
+            stage.threshold,
+            max_waiting,
+            random.Random(seed),
+            self._fault,
+        )
+
+    @property
+    def switched_back(self) -> str | None:
+        """Why the control answers everybody; None if it does not."""
+        return self._switched_back
+
+    def switch_back(self, reason: str) -> bool:
+        """Let the control answer everybody from now on. Does nothing if that is so already.
+
+        Args:
+            reason: what is logged, and told by `switched_back`.
+
+        Returns:
+            bool: whether it was not so already.
+
+        Example::
+
+            rollout.switch_back("p99 is 40 ms")
+        """
+        with self._lock:
+            if self._switched_back is not None:
+                return False
+            self._switched_back = reason
+        logger.error("experiment %s, share %s: switched back to the control: %s", self.experiment, self.share, reason)
+        return True
+
+    def counters(self) -> dict[str, float]:
+        """Where requests went and what became of samples so far: see `RolloutCounters` and `ShadowCounters`."""
+        with self._lock:
+            counters = asdict(self._counters)
+        return {**counters, **self._shadow.counters()}
+
+    def drain(self) -> None:
+        """Return when every sample that was taken so far is compared."""
+        self._shadow.drain()
+
+    def drop_samples(self) -> None:
+        """Let go of the samples that wait, and return when none of those that were taken so far is left."""
+        self._shadow.drop()
+
+    def close(self) -> None:
+        """Take no more samples, and return when those that were taken are compared.
+
+        Requests that come later are still scored; samples of them are dropped.
+        """
+        self._shadow.close()
+
+    def _parts(self, requests: Asked) -> list[Part[Asked]]:
+        """Let each path score the requests of its users: those of the control come first. Nothing is counted yet."""
+        is_treated_B = self._is_treated(requests)
+        rows = range(len(requests))
+        if not is_treated_B.any():
+            return [self._by_control(requests, rows, Went.CONTROL)]
+        if is_treated_B.all():
+            return self._by_treatment(requests, rows)
+        self._kind.refuse_malformed(requests)
+        others, treated = (is_so_B.nonzero()[0].tolist() for is_so_B in (~is_treated_B, is_treated_B))
+        control = self._by_control(self._kind.select(requests, others), others, Went.CONTROL)
+        return [control, *self._by_treatment(self._kind.select(requests, treated), treated)]
+
+    def _put_together(self, requests: Asked, parts: Sequence[Part[Asked]]) -> Tensor:
+        """The logits of all parts, in the order of the requests, on the device and of the dtype of the first part."""
+        if len(parts) == 1:
+            return parts[0].logits_CT
+        counts = self._kind.num_candidates(requests)
+        of_requests: dict[int, Tensor] = {}
+        for part in parts:
+            logits = part.logits_CT.to(parts[0].logits_CT).split([counts[row] for row in part.rows])
+            of_requests |= zip(part.rows, logits, strict=True)
+        return torch.cat([of_requests[row] for row in range(len(requests))])
+
+    def _count(self, parts: Sequence[Part[Asked]]) -> None:
+        """Count where requests went, and take samples of them."""
+        is_shadow = self.share == 0 and self._switched_back is None
+        for part in parts:
+            count, went = len(part.rows), part.went
+            with self._lock:
+                self._counters.control += count * (went is Went.CONTROL)
+                self._counters.treatment += count * (went is not Went.CONTROL)
+                self._counters.refused += count * (went is Went.REFUSED)
+                self._counters.failed += count * (went is Went.FAILED)
+            if part.is_treated or is_shadow:
+                self._shadow.offer(part.requests, part.logits_CT if part.is_treated else None)
+
+    def _is_treated(self, requests: Asked) -> np.ndarray:
+        """bool [B]: whether the treatment is to answer."""
+        if self._switched_back is not None or self.share in (0, 1):
+            return np.full(len(requests), self._switched_back is None and self.share == 1)
+        users = self._kind.users(requests)
+        if users is None:
+            raise InputError(
+                f"{self._kind.without_users}, but {self.share} of the users are served by the treatment: tell whose "
+                "requests they are, or serve a share of 0 or 1"
+            )
+        return user_places(users, self.experiment) < self.share
+
+    def _by_control(self, requests: Asked, rows: Sequence[int], went: Went) -> Part[Asked]:
+        return Part(rows, requests, self._control(requests), went)
+
+    def _by_treatment(self, requests: Asked, rows: Sequence[int]) -> list[Part[Asked]]:
+        try:
+            return [Part(rows, requests, self._treatment(requests), Went.TREATMENT)]
+        except InputError:
+            return self._refused(requests, rows)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the control answers
+            self._fault(f"the treatment raised {place_of(error)} for {self._kind.sizes(requests)}")
+            return [self._by_control(requests, rows, Went.FAILED)]
+
+    def _refused(self, requests: Asked, rows: Sequence[int]) -> list[Part[Asked]]:
+        """Requests that the treatment has refused, answered by the control."""
+        return [self._by_control(requests, rows, Went.REFUSED)]
+
+    def _fault(self, reason: str) -> None:
+        if self.switch_back(reason):
+            self._on_fault(reason)
+
+
+class Rollout(RolloutOf[RequestBatch]):
     """Serves a new path, the treatment, to a share of the users, and takes it back when it is wrong.
 
     The same user is always on the same side; a larger share has the users of a smaller one and more. Of the requests
@@ -178,28 +390,15 @@ class Rollout:
         max_waiting: int = 32,
         seed: int | None = None,
     ) -> None:
-        for name, value in (("share", share), ("sample_rate", sample_rate)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}, not from 0 to 1")
-        if not 0 < threshold < math.inf:
-            raise ValueError(f"threshold is {threshold}, not a finite number above 0")
-        if max_waiting < 1:
-            raise ValueError(f"max_waiting is {max_waiting}, not 1 or more")
-        self.experiment = experiment
-        self.share = share
-        self._treatment = treatment
-        self._control = control
-        self._lock = threading.Lock()
-        self._counters = RolloutCounters()
-        self._switched_back: str | None = None
-        self._shadow = _Shadow(
-            treatment, reference, sample_rate, threshold, max_waiting, random.Random(seed), self.switch_back
+        super().__init__(
+            _Batches(),
+            treatment,
+            control=control,
+            reference=reference,
+            stage=Stage(experiment, share, sample_rate, threshold),
+            max_waiting=max_waiting,
+            seed=seed,
         )
-
-    @property
-    def switched_back(self) -> str | None:
-        """Why the control answers everybody; None if it does not."""
-        return self._switched_back
 
     def score(self, batch: RequestBatch) -> Tensor:
         """Score every candidate of every request, each request by the path of its user.
@@ -223,52 +422,9 @@ class Rollout:
         with torch.inference_mode():
             # Whatever a path is, the caller's batch stays as it is.
             batch = batch.shallow_copy()
-            is_treated_B = self._is_treated(batch)
-            if not is_treated_B.any():
-                return self._by_control(batch)
-            if is_treated_B.all():
-                return self._by_treatment(batch)
-            batch.validate()
-            requests_B = torch.from_numpy(is_treated_B).to(batch.num_candidates.device)
-            control_CT = self._by_control(batch.select((~requests_B).nonzero().flatten()))
-            treatment_CT = self._by_treatment(batch.select(requests_B.nonzero().flatten()))
-            is_treated_C = torch.repeat_interleave(requests_B, batch.num_candidates).to(control_CT.device)
-            logits_CT = control_CT.new_empty(is_treated_C.shape[0], control_CT.shape[1])
-            logits_CT[~is_treated_C], logits_CT[is_treated_C] = control_CT, treatment_CT.to(control_CT)
-            return logits_CT
-
-    def switch_back(self, reason: str) -> None:
-        """Let the control answer everybody from now on. Does nothing if that is so already.
-
-        Args:
-            reason: what is logged, and told by `switched_back`.
-
-        Example::
-
-            rollout.switch_back("p99 is 40 ms")
-        """
-        with self._lock:
-            if self._switched_back is not None:
-                return
-            self._switched_back = reason
-        logger.error("experiment %s, share %s: switched back to the control: %s", self.experiment, self.share, reason)
-
-    def counters(self) -> dict[str, float]:
-        """Where requests went and what became of samples so far: see `RolloutCounters` and `ShadowCounters`."""
-        with self._lock:
-            counters = asdict(self._counters)
-        return {**counters, **self._shadow.counters()}
-
-    def drain(self) -> None:
-        """Return when every sample that was taken so far is compared."""
-        self._shadow.drain()
-
-    def close(self) -> None:
-        """Take no more samples, and return when those that were taken are compared.
-
-        Requests that come later are still scored; samples of them are dropped.
-        """
-        self._shadow.close()
+            parts = self._parts(batch)
+            self._count(parts)
+            return self._put_together(batch, parts)
 
     def __enter__(self) -> Rollout:
         return self
@@ -276,188 +432,25 @@ class Rollout:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _is_treated(self, batch: RequestBatch) -> np.ndarray:
-        """bool [B]: whether the treatment is to answer."""
-        if self._switched_back is not None or self.share in (0, 1):
-            return np.full(len(batch), self._switched_back is None and self.share == 1)
-        if batch.users is None:
-            raise InputError(
-                f"batch: users is None, but {self.share} of the users are served by the treatment: tell whose requests "
-                "they are, or serve a share of 0 or 1"
-            )
-        return user_places(batch.users.cpu().numpy(), self.experiment) < self.share
 
-    def _by_control(self, batch: RequestBatch) -> Tensor:
-        with self._lock:
-            self._counters.control += len(batch)
-        logits_CT = self._control(batch)
-        if self.share == 0 and self._switched_back is None:
-            self._shadow.offer(batch, None)
-        return logits_CT
+class _Batches:
+    """Requests as batches."""
 
-    def _by_treatment(self, batch: RequestBatch) -> Tensor:
-        with self._lock:
-            self._counters.treatment += len(batch)
-        try:
-            logits_CT = self._treatment(batch)
-        except InputError:
-            with self._lock:
-                self._counters.refused += len(batch)
-            return self._control(batch)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the control answers
-            with self._lock:
-                self._counters.failed += len(batch)
-            self.switch_back(f"the treatment raised {place_of(error)} for {_sizes(batch)}")
-            return self._control(batch)
-        self._shadow.offer(batch, logits_CT)
-        return logits_CT
+    without_users = "batch: users is None"
 
+    def users(self, requests: RequestBatch) -> np.ndarray | None:
+        return None if requests.users is None else requests.users.cpu().numpy()
 
-@dataclass(frozen=True, eq=False)
-class _Sample:
-    """A request that was drawn.
+    def select(self, requests: RequestBatch, rows: Sequence[int]) -> RequestBatch:
+        return requests.select(torch.tensor(rows, device=requests.num_candidates.device))
 
-    Args:
-        number: of the samples, from 1.
-        request: a batch of one.
-        logits_CT: what the treatment answered; None if the control did.
-    """
+    def num_candidates(self, requests: RequestBatch) -> list[int]:
+        counts: list[int] = requests.num_candidates.tolist()
+        return counts
 
-    number: int
-    request: RequestBatch
-    logits_CT: Tensor | None
+    def sizes(self, requests: RequestBatch) -> str:
+        num_candidates, num_ids = requests.candidate_dense.shape[0], requests.sequences.values().numel()
+        return f"{len(requests)} requests, {num_candidates} candidates, {num_ids} ids of events and candidates"
 
-
-class _Shadow:
-    """Compares a sample of requests with the reference, in a thread of its own."""
-
-    def __init__(
-        self,
-        treatment: Score,
-        reference: Score,
-        sample_rate: float,
-        threshold: float,
-        max_waiting: int,
-        draw: random.Random,
-        on_fault: Callable[[str], None],
-    ) -> None:
-        self._treatment = treatment
-        self._reference = reference
-        self._sample_rate = sample_rate
-        self._threshold = threshold
-        self._draw = draw
-        self._on_fault = on_fault
-        self._max_waiting = max_waiting
-        self._num_waiting = 0
-        self._lock = threading.Lock()
-        self._counters = ShadowCounters()
-        self._is_closed = False
-        self._worker = Workers(num_workers=1, num_threads=1)
-        self._latest: Future[None] | None = None
-
-    def offer(self, batch: RequestBatch, logits_CT: Tensor | None) -> None:
-        """Take a sample of the requests, which the treatment has answered so if it has."""
-        with self._lock:
-            first = self._counters.sampled + 1
-            rows = [row for row in range(len(batch)) if self._draw.random() < self._sample_rate]
-            self._counters.sampled += len(rows)
-        if not rows:
-            return
-        try:
-            samples = _copies(batch, rows, first, logits_CT)
-        except InputError:
-            self._uncompared(len(rows))
-        except Exception as error:  # noqa: BLE001 - the request is answered, and its sample must not fail it
-            self._uncompared(len(rows), f"sample {first}: to copy it raised {place_of(error)}")
-        else:
-            for sample in samples:
-                self._put(sample)
-
-    def counters(self) -> dict[str, float]:
-        with self._lock:
-            return asdict(self._counters)
-
-    def drain(self) -> None:
-        with self._lock:
-            latest = self._latest
-        if latest is not None:
-            # One worker takes samples in turn.
-            latest.result()
-
-    def close(self) -> None:
-        with self._lock:
-            self._is_closed = True
-        self._worker.close()
-
-    def _put(self, sample: _Sample) -> None:
-        with self._lock:
-            if self._is_closed or self._num_waiting == self._max_waiting:
-                self._counters.dropped += 1
-            else:
-                self._num_waiting += 1
-                self._latest = self._worker.submit(self._compare, sample)
-
-    @torch.inference_mode()
-    def _compare(self, sample: _Sample) -> None:
-        with self._lock:
-            self._num_waiting -= 1
-        logits_CT, sizes = sample.logits_CT, _sizes(sample.request)
-        try:
-            if logits_CT is None:
-                logits_CT = self._treatment(sample.request)
-        except InputError:
-            self._uncompared(1)
-            return
-        except BaseException as error:  # noqa: BLE001 - a thread cannot exit the process, and the worker goes on
-            self._uncompared(1, f"sample {sample.number}: the treatment raised {place_of(error)} for {sizes}")
-            return
-        try:
-            expected_CT = self._reference(sample.request)
-            difference = _largest_difference(logits_CT, expected_CT)
-        except BaseException as error:  # noqa: BLE001 - a thread cannot exit the process, and the worker goes on
-            self._uncompared(1, f"sample {sample.number}: the reference raised {place_of(error)} for {sizes}")
-            return
-        with self._lock:
-            self._counters.compared += 1
-            self._counters.largest_difference = max(self._counters.largest_difference, difference)
-        if difference > self._threshold:
-            self._on_fault(
-                f"sample {sample.number}: a logit differs from the reference by {difference:.3g}, but the threshold "
-                f"is {self._threshold:.3g}; {sizes}, logits {list(logits_CT.shape)}, the reference's "
-                f"{list(expected_CT.shape)}"
-            )
-
-    def _uncompared(self, count: int, fault: str | None = None) -> None:
-        with self._lock:
-            self._counters.uncompared += count
-        if fault is not None:
-            self._on_fault(fault)
-
-
-def _copies(batch: RequestBatch, rows: list[int], first: int, logits_CT: Tensor | None) -> list[_Sample]:
-    """Samples of some requests, numbered from `first`: what was handed in and out is the caller's, who may change it.
-
-    Raises:
-        InputError: the batch is malformed.
-    """
-    batch.validate()
-    ends_B = torch.cumsum(batch.num_candidates, 0).tolist()
-    samples = []
-    for number, row in enumerate(rows, first):
-        request = batch.select(torch.tensor([row], device=batch.num_candidates.device))
-        part = None if logits_CT is None else logits_CT[ends_B[row] - len(request.candidate_dense) : ends_B[row]]
-        samples.append(_Sample(number, request, None if part is None else part.clone()))
-    return samples
-
-
-def _largest_difference(logits_CT: Tensor, expected_CT: Tensor) -> float:
-    """The largest absolute difference of a logit; inf if one is not finite, or they are not as many."""
-    if logits_CT.shape != expected_CT.shape:
-        return math.inf
-    difference = float((logits_CT.cpu().double() - expected_CT.cpu().double()).abs().max())
-    return difference if math.isfinite(difference) else math.inf
-
-
-def _sizes(batch: RequestBatch) -> str:
-    num_candidates, num_ids = batch.candidate_dense.shape[0], batch.sequences.values().numel()
-    return f"{len(batch)} requests, {num_candidates} candidates, {num_ids} ids of events and candidates"
+    def refuse_malformed(self, requests: RequestBatch) -> None:
+        requests.validate()

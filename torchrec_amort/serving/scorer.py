@@ -150,6 +150,35 @@ class AmortizedScorer:
         with torch.inference_mode():
             return self._score(self._batch(requests), self.cache)
 
+    def score_impressions(
+        self, requests: RequestBatch | pa.Table | Iterable[Mapping[str, Any]], microbatch_size: int = 64
+    ) -> Tensor:
+        """Score every candidate as a request of its own, without the cache: the reference of a rollout of a package.
+
+        It finds candidates and requests that read each other, and a wrong cache, but no fault that one candidate alone
+        has, too. Where the model is there, `score_impressions` of that finds those.
+
+        Args:
+            requests: see `score`.
+            microbatch_size: impressions that are scored at a time, so that memory does not grow with their number.
+
+        Returns:
+            Tensor: logits [C, T], as `score` returns them.
+
+        Raises:
+            InputError: see `score`.
+            FloatingPointError: see `score`.
+
+        Example::
+
+            difference = (scorer.score(batch) - scorer.score_impressions(batch)).abs().max()
+        """
+        with torch.inference_mode():
+            impressions = self._batch(requests).to_impressions()
+            rows_C = torch.arange(len(impressions), device=impressions.num_candidates.device)
+            parts = rows_C.split(microbatch_size)
+            return torch.cat([self._score(impressions.select(part), None) for part in parts])
+
     def encode(self, requests: pa.Table | Iterable[Mapping[str, Any]]) -> None:
         """Encode the histories of requests for the cache, before their candidates are known.
 

@@ -39,6 +39,7 @@ from torchrec_amort.serving.samples import SAMPLES_FILE
 from torchrec_amort.serving.server import memory
 from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
+from torchrec_amort.serving.server.loaded import Loaded
 from torchrec_amort.serving.server.opener import clear
 from torchrec_amort.serving.server.watch import Watch
 from torchrec_amort.serving.versions import Versions
@@ -262,10 +263,10 @@ def test_deltas_that_are_put_into_a_watched_folder_are_taken_in_their_order(
     server.answers_by(folder / "whole" / "wednesday", "wednesday")
 
 
-def run(config: ServeConfig, mapped: str, link: Link, before: Started | None, packages: list[str]) -> None:
+def run(config: ServeConfig, mapped: str, link: Link, before: Started | None, loaded: Loaded) -> None:
     """A process of several, whose packages are not compiled."""
     torch._inductor.aoti_load_package = load_uncompiled  # type: ignore[assignment]
-    _serve_as_one(config, mapped, link, before, packages)
+    _serve_as_one(config, mapped, link, before, loaded)
 
 
 def test_processes_share_a_delta_and_come_back_by_it(folder: Path, tmp_path: Path) -> None:
@@ -273,8 +274,8 @@ def test_processes_share_a_delta_and_come_back_by_it(folder: Path, tmp_path: Pat
     mapped, is_over = tmp_path / "mapped", threading.Event()
     mapped.mkdir()
     of = {name: tables_checksum(folder / name) or "" for name in ("monday", "tuesday", "wednesday")}
-    packages = [str(folder / "monday")]
-    with Fleet(2, partial(run, config, str(mapped)), [run.__module__], packages, partial(clear, mapped)) as fleet:
+    loaded = Loaded((str(folder / "monday"),))
+    with Fleet(2, partial(run, config, str(mapped)), [run.__module__], loaded, partial(clear, mapped)) as fleet:
         watching = threading.Thread(target=fleet.watch, args=(is_over,))
         watching.start()
         urls = [f"http://127.0.0.1:{started.http_port}" for started in fleet.started]

@@ -11,15 +11,18 @@ import pytest
 
 from torchrec_amort import InputError
 from torchrec_amort.serving.histories import TierUnreachable
+from torchrec_amort.serving.rollout import Stage
 from torchrec_amort.serving.server import fleet as fleet_module
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
+from torchrec_amort.serving.server.loaded import Loaded, RolledOut
 
 
-def run(folder: Path, link: Link, before: Started | None, packages: list[str]) -> None:
+def run(folder: Path, link: Link, before: Started | None, loaded: Loaded) -> None:
     """A process that writes down what it does, and asks for what it finds in a file."""
-    if packages == ["damaged"]:
+    packages = loaded.packages
+    if packages == ("damaged",):
         raise InputError("damaged: is no package")
-    if packages == ["stuck"]:
+    if packages == ("stuck",):
         threading.Event().wait()
     own = folder / f"{link.place}"
     is_over = threading.Event()
@@ -43,20 +46,27 @@ def run(folder: Path, link: Link, before: Started | None, packages: list[str]) -
             raise InputError("friday: is not loaded")
         return write("commit", package)
 
+    def roll_out(rolled_out: RolledOut) -> int:
+        if rolled_out.folder == "sunday" and link.place == 1:
+            raise InputError("sunday: is not loaded")
+        return write("roll_out", rolled_out.folder)
+
     actions: dict[str, Callable[..., Any]] = {
         "prepare": prepare,
         "commit": commit,
+        "roll_out": roll_out,
         **{name: lambda *args, name=name: write(name, *args) for name in ("discard", "roll_back", "forget")},
     }
-    write("started", os.getpid(), before and before.http_port, *packages)
+    write("started", os.getpid(), before and before.http_port, *loaded.folders)
     link.started(Started(8001 + link.place, 8000 + link.place), actions, is_over.set)
     asked = folder / f"ask-{link.place}"
     while not is_over.wait(0.01):
         if asked.is_file():
             order, *args = asked.read_text().split()
             asked.unlink()
+            of_rollout = [RolledOut(name, name, Stage("films-1", share=0.1)) for name in args]
             try:
-                answer = str(link.all(order, *args))
+                answer = str(link.all(order, *(of_rollout if order == "roll_out" else args)))
             except Exception as error:  # noqa: BLE001 - the test reads it
                 answer = f"{type(error).__name__}: {error}"
             (folder / f"part-{link.place}").write_text(answer)
@@ -95,14 +105,14 @@ class Bound:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, link: Link, before: Started | None, packages: list[str]) -> None:
-        run(self.folder, link, before, packages)
+    def __call__(self, link: Link, before: Started | None, loaded: Loaded) -> None:
+        run(self.folder, link, before, loaded)
 
 
 @contextmanager
 def watched(folder: Path, packages: list[str]) -> Iterator[tuple[Fleet, Files, list[list[str]]]]:
     loaded: list[list[str]] = []
-    with Fleet(2, Bound(folder), [], packages, lambda packages: loaded.append(list(packages))) as fleet:
+    with Fleet(2, Bound(folder), [], Loaded(tuple(packages)), lambda one: loaded.append(one.folders)) as fleet:
         is_over = threading.Event()
         watching = threading.Thread(target=fleet.watch, args=(is_over,))
         watching.start()
@@ -141,6 +151,12 @@ def test_what_one_process_is_asked_for_all_do_and_one_that_ends_is_started_anew(
         assert files.ask(0, "commit friday") == "[0]"
         wait_until(lambda: sum("started" in line for line in files.done(1)) == 3)
         assert files.done(1)[-1] == f"started {fleet.pids[1]} 8001 thursday friday"
+        assert files.ask(0, "roll_out saturday") == "[0, 1]"
+        assert files.ask(0, "roll_out sunday") == "[0]"
+        wait_until(lambda: sum("started" in line for line in files.done(1)) == 4)
+        assert files.done(1)[-1] == f"started {fleet.pids[1]} 8001 thursday friday sunday"
+        assert files.ask(1, "roll_back") == "[0, 1]"
+        assert loaded[-1] == ["thursday", "friday"]
 
 
 def test_a_process_that_cannot_start_ends_the_others_and_says_why(tmp_path: Path) -> None:
@@ -155,7 +171,7 @@ def test_a_process_that_never_answers_is_killed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_processes_end_with_their_supervisor(tmp_path: Path) -> None:
-    with Fleet(2, Bound(tmp_path), [], [], lambda _: None) as fleet:
+    with Fleet(2, Bound(tmp_path), [], Loaded(), lambda _: None) as fleet:
         # As if it were killed.
         for worker in fleet._workers:
             worker.orders.close()

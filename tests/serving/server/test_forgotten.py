@@ -1,6 +1,7 @@
 """What a server's memory has of a user that it was told to forget."""
 
 import re
+import shutil
 import signal
 import struct
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def test_memory_in_use_has_nothing_of_a_user_who_was_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     export_package(make_model(), tmp_path / "package", SCHEMA)
+    shutil.copytree(tmp_path / "package", tmp_path / "treatment")
     for name, value in OVERWRITING.items():
         monkeypatch.setenv(name, value)
     command = ("torchrec-amort", "serve", "--package", str(tmp_path / "package"), "--grpc_port=0", "--http_port=0")
@@ -53,6 +55,11 @@ def test_memory_in_use_has_nothing_of_a_user_who_was_forgotten(
             assert http.post("/v1/forget", json={"user": user}).json() == {"found": True}
 
         assert list(found_in(server.pid)) == []
+        rollout = {"folder": str(tmp_path / "treatment"), "experiment": "treatment-1", "share": 0, "sample_rate": 1}
+        for share in (0, 1):
+            assert http.post("/v1/rollout", json=rollout | {"share": share}).status_code == 200
+            ask(USER)
+        assert http.get("/v1/rollout").json()["counters"]["treatment"] == 2
         for _ in range(10):
             ask(USER)
         assert len(list(found_in(server.pid))) > 2

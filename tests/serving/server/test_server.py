@@ -100,12 +100,15 @@ def serving(
     load: Any = None,
     histories: Any = None,
     trace: Any = None,
+    request_log: Any = None,
     **options: Any,
 ) -> Iterator[Client]:
     service = ScoringService(versions, **({"num_workers": 2, "max_waiting": 9} | options))
     metrics = Metrics()
     metrics.collect("service", service.counters)
-    endpoint = Endpoint("films", versions, service, metrics, timeout_ms, load, histories, trace=trace)
+    endpoint = Endpoint(
+        "films", versions, service, metrics, timeout_ms, load, histories, trace=trace, request_log=request_log
+    )
     ports: Any = {"grpc_port": 0, "http_port": 0, "num_threads": 12, "max_bytes": MAX_BYTES, "access": access}
     with (
         ScoringServer(endpoint, "127.0.0.1", **ports) as server,
@@ -410,10 +413,11 @@ def test_the_commands_of_the_page_run() -> None:
             line = f"curl -s {command}".replace("localhost:8000", f"localhost:{client.server.http_port}")
             done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, timeout=60)
             answers.append(json.loads(done.stdout or "null"))
-    scored, ready, about, inferred, switched, rolled_back, encoded, forgotten = answers
+    scored, ready, about, inferred, switched, rolled_back, rolled_out, rollout, encoded, forgotten = answers
     assert encoded["scores"] == [[]]
     assert ready is None and about["name"] == "films"
     np.testing.assert_allclose(np.ravel(scored["scores"]), inferred["outputs"][0]["data"], atol=1e-6)
+    assert rolled_out == rollout and (rollout["treatment"], rollout["share"]) == ("tuesday", 0.1)
     assert (switched, rolled_back, forgotten) == ({"version": "tuesday"}, {"version": "monday"}, {"found": True})
 
 

@@ -35,7 +35,7 @@ class Scores:
     Args:
         logits: of each request, float32 [m, T].
         versions: of each request, the version of the model that scored it; requests of one call may have gone to
-            several servers.
+            several servers. During a rollout it is both, joined by a comma, if a server scored some by each.
     """
 
     logits: list[np.ndarray]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +22,15 @@ from torchrec_amort.errors import InputError, place_of
 from torchrec_amort.schema import KINDS_OF_LABELS
 from torchrec_amort.serving.histories import Histories, TierUnreachable, UnknownHistory
 from torchrec_amort.serving.request_log import RequestLog
+from torchrec_amort.serving.rollout import Stage
 from torchrec_amort.serving.server.access import Unauthenticated
 from torchrec_amort.serving.server.call import Call
+from torchrec_amort.serving.server.loaded import RolledOut
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.server.tensors import DATATYPE_OF_COLUMN
 from torchrec_amort.serving.service import Closed, DeadlineExceeded, Overloaded, ScoringService, Timing
 from torchrec_amort.serving.versions import Ahead, Prepared, Requests, Scored, Version, Versions, table_of
+from torchrec_amort.stores import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +97,8 @@ class Endpoint:
         self._everywhere = everywhere or (lambda action, *args: [self.actions[action](*args)])
         self._trace = trace
         self._loading = threading.Lock()
-        self._prepared: Prepared | None = None
+        # With its folder: another process may have been asked for another one meanwhile.
+        self._prepared: tuple[str, Prepared] | None = None
         self._is_draining = threading.Event()
 
     @property
@@ -119,8 +123,8 @@ class Endpoint:
         """
         if name != self.name:
             raise NotHere(f"model {name!r}: is not here: there is {self.name!r}")
-        if version not in ("", current := self.versions.current.name):
-            raise NotHere(f"model {name!r}: version {version!r} does not answer: {current!r} does")
+        if version and version not in (answering := self.versions.names):
+            raise NotHere(f"model {name!r}: version {version!r} does not answer: {answering} do")
 
     def submit(
         self,
@@ -205,7 +209,8 @@ class Endpoint:
     def switch(self, folder: str) -> str:
         """Load the package of a folder, and let it answer once it has scored its samples and the latest requests.
 
-        Of several processes all load it, and then all answer by it, or none does.
+        Of several processes all load it, and then all answer by it, or none does. A package that is rolled out is there
+        already: it answers everybody then.
 
         Args:
             folder: on the server's machine.
@@ -216,34 +221,73 @@ class Endpoint:
         Raises:
             InputError: it cannot be loaded, or as `Versions.switch`; the version that answers goes on.
         """
-        if self._load is None:
-            raise InputError("this server answers by what it was started with: start it with a package to switch")
-        if not self._loading.acquire(blocking=False):
-            raise InputError(f"{folder}: another version is being loaded: wait until it answers")
-        try:
-            self._everywhere("prepare", folder)
+        with self._loaded_by_all(folder):
+            self._everywhere("prepare", folder, None)
             name: str = self._everywhere("commit", folder)[0]
-        except Exception as error:
-            self.metrics.switched("refused")
-            logger.error("%s does not answer: %s", folder, place_of(error))
-            raise
-        finally:
-            self._loading.release()
-        self.metrics.switched("ok")
         logger.info("version %s answers", name)
         return name
 
-    def roll_back(self) -> str:
-        """Let the version before answer again.
+    def roll_out(self, folder: str, stage: Stage) -> dict[str, Any]:
+        """Load the package of a folder, as `switch` does, and let it answer a share of the users.
+
+        A package that is rolled out already goes on to the next stage, and nothing is loaded.
+
+        Args:
+            folder: on the server's machine.
+            stage: whose requests go where.
 
         Returns:
-            str: its name.
+            dict: see `rollout`.
 
         Raises:
-            InputError: there is none.
+            InputError: it cannot be loaded, or as `Versions.prepare`; or another one is being rolled out, or this one
+                in another experiment, or it was switched back. All is as it was then.
+        """
+        with self._loaded_by_all(folder):
+            name: str = self._everywhere("prepare", folder, stage)[0]
+            self._everywhere("roll_out", RolledOut(folder, name, stage))
+        logger.info("version %s is rolled out: experiment %s, share %s", name, stage.experiment, stage.share)
+        return self.rollout()
+
+    def roll_back(self) -> str:
+        """End a rollout, or let the version before answer again.
+
+        Returns:
+            str: the name of the one that answers.
+
+        Raises:
+            InputError: there is none before.
         """
         name: str = self._everywhere("roll_back")[0]
         return name
+
+    def rollout(self) -> dict[str, Any]:
+        """What is rolled out, whose requests it answers, why it was switched back, and what this process counted.
+
+        Raises:
+            NotHere: no version is rolled out.
+        """
+        rollout = self.versions.rollout
+        if rollout is None:
+            raise NotHere(f"version {self.versions.current.name!r}: answers everybody: no other one is rolled out")
+        return {
+            "treatment": rollout.treatment.name,
+            "control": rollout.control.name,
+            **asdict(rollout.stage),
+            "switched_back": rollout.switched_back,
+            "counters": rollout.counters(),
+        }
+
+    def restore(self, rolled_out: RolledOut) -> None:
+        """Roll out in this process what is rolled out in the others.
+
+        Raises:
+            InputError: as `roll_out`.
+        """
+        self._prepare(rolled_out.folder, rolled_out.stage)
+        self._roll_out(rolled_out)
+        if rolled_out.switched_back is not None:
+            self.versions.switch_back(rolled_out.version, rolled_out.switched_back)
 
     @property
     def actions(self) -> dict[str, Callable[..., Any]]:
@@ -251,24 +295,77 @@ class Endpoint:
         return {
             "prepare": self._prepare,
             "commit": self._commit,
+            "roll_out": self._roll_out,
             "discard": self._discard,
             "roll_back": lambda: self.versions.roll_back().name,
+            "switch_back": self.versions.switch_back,
             "forget": self._forget,
         }
 
-    def _prepare(self, folder: str) -> None:
+    @contextmanager
+    def _loaded_by_all(self, folder: str) -> Iterator[None]:
+        """Let one package at a time be loaded; what becomes of it is counted and logged."""
+        if self._load is None:
+            raise InputError("this server answers by what it was started with: start it with a package to switch")
+        if not self._loading.acquire(blocking=False):
+            raise InputError(f"{folder}: another version is being loaded: wait until it answers")
+        try:
+            yield
+        except Exception as error:
+            self.metrics.switched("refused")
+            logger.error("%s does not answer: %s", folder, place_of(error))
+            raise
+        finally:
+            self._loading.release()
+        self.metrics.switched("ok")
+
+    def _prepare(self, folder: str, stage: Stage | None) -> str:
+        """Load a version, unless it is the one that is rolled out."""
         assert self._load is not None
-        self._prepared = self.versions.prepare(self._load(folder))
+        rollout = self.versions.rollout
+        if rollout is not None:
+            rollout.refuse_other(_name_of(folder), stage)
+            return rollout.treatment.name
+        prepared = self.versions.prepare(self._load(folder))
+        self._prepared = folder, prepared
+        return prepared.version.name
 
     def _commit(self, folder: str) -> str:
-        prepared, self._prepared = self._prepared, None
-        if prepared is None:
-            raise InputError(f"{folder}: is not loaded: switch once more")
+        if self._is_rolled_out(_name_of(folder)):
+            return self.versions.complete().name
+        prepared = self._taken(folder)
         self.versions.commit(prepared)
         return prepared.version.name
 
+    def _roll_out(self, rolled_out: RolledOut) -> None:
+        if self._is_rolled_out(rolled_out.version):
+            self.versions.go_on(rolled_out.stage)
+        else:
+            self.versions.roll_out(self._taken(rolled_out.folder), rolled_out.stage, self._switched_back)
+
+    def _is_rolled_out(self, version: str) -> bool:
+        rollout = self.versions.rollout
+        return rollout is not None and rollout.treatment.name == version
+
+    def _taken(self, folder: str) -> Prepared:
+        (loaded, prepared), self._prepared = self._prepared or (None, None), None
+        if prepared is None or loaded != folder:
+            raise InputError(f"{folder}: is not loaded: switch once more")
+        return prepared
+
     def _discard(self) -> None:
         self._prepared = None
+
+    def _switched_back(self, version: str, reason: str) -> None:
+        """Switch back in all other processes, too, where this one has found a fault."""
+        # By a thread of its own: another process may be waiting for this one to score what came.
+        threading.Thread(target=self._switch_back_all, args=(version, reason), name="switch-back", daemon=True).start()
+
+    def _switch_back_all(self, version: str, reason: str) -> None:
+        try:
+            self._everywhere("switch_back", version, reason)
+        except Exception as error:  # noqa: BLE001 - it is nobody's who asked
+            logger.error("version %s is switched back in this process alone: %s", version, place_of(error))
 
     @contextmanager
     def call(self, protocol: str, headers: Mapping[str, str]) -> Iterator[Call]:
@@ -327,7 +424,7 @@ class Endpoint:
         log: Callable[..., None] | None,
     ) -> None:
         num_candidates = sum(scored.num_candidates)
-        self.metrics.scored(scored.version, num_candidates)
+        self.metrics.scored(set(scored.versions), num_candidates)
         if call is not None:
             call.was_scored(scored.version, num_candidates, timing)
         if keep is not None:
@@ -338,8 +435,13 @@ class Endpoint:
     def metadata(self) -> dict[str, Any]:
         """What the protocol tells of the model: tensors of lists may have their lengths beside them."""
         inputs, outputs = ([tensor._asdict() for tensor in tensors] for tensors in (self._inputs(), self._outputs()))
-        versions = [self.versions.current.name]
-        return {"name": self.name, "versions": versions, "platform": PLATFORM, "inputs": inputs, "outputs": outputs}
+        return {
+            "name": self.name,
+            "versions": self.versions.names,
+            "platform": PLATFORM,
+            "inputs": inputs,
+            "outputs": outputs,
+        }
 
     def _inputs(self) -> Sequence[Tensor]:
         schema = self.versions.current.schema
@@ -350,6 +452,11 @@ class Endpoint:
     def _outputs(self) -> Sequence[Tensor]:
         num_tasks = len(self.versions.current.schema.labels)
         return [Tensor(LOGITS, "FP32", (-1, num_tasks)), Tensor(NUM_CANDIDATES, "INT64", (-1,))]
+
+
+def _name_of(folder: str) -> str:
+    """The name of the version in a folder."""
+    return local_path(folder).resolve().name
 
 
 def _refuse_parameters(parameters: Mapping[str, Any]) -> None:

@@ -15,17 +15,19 @@ from typing import Any, TypeAlias
 
 from torchrec_amort.errors import InputError, place_of
 from torchrec_amort.serving.histories import TierUnreachable
+from torchrec_amort.serving.server.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 
 # Seconds until a process that has ended is started anew; doubled each time, if it ends again and again.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 10.0
+# What either all processes do, or none: one that cannot is started anew, by what the others have.
+_FOR_ALL = ("commit", "roll_out")
 # Whoever asks all processes for something waits for one that starts.
 _MOST_SECONDS_TO_START = 900.0
 
-# What a process runs: its link, the ports that it had before if it is started anew, and the packages that are loaded,
-# the one that answers last.
-Run: TypeAlias = Callable[["Link", "Started | None", list[str]], None]
+# What a process runs: its link, the ports that it had before if it is started anew, and what is loaded.
+Run: TypeAlias = Callable[["Link", "Started | None", Loaded], None]
 # What a process does when it is told to, by name.
 Actions: TypeAlias = Mapping[str, Callable[..., Any]]
 
@@ -126,15 +128,16 @@ class Fleet:
         num_processes: how many.
         run: what each of them runs.
         modules: that are imported once, before processes are forked from that: a process is there faster then.
-        packages: that are loaded.
-        loaded: called with the packages that are loaded, whenever they are other ones.
+        loaded: what they load.
+        changed: called with what is loaded, whenever it is something else.
 
     Raises:
         InputError: a process ended before it answered.
 
     Example::
 
-        with Fleet(4, run, ["torchrec_amort.jobs.serve"], ["packages/films"], loaded=print) as fleet:
+        loaded = Loaded(("packages/films",))
+        with Fleet(4, run, ["torchrec_amort.jobs.serve"], loaded, changed=print) as fleet:
             fleet.watch(until=is_told_to_end)
     """
 
@@ -143,14 +146,14 @@ class Fleet:
         num_processes: int,
         run: Run,
         modules: Sequence[str],
-        packages: Sequence[str],
-        loaded: Callable[[Sequence[str]], None],
+        loaded: Loaded,
+        changed: Callable[[Loaded], None],
     ) -> None:
         # Forked from a process of one thread: those of this one would not be there, and what they hold locked would be.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(modules))
-        self._run, self._loaded, self._lock = run, loaded, threading.Lock()
-        self._packages = list(packages)
+        self._run, self._changed, self._lock = run, changed, threading.Lock()
+        self._loaded = loaded
         self._pauses = [_FIRST_PAUSE] * num_processes
         self._workers: list[_Worker] = []
         try:
@@ -211,7 +214,7 @@ class Fleet:
         asks, asks_there = self._context.Pipe()
         orders, orders_there = self._context.Pipe()
         process = self._context.Process(
-            target=_run, args=(self._run, asks_there, orders_there, place, before, self._packages)
+            target=_run, args=(self._run, asks_there, orders_there, place, before, self._loaded)
         )
         process.start()
         # Of a process that ends, the connection ends.
@@ -267,7 +270,7 @@ class Fleet:
     def _all(self, order: str, args: Sequence[Any]) -> list[Any]:
         with self._lock:
             answers = [self._ordered(worker, order, args) for worker in self._workers]
-            if order == "commit" and not all(isinstance(answer, Exception) for answer in answers):
+            if order in _FOR_ALL and not all(isinstance(answer, Exception) for answer in answers):
                 # One that was started anew in between has not loaded it: it is once more, by what the others have now.
                 for place, answer in enumerate(answers):
                     if isinstance(answer, Exception):
@@ -278,9 +281,9 @@ class Fleet:
                     for worker in self._workers:
                         self._ordered(worker, "discard", ())
                 raise errors[0]
-            if order in ("commit", "roll_back"):
-                self._packages = [*self._packages, *args][-2:] if args else self._packages[:-1]
-                self._loaded(self._packages)
+            if (loaded := self._loaded.after(order, *args)) != self._loaded:
+                self._loaded = loaded
+                self._changed(loaded)
         # A process that has ended knows nothing any more.
         return [answer for answer in answers if answer is not _GONE]
 
@@ -295,10 +298,8 @@ class Fleet:
 _GONE = object()
 
 
-def _run(
-    run: Run, asks: Connection, orders: Connection, place: int, before: Started | None, packages: list[str]
-) -> None:
+def _run(run: Run, asks: Connection, orders: Connection, place: int, before: Started | None, loaded: Loaded) -> None:
     try:
-        run(Link(asks, orders, place), before, packages)
+        run(Link(asks, orders, place), before, loaded)
     except InputError as error:
         orders.send(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,8 +11,8 @@ from torchrec_amort.serving.server.call import Call
 
 _SECONDS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _CANDIDATES = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-# What a cache tells that may fall again; all else only rises.
-_LEVELS = ("users", "bytes")
+# What may fall again of what a cache, or a rollout, tells; all else only rises.
+_LEVELS = ("users", "bytes", "share", "switched_back", "largest_difference")
 
 
 class Metrics:
@@ -44,9 +44,15 @@ class Metrics:
         self._candidates = Histogram(
             "amort_candidates", "Candidates of a call.", buckets=_CANDIDATES, registry=self._registry
         )
-        self._by_version = Counter("amort_scored", "Calls that were scored.", ["version"], registry=self._registry)
-
-        self._switches = Counter("amort_switches", "Versions that were loaded.", ["result"], registry=self._registry)
+        self._by_version = Counter(
+            "amort_scored", "Calls that a version scored, whole or in part.", ["version"], registry=self._registry
+        )
+        self._switches = Counter(
+            "amort_switches",
+            "Versions that were loaded, rolled out further, or completed.",
+            ["result"],
+            registry=self._registry,
+        )
 
     def ended(self, call: Call) -> None:
         """A call has ended."""
@@ -54,13 +60,14 @@ class Metrics:
         for phase, seconds in call.phases.items():
             self._phases.labels(phase).observe(seconds)
 
-    def scored(self, version: str, num_candidates: int) -> None:
-        """A call was scored by a version."""
+    def scored(self, versions: Iterable[str], num_candidates: int) -> None:
+        """A call was scored by a version, or by two."""
         self._candidates.observe(num_candidates)
-        self._by_version.labels(version).inc()
+        for version in versions:
+            self._by_version.labels(version).inc()
 
     def switched(self, result: str) -> None:
-        """A version was loaded: it answers, `ok`, or was `refused`."""
+        """A version was to answer, or a share of the users: it does, `ok`, or was `refused`."""
         self._switches.labels(result).inc()
 
     def collect(self, name: str, counters: Callable[[], Mapping[str, float]]) -> None:
@@ -68,7 +75,8 @@ class Metrics:
 
         Args:
             name: what they are of.
-            counters: all of them rise but `users` and `bytes`.
+            counters: all of them rise but `users` and `bytes`; and, of a rollout, `share`, `switched_back` and
+                `largest_difference`.
         """
         self._registry.register(_Counters(name, counters))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from torchrec_amort.files import write_text
 from torchrec_amort.serving.delta import read_delta
 from torchrec_amort.serving.mapped import Files, FilesInFolder, FilesOfProcess
 from torchrec_amort.serving.package import DELTA_FILE, Package, read_package, tables_checksum
+from torchrec_amort.serving.server.loaded import Loaded
 from torchrec_amort.serving.server.memory import refuse_without_room
 from torchrec_amort.serving.versions import Version
 from torchrec_amort.stores import local_path
@@ -96,14 +96,14 @@ class Opener:
         return mapped / f"{checksum}.folder"
 
 
-def clear(mapped: Path, folders: Sequence[str]) -> None:
+def clear(mapped: Path, loaded: Loaded) -> None:
     """Remove tables of packages that do not answer any more.
 
     Args:
         mapped: see `Opener`.
-        folders: of the packages and deltas that do, or that may be rolled back to.
+        loaded: the packages and deltas that do, or that may be rolled back to.
     """
-    checksums = {tables_checksum(local_path(folder)) for folder in folders} - {None}
+    checksums = {tables_checksum(local_path(folder)) for folder in loaded.folders} - {None}
     wanted = {mapped / str(checksum) for checksum in checksums}
     wanted |= {needed for folder in wanted for needed in FilesInFolder(folder).needed()}
     for folder in mapped.iterdir():

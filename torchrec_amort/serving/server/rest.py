@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from torchrec_amort.errors import InputError
+from torchrec_amort.serving.rollout import Stage
 from torchrec_amort.serving.server.access import Access, Role
 from torchrec_amort.serving.server.call import Call
 from torchrec_amort.serving.server.endpoint import LOGITS, PLATFORM, Answer, Endpoint, failure_of, told
@@ -66,7 +67,17 @@ class _Package(msgspec.Struct):
     folder: str
 
 
-_INFERENCE, _SCORING, _USER, _FOLDER = (msgspec.json.Decoder(kind) for kind in (_Inference, _Scoring, _User, _Package))
+class _Rollout(msgspec.Struct):
+    folder: str
+    experiment: str
+    share: float
+    sample_rate: float = Stage.sample_rate
+    threshold: float = Stage.threshold
+
+
+_INFERENCE, _SCORING, _USER, _FOLDER, _ROLLOUT = (
+    msgspec.json.Decoder(kind) for kind in (_Inference, _Scoring, _User, _Package, _Rollout)
+)
 
 
 def rest_app(endpoint: Endpoint, access: Access, max_bytes: int) -> Starlette:
@@ -103,6 +114,8 @@ class _Rest:
             ("POST", "/v1/score", "score", self._score),
             ("POST", "/v1/forget", "admin", self._forget),
             ("POST", "/v1/versions", "admin", self._switch),
+            ("POST", "/v1/rollout", "admin", self._roll_out),
+            ("GET", "/v1/rollout", "admin", self._rollout),
             ("POST", "/v1/roll_back", "admin", self._roll_back),
         ]
         for path in (model, model + "/versions/{version}"):
@@ -185,6 +198,14 @@ class _Rest:
         folder = _decoded(_FOLDER, await self._body(request)).folder
         return JSONResponse({"version": await asyncio.to_thread(self._endpoint.switch, folder)})
 
+    async def _roll_out(self, request: Request) -> Response:
+        asked: _Rollout = _decoded(_ROLLOUT, await self._body(request))
+        stage = Stage(asked.experiment, asked.share, asked.sample_rate, asked.threshold)
+        return _told_of(await asyncio.to_thread(self._endpoint.roll_out, asked.folder, stage))
+
+    async def _rollout(self, _: Request) -> Response:
+        return _told_of(self._endpoint.rollout())
+
     async def _roll_back(self, _: Request) -> Response:
         return JSONResponse({"version": await asyncio.to_thread(self._endpoint.roll_back)})
 
@@ -213,6 +234,11 @@ class _Rest:
 
     def _refuse_other(self, request: Request) -> None:
         self._endpoint.refuse_other(request.path_params["name"], request.path_params.get("version", ""))
+
+
+def _told_of(rollout: Mapping[str, Any]) -> Response:
+    # Not by Starlette's: a difference may be infinite, which is null in JSON.
+    return Response(msgspec.json.encode(rollout), media_type="application/json")
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes | memoryview) -> Any:
