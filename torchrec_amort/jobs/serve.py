@@ -38,8 +38,8 @@ from torchrec_amort.training.run import load_model
 if TYPE_CHECKING:
     from torchrec_amort.serving.server.traces import Traces
 
-# What comes together after all have stood still for a moment; deadlines, where there are any, bound it sooner.
-_WAITING_PER_WORKER = 128
+# Those that wait longer come too late, and what is refused before it is read costs least.
+_WAITING_PER_WORKER = 16
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 

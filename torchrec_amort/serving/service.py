@@ -17,8 +17,6 @@ from torchrec_amort.serving.workers import Workers
 
 # Share of the latest request in the mean time to score one.
 _LATEST = 0.05
-# How much longer than the mean the requests before one may take, so that its scores are still there in time.
-_MARGIN = 2
 
 
 class Closed(RuntimeError):
@@ -276,11 +274,11 @@ class ScoringService(Generic[Result]):
         )
         # Until a worker is free, and then to be scored with those that it takes together.
         together = min(self._max_together, -(-(len(self._queue) + 1) // self._num_workers))
-        turns = _MARGIN * max(0, num_before - self._num_workers + 1) / self._num_workers + together
+        turns = max(0, num_before - self._num_workers + 1) / self._num_workers + together
         if now + turns * self._mean_seconds > deadline:
             raise Overloaded(
                 f"{num_before} requests are before it, and a request takes {self._mean_seconds * 1e3:.3g} ms: its "
-                f"scores may come after its deadline in {(deadline - now) * 1e3:.3g} ms"
+                f"scores would come after its deadline in {(deadline - now) * 1e3:.3g} ms"
             )
 
     def _displaced_for(self, priority: int, num_bytes: int) -> list[_Waiting[Result]]:

@@ -89,6 +89,39 @@ def test_what_a_server_says_in_place_of_an_answer_is_raised(code: grpc.StatusCod
         client.score(REQUESTS)
 
 
+def test_what_finds_a_queue_full_is_sent_again_a_few_times() -> None:
+    codes = iter([grpc.StatusCode.RESOURCE_EXHAUSTED] * 3)
+    seen: list[tuple[Any, dict[str, str]]] = []
+
+    def full_at_first(table: pa.Table) -> np.ndarray:
+        for code in codes:
+            raise Refusal(code, "full")
+        return echo(table)
+
+    def full(_: pa.Table) -> np.ndarray:
+        raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+
+    with grpc_server(full_at_first, seen) as address, ScoringClient([address]) as client:
+        scored = client.score(REQUESTS)
+    assert [logits.tolist() for logits in scored.logits] == expected(REQUESTS) and len(seen) == 4
+    seen.clear()
+    with grpc_server(full, seen) as address, ScoringClient([address]) as client, pytest.raises(Overloaded):
+        client.score(REQUESTS)
+    assert len(seen) == 5
+
+
+def test_where_most_calls_find_a_queue_full_none_is_sent_again() -> None:
+    seen: list[tuple[Any, dict[str, str]]] = []
+
+    def full(_: pa.Table) -> np.ndarray:
+        raise Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+
+    with grpc_server(full, seen) as address, ScoringClient([address]) as client:
+        futures = [client.submit(REQUESTS) for _ in range(600)]
+        assert {type(future.exception()) for future in futures} == {Overloaded}
+    assert 600 < len(seen) < 600 + 600
+
+
 def test_a_server_that_is_late_is_given_up() -> None:
     over = Event()
 

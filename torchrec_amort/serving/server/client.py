@@ -5,6 +5,7 @@ Shape suffixes: m candidates of one request; T tasks.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,8 +25,29 @@ from torchrec_amort.serving.server.messages import SERVICE, message
 from torchrec_amort.serving.service import DeadlineExceeded, Overloaded
 
 INFER = f"/{SERVICE}/ModelInfer"
-# A message is as large as the requests in it.
-CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+# Of calls that find a queue full. Each that fails takes one of the tokens, one that is answered gives a tenth back:
+# with less than half of them, as when a server has more to do than it can, no call is sent again.
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE, "method": "ModelInfer"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.02s",
+                "maxBackoff": "0.2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 1000, "tokenRatio": 0.1},
+}
+CHANNEL_OPTIONS = (
+    # A message is as large as the requests in it.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.service_config", json.dumps(_RETRIES)),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +69,9 @@ class ScoringClient:
 
     With several servers, all requests of a user go to the same one, whose cache has that user's history. If a server
     is added, it takes its share of the users of each of the others, and no other user moves.
+
+    What a server refuses since its queue is full is sent again up to four times, after 20 to 200 ms, within the
+    timeout; not while most calls are refused.
 
     Args:
         addresses: `host:port` of each server, written alike in all clients.

@@ -31,7 +31,7 @@ class ServeConfig:
         threads_per_request: CPU threads of each.
         max_together: requests that wait which a worker scores together; their scores are the same, to rounding.
         microbatch_size: candidates that are scored at a time; all at once unless given.
-        max_waiting: requests that may wait for a worker; more are refused. 128 for each worker unless given.
+        max_waiting: requests that may wait for a worker; more are refused. Sixteen for each worker unless given.
         max_waiting_bytes: what those may have together.
         max_message_bytes: of one message; larger ones are refused.
         timeout_ms: of requests that give none, in milliseconds; any time unless given.
