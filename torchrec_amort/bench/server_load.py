@@ -52,7 +52,8 @@ class ServerLoadConfig:
         history_length: events of each history, the latest ones, of requests that have as many; their own unless given.
         body: JSON file that is sent as it is in place of requests of `data`: a body of `rest`, for any server of the
             protocol.
-        protocol: `grpc` or `rest`: the Open Inference Protocol over gRPC, or in JSON; `score`: `POST /v1/score`.
+        protocol: `grpc` or `rest`: the Open Inference Protocol over gRPC, or in JSON; `score`: `POST /v1/score`. What
+            finds a queue full is sent again over gRPC, as `ScoringClient` does, and refused if that does not help.
         model: name of the model; the data set of `data` unless given.
         rates: requests a second, one load after the other.
         seconds: how long each load lasts.
