@@ -263,6 +263,19 @@ def test_deltas_that_are_put_into_a_watched_folder_are_taken_in_their_order(
     server.answers_by(folder / "whole" / "wednesday", "wednesday")
 
 
+def test_a_delta_is_rolled_out_and_the_next_is_since_it(folder: Path, one: tuple[Server, Versions, Any]) -> None:
+    server, versions, _ = one
+    stage = {"folder": str(folder / "tuesday"), "experiment": "tuesday-1", "share": 1, "sample_rate": 1}
+    assert server.http.post("/v1/rollout", json=stage).status_code == 200
+    server.answers_by(folder / "whole" / "tuesday", "tuesday")
+    assert versions.rollout is not None
+    versions.rollout.drain()
+    assert versions.rollout.switched_back is None and versions.rollout.counters()["compared"] == len(REQUESTS)
+    assert server.switch(folder / "tuesday") == (200, "tuesday")
+    assert server.switch(folder / "wednesday") == (200, "wednesday")
+    server.answers_by(folder / "whole" / "wednesday", "wednesday")
+
+
 def run(config: ServeConfig, mapped: str, link: Link, before: Started | None, loaded: Loaded) -> None:
     """A process of several, whose packages are not compiled."""
     torch._inductor.aoti_load_package = load_uncompiled  # type: ignore[assignment]
