@@ -268,9 +268,7 @@ def _way_to_score(config: ServerLoadConfig, requests: pa.Table) -> Callable[[int
         scorer = AmortizedScorer(load_package(config.check_package))
 
         def score_package(row: int) -> np.ndarray:
-            assert scorer.schema is not None
-            batch = RequestBatch.from_arrow(requests.slice(row, 1), scorer.schema)
-            logits_mT: np.ndarray = scorer.score(batch.to_impressions()).numpy()
+            logits_mT: np.ndarray = scorer.score_impressions(requests.slice(row, 1)).numpy()
             return logits_mT
 
         return score_package

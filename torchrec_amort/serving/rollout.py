@@ -23,6 +23,7 @@ from torchrec_amort.batch import RequestBatch
 from torchrec_amort.errors import InputError, place_of
 from torchrec_amort.hashing import mix
 from torchrec_amort.models.ranker import CollectionRanker, Ranker
+from torchrec_amort.serving.scorer import by_impressions
 from torchrec_amort.serving.shadow import Asked, Kind, Shadow
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,8 @@ def score_impressions(
     elif isinstance(model, CollectionRanker):
         features = {tower.name: tower.event_encoder.features for tower in model.collection.towers}
         batch = batch.keep_latest(batch.request_lists.layout.limits(features, model.history_lengths))
-    impressions = batch.to_impressions()
-    rows_C = torch.arange(len(impressions), device=impressions.num_candidates.device)
     with torch.inference_mode():
-        return torch.cat([model(impressions.select(part)) for part in rows_C.split(microbatch_size)])
+        return by_impressions(model, batch, microbatch_size)
 
 
 @dataclass

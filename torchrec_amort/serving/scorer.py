@@ -11,7 +11,8 @@ import itertools
 import logging
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -174,10 +175,7 @@ class AmortizedScorer:
             difference = (scorer.score(batch) - scorer.score_impressions(batch)).abs().max()
         """
         with torch.inference_mode():
-            impressions = self._batch(requests).to_impressions()
-            rows_C = torch.arange(len(impressions), device=impressions.num_candidates.device)
-            parts = rows_C.split(microbatch_size)
-            return torch.cat([self._score(impressions.select(part), None) for part in parts])
+            return by_impressions(partial(self._score, cache=None), self._batch(requests), microbatch_size)
 
     def encode(self, requests: pa.Table | Iterable[Mapping[str, Any]]) -> None:
         """Encode the histories of requests for the cache, before their candidates are known.
@@ -343,6 +341,19 @@ class AmortizedScorer:
             return
         for start in range(0, num_candidates, size):
             yield batch.part(start, min(num_candidates, start + size))
+
+
+def by_impressions(score: Callable[[RequestBatch], Tensor], batch: RequestBatch, microbatch_size: int) -> Tensor:
+    """Logits [C, T] of candidates that are scored as requests of their own, some at a time.
+
+    Args:
+        score: gives the logits of a batch.
+        batch: C candidates.
+        microbatch_size: candidates that are scored at a time.
+    """
+    impressions = batch.to_impressions()
+    rows_C = torch.arange(len(impressions), device=impressions.num_candidates.device)
+    return torch.cat([score(impressions.select(part)) for part in rows_C.split(microbatch_size)])
 
 
 def _put_together(parts: Iterator[Tensor], num_rows: int) -> Tensor:
