@@ -31,6 +31,7 @@ from tests.serving.test_scorer import make_model
 from torchrec_amort import AmortizedScorer, HistoryCache, InputError, RequestBatch, ScoringService
 from torchrec_amort.serving.histories import HistoryStore
 from torchrec_amort.serving.server.access import Access
+from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.endpoint import Endpoint
 from torchrec_amort.serving.server.memory import available_bytes, refuse_without_room
 from torchrec_amort.serving.server.messages import METHODS, SERVICE, message
@@ -529,6 +530,13 @@ def test_senseless_access_is_refused(tmp_path: Path) -> None:
     for options, told in refused:
         with pytest.raises(InputError, match=told):
             Access(**options)
+
+
+def test_ports_of_processes_that_would_meet_are_told() -> None:
+    with pytest.raises(InputError, match="processes is 2, grpc_port 8001 and http_port 8000: .* 2 or more apart"):
+        ServeConfig(package="packages/films", processes=2)
+    for grpc_port in (8002, 0):
+        ServeConfig(package="packages/films", processes=2, grpc_port=grpc_port)
 
 
 def test_a_port_that_is_taken_is_told(client: Client) -> None:

@@ -25,8 +25,8 @@ class ServeConfig:
         grpc_port: of gRPC; any free one if 0.
         http_port: of HTTP; any free one if 0.
         processes: that answer side by side, with one copy of a package's tables: the first listens on `grpc_port` and
-            `http_port`, each other on those after the one before. Give clients all of them, so that a user's requests
-            go to one. Queues, caches and histories are each process' own.
+            `http_port`, each other on those after the one before: give ports that are as far apart. Give clients all
+            of them, so that a user's requests go to one. Queues, caches and histories are each process' own.
         workers: requests that each process scores at the same time; as many as there are CPUs for it unless given.
         threads_per_request: CPU threads of each.
         max_together: requests that wait which a worker scores together; their scores are the same, to rounding.
@@ -110,6 +110,11 @@ class ServeConfig:
         )
         if (self.package is None) == (self.run_folder is None):
             raise InputError("give a package or a run_folder, one of the two")
+        if 0 < abs(self.grpc_port - self.http_port) < self.processes and self.grpc_port and self.http_port:
+            raise InputError(
+                f"processes is {self.processes}, grpc_port {self.grpc_port} and http_port {self.http_port}: each "
+                f"process takes the next ones, and they would meet: give ports that are {self.processes} or more apart"
+            )
         if self.watch is not None and self.package is None:
             raise InputError(f"watch is {self.watch!r}, but a run_folder answers: give a package to begin with")
         if self.trusted_key is not None and self.package is None:
