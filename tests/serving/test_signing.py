@@ -159,8 +159,8 @@ def test_only_signed_packages_are_loaded_and_the_version_that_answers_goes_on(
 
 def test_no_process_of_several_starts_with_an_unsigned_package(keys: Path, tmp_path: Path) -> None:
     package, trusted_key = str(small(tmp_path / "package")), str(keys / "own" / "trusted.pem")
-    command = ("torchrec-amort", "serve", "--package", package, "--processes", "2", "--trusted_key", trusted_key)
-    done = launch(*command, check=False)
+    command = ("torchrec-amort", "serve", "--package", package, "--trusted_key", trusted_key)
+    done = launch(*command, "--processes", "2", "--grpc_port", "8011", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {package}/{SIGNATURE_FILE}: no such file: the package is not signed")
 
