@@ -33,8 +33,8 @@ _RETRIES = {
             "name": [{"service": SERVICE, "method": "ModelInfer"}],
             "retryPolicy": {
                 "maxAttempts": 5,
-                "initialBackoff": "0.02s",
-                "maxBackoff": "0.2s",
+                "initialBackoff": "0.05s",
+                "maxBackoff": "0.4s",
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
             },
