@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import yaml
 
 from torchrec_amort.config import config_of, parser_of
+from torchrec_amort.serving.rollout import RolloutCounters
 from torchrec_amort.serving.server.call import Call
 from torchrec_amort.serving.server.config import ServeConfig
 from torchrec_amort.serving.server.metrics import Metrics
 from torchrec_amort.serving.service import Timing
+from torchrec_amort.serving.shadow import ShadowCounters
 
 DEPLOY = Path(__file__).resolve().parents[1] / "examples" / "deploy"
 VERSION = "1.31"
@@ -55,9 +58,11 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     metrics.switched("ok")
     metrics.collect("service", lambda: dict.fromkeys(("refused", "displaced", "late"), 0))
     metrics.collect("cache", lambda: dict.fromkeys(("hits", "misses", "bytes"), 0))
+    rollout = {**asdict(RolloutCounters()), **asdict(ShadowCounters()), "share": 0.1, "switched_back": 0}
+    metrics.collect("rollout", lambda: rollout)
     told = set(re.findall(r"^(amort_\w+)", metrics.text().decode(), re.MULTILINE))
     panels = json.loads((DEPLOY / "grafana.json").read_text())["panels"]
     shown = {
         name for panel in panels for target in panel["targets"] for name in re.findall(r"amort_\w+", target["expr"])
     }
-    assert len(panels) == 9 and shown <= told, shown - told
+    assert len(panels) == 12 and shown <= told, shown - told

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from typing import TypeVar
+
+Raised = TypeVar("Raised", bound=BaseException)
+
+# What an error has the place in that was kept; pickle takes it along.
+_PLACE = "place"
 
 
 class InputError(ValueError):
@@ -25,5 +31,21 @@ def place_of(error: BaseException) -> str:
         except KeyError as error:
             print(place_of(error))  # KeyError (example.py:2)
     """
+    if (kept := vars(error).get(_PLACE)) is not None:
+        return str(kept)
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} ({Path(where.filename).name}:{where.lineno})"
+
+
+def with_place(error: Raised, cause: BaseException) -> Raised:
+    """An error that goes to another process, where it has no traceback, and still tells the place of its cause.
+
+    Example::
+
+        try:
+            {}["film"]
+        except KeyError as error:
+            connection.send(with_place(error, error))
+    """
+    vars(error)[_PLACE] = place_of(cause)
+    return error

@@ -651,7 +651,7 @@ def refuse_missing(columns: Iterable[str], present: Iterable[str], source: str) 
     have = list(present)
     for column in columns:
         if column not in have:
-            raise InputError(f"{source}: column {column!r} is missing (there are {have}): prepare the data again")
+            raise InputError(f"{source}: column {column!r} is missing (there are {have}): give it with every request")
 
 
 def refuse_missing_columns(schema: RequestSchema, present: Iterable[str], source: str) -> None:

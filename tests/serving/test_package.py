@@ -7,7 +7,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 
 from tests.conftest import SCHEMA
 from tests.launch import start
-from tests.serving.server.test_server import EVENTS, scores_of, unlabelled
+from tests.serving.server.test_server import EVENTS, free_port, scores_of, unlabelled
 from tests.serving.test_scorer import make_model
 from tests.serving.test_signing import make_key
 from tests.serving.valkey import Valkey, valkey
@@ -68,27 +70,22 @@ def test_several_processes_answer_for_a_package_as_one_server(
     for copy in (tuesday, unsigned):
         shutil.copytree(package, copy)
     (unsigned / SIGNATURE_FILE).unlink()
-    command = ("torchrec-amort", "serve", "--package", str(package), "--processes", "2")
-    process = start(*command, "--grpc_port", "0", "--http_port", "0", *_more_options(package, tmp_path, tier))
+    shared = free_port(2, 4)
+    command = ("torchrec-amort", "serve", "--package", str(package), "--processes", "2", "--http_port", str(shared))
+    process = start(*command, "--grpc_port", "0", *_more_options(package, tmp_path, tier))
     request.addfinalizer(process.kill)
     ports = [re.findall(r":(\d+)", _line(process, "version monday")) for _ in range(2)]
-    _line(process, "2 processes answer")
+    assert {int(http_port) for _, http_port in ports} == {shared + 2, shared + 4}
+    assert _line(process, "2 processes answer").endswith(f": any of them by HTTP on 127.0.0.1:{shared}\n")
     requests = unlabelled()
     expected = AmortizedScorer(load_package(package)).score(RequestBatch.from_requests(requests, SCHEMA)).numpy()
     # int8 tables.
     np.testing.assert_allclose(expected, scores_of(requests), atol=1e-3)
     https = [httpx.Client(base_url=f"http://127.0.0.1:{http}", timeout=60) for _, http in ports]
 
-    def refuse_other_scores(version: str) -> None:
-        with ScoringClient([f"127.0.0.1:{grpc}" for grpc, _ in ports], schema=SCHEMA) as client:
-            scored = client.score(requests)
-        np.testing.assert_allclose(np.concatenate(scored.logits), expected, atol=1e-5)
-        assert set(scored.versions) == {version}
-        for http in https:
-            answer = http.post("/v1/score", json={"requests": requests}).json()
-            np.testing.assert_allclose(np.concatenate(answer["scores"]), expected, atol=1e-5)
-            assert answer["version"] == version
-
+    servers = [f"127.0.0.1:{grpc}" for grpc, _ in ports]
+    urls = [f"http://127.0.0.1:{http}" for http in (*(http for _, http in ports), shared)]
+    refuse_other_scores = partial(_refuse_other_scores, servers, urls, requests, expected)
     refuse_other_scores("monday")
     # New events alone, which any process takes.
     for place in (1, 0):
@@ -123,6 +120,19 @@ def test_several_processes_answer_for_a_package_as_one_server(
     rows = [row for of_file in logged.values() for row in of_file]
     assert {row["user"] for row in rows} == {request["user"] for request in requests} - {user}
     assert {row["request_id"] for row in rows} <= {request["request_id"] for request in requests}
+
+
+def _refuse_other_scores(
+    servers: list[str], urls: list[str], requests: list[dict[str, Any]], expected: np.ndarray, version: str
+) -> None:
+    with ScoringClient(servers, schema=SCHEMA) as client:
+        scored = client.score(requests)
+    np.testing.assert_allclose(np.concatenate(scored.logits), expected, atol=1e-5)
+    assert set(scored.versions) == {version}
+    for url in urls:
+        answer = httpx.post(f"{url}/v1/score", json={"requests": requests}, timeout=60).json()
+        np.testing.assert_allclose(np.concatenate(answer["scores"]), expected, atol=1e-5)
+        assert answer["version"] == version
 
 
 def _roll_out(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -56,7 +55,7 @@ def serve_until_told(config: ServeConfig) -> None:
     is_told_to_end = threading.Event()
 
     with stop_signals(lambda _: is_told_to_end.set()):
-        if config.processes == 1:
+        if config.num_processes == 1:
             _serve(config, is_told_to_end)
         else:
             _serve_by_several(config, is_told_to_end)
@@ -67,26 +66,31 @@ def _serve_by_several(config: ServeConfig, is_told_to_end: threading.Event) -> N
     with tempfile.TemporaryDirectory(prefix="torchrec-amort-", dir=memory if memory.is_dir() else None) as mapped:
         run = partial(_serve_as_one, config, mapped)
         loaded = Loaded((config.package,) if config.package else ())
-        with Fleet(config.processes, run, [__name__], loaded, partial(clear, Path(mapped))) as fleet:
-            print(f"{config.processes} processes answer", flush=True)
+        with Fleet(config.num_processes, run, [__name__], loaded, partial(clear, Path(mapped))) as fleet:
+            print(f"{config.num_processes} processes answer{_shared_addresses(config)}", flush=True)
             fleet.watch(until=is_told_to_end)
 
 
 def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started | None, loaded: Loaded) -> None:
     """Answer as one of several processes, until told to end or left alone."""
     is_told_to_end = threading.Event()
-    given = [port and port + link.place for port in (config.grpc_port, config.http_port)]
-    ports = before or Started(*given)
+    ports = before or Started(*config.ports_of(link.place))
     own = replace(
         config,
         grpc_port=ports.grpc_port,
         http_port=ports.http_port,
         package=loaded.packages[0] if loaded.packages else None,
-        workers=config.workers or max(1, len(os.sched_getaffinity(0)) // config.processes),
     )
 
     with stop_signals(lambda _: is_told_to_end.set()):
-        _serve(own, is_told_to_end, Path(mapped), link, loaded)
+        _serve(own, is_told_to_end, Path(mapped), link, loaded, (config.grpc_port, config.http_port))
+
+
+def _shared_addresses(config: ServeConfig) -> str:
+    """Where any of several processes is reached."""
+    ports = {"gRPC": config.grpc_port, "HTTP": config.http_port}
+    shared = [f"{protocol} on {config.host}:{port}" for protocol, port in ports.items() if port]
+    return f": any of them by {' and '.join(shared)}" if shared else ""
 
 
 def _serve(
@@ -95,6 +99,7 @@ def _serve(
     mapped: Path | None = None,
     link: Link | None = None,
     loaded: Loaded | None = None,
+    shared_ports: tuple[int, int] = (0, 0),
 ) -> None:
     """Answer in this process."""
     # Work is spread over requests; what one thread does of it is the service's to say.
@@ -114,11 +119,11 @@ def _serve(
         endpoint = _endpoint(config, versions, switched, link, request_log, at_the_end)
         if loaded.rollout is not None:
             endpoint.restore(loaded.rollout)
-        server = _server(config, endpoint)
+        server = _server(config, endpoint, shared_ports)
         server.start()
         print(
             f"{endpoint.name}, version {versions.current.name}: gRPC on {config.host}:{server.grpc_port}, HTTP on "
-            f"{config.host}:{server.http_port}, {_num_workers(config)} workers",
+            f"{config.host}:{server.http_port}",
             flush=True,
         )
         if link is not None:
@@ -145,7 +150,7 @@ def _endpoint(
     name = config.name or versions.current.schema.dataset
     service = ScoringService(
         versions,
-        _num_workers(config),
+        config.workers,
         _max_waiting(config),
         config.threads_per_request,
         max_bytes=config.max_waiting_bytes,
@@ -179,7 +184,7 @@ def _endpoint(
     )
 
 
-def _server(config: ServeConfig, endpoint: Endpoint) -> ScoringServer:
+def _server(config: ServeConfig, endpoint: Endpoint, shared_ports: tuple[int, int]) -> ScoringServer:
     access = Access(
         tokens=_tokens(config.tokens),
         certificate=config.certificate,
@@ -191,18 +196,15 @@ def _server(config: ServeConfig, endpoint: Endpoint) -> ScoringServer:
         config.host,
         grpc_port=config.grpc_port,
         http_port=config.http_port,
+        shared_ports=shared_ports,
         access=access,
-        num_threads=_num_workers(config) + _max_waiting(config),
+        num_threads=config.workers + _max_waiting(config),
         max_bytes=config.max_message_bytes,
     )
 
 
-def _num_workers(config: ServeConfig) -> int:
-    return config.workers or len(os.sched_getaffinity(0))
-
-
 def _max_waiting(config: ServeConfig) -> int:
-    return config.max_waiting or _WAITING_PER_WORKER * _num_workers(config)
+    return config.max_waiting or _WAITING_PER_WORKER * config.workers
 
 
 def _of_package(
@@ -269,7 +271,7 @@ def _request_log(config: ServeConfig, link: Link | None) -> RequestLog | None:
         config.request_log_share,
         config.request_log_days,
         place=link.place if link else 0,
-        num_places=config.processes,
+        num_places=config.num_processes,
     )
 
 

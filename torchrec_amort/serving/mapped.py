@@ -137,7 +137,7 @@ class FilesInFolder:
         except OSError as error:
             hint = (
                 f"give {path.parent} more room; where it is memory, as /dev/shm is, it takes the size of the tables of "
-                "all versions"
+                "all versions; one process alone (--processes 1) needs no files"
             )
             raise _no_room(str(path), parts, error, hint) from error
 

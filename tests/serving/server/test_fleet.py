@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 
 from torchrec_amort import InputError
+from torchrec_amort.errors import place_of
 from torchrec_amort.serving.histories import TierUnreachable
 from torchrec_amort.serving.rollout import Stage
 from torchrec_amort.serving.server import fleet as fleet_module
 from torchrec_amort.serving.server.fleet import Fleet, Link, Started
 from torchrec_amort.serving.server.loaded import Loaded, RolledOut
+
+OWN = Path(__file__).name
+
+
+def line_of(text: str) -> int:
+    """The first line of this file that has it."""
+    return next(line for line, code in enumerate(Path(__file__).read_text().splitlines(), 1) if text in code)
 
 
 def run(folder: Path, link: Link, before: Started | None, loaded: Loaded) -> None:
@@ -68,7 +76,7 @@ def run(folder: Path, link: Link, before: Started | None, loaded: Loaded) -> Non
             try:
                 answer = str(link.all(order, *(of_rollout if order == "roll_out" else args)))
             except Exception as error:  # noqa: BLE001 - the test reads it
-                answer = f"{type(error).__name__}: {error}"
+                answer = f"{place_of(error)}: {error}"
             (folder / f"part-{link.place}").write_text(answer)
             (folder / f"part-{link.place}").rename(folder / f"answer-{link.place}")
     write("over")
@@ -129,11 +137,13 @@ def test_what_one_process_is_asked_for_all_do_and_one_that_ends_is_started_anew(
         assert files.ask(1, "forget 7") == "[0, 1]"
         assert [files.done(place)[1:] for place in (0, 1)] == [["forget 7"]] * 2
         # None answers by what one of them refuses, and those that took it let it go.
-        assert files.ask(0, "prepare other") == "InputError: other: has other features"
+        assert files.ask(0, "prepare other") == f"InputError ({OWN}:{line_of('other: has')}): other: has other features"
         assert [files.done(place)[2:] for place in (0, 1)] == [["prepare other", "discard"]] * 2
         # Of a fault, no more is told than where it is.
-        assert "secret" not in (told := files.ask(0, "prepare fault")) and "KeyError" in told
-        assert files.ask(0, "prepare shared") == "TierUnreachable: shared: does not answer"
+        place = f"KeyError ({OWN}:{line_of('KeyError(')})"
+        assert files.ask(0, "prepare fault") == f"{place}: {place}"
+        place = f"TierUnreachable ({OWN}:{line_of('shared: does')})"
+        assert files.ask(0, "prepare shared") == f"{place}: shared: does not answer"
         assert loaded == []
         assert files.ask(0, "commit tuesday") == "[0, 1]"
         assert loaded == [["monday", "tuesday"]]

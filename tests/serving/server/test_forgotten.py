@@ -40,7 +40,7 @@ def test_memory_in_use_has_nothing_of_a_user_who_was_forgotten(
     server = start(*command, f"--cache_bytes={2**26}", f"--history_bytes={2**26}")
     request.addfinalizer(server.kill)
     assert server.stdout is not None
-    told = next(found for line in server.stdout if (found := re.search(r"gRPC on (\S+), HTTP on (\S+),", line)))
+    told = next(found for line in server.stdout if (found := re.search(r"gRPC on (\S+), HTTP on (\S+)", line)))
     one = unlabelled()[0]
     with (
         ScoringClient([told[1]], schema=SCHEMA) as client,

@@ -1,12 +1,15 @@
 import datetime
 import ipaddress
 import json
+import random
 import re
+import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from tests.pages import blocks
 from tests.serving.server.test_tensors import as_tensors
 from tests.serving.test_scorer import make_model
 from torchrec_amort import AmortizedScorer, HistoryCache, InputError, RequestBatch, ScoringService
+from torchrec_amort.ops.cores import usable_cores
 from torchrec_amort.serving.histories import HistoryStore
 from torchrec_amort.serving.server.access import Access
 from torchrec_amort.serving.server.config import ServeConfig
@@ -102,6 +106,7 @@ def serving(
     histories: Any = None,
     trace: Any = None,
     request_log: Any = None,
+    shared_ports: tuple[int, int] = (0, 0),
     **options: Any,
 ) -> Iterator[Client]:
     service = ScoringService(versions, **({"num_workers": 2, "max_waiting": 9} | options))
@@ -112,7 +117,7 @@ def serving(
     )
     ports: Any = {"grpc_port": 0, "http_port": 0, "num_threads": 12, "max_bytes": MAX_BYTES, "access": access}
     with (
-        ScoringServer(endpoint, "127.0.0.1", **ports) as server,
+        ScoringServer(endpoint, "127.0.0.1", shared_ports=shared_ports, **ports) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
         httpx.Client(base_url=f"http://127.0.0.1:{server.http_port}", timeout=60) as http,
     ):
@@ -337,6 +342,12 @@ def test_a_full_queue_refuses_at_once_and_a_drained_server_answers_what_came() -
         assert "amort_service_refused_total 2.0" in text and 'amort_scored_total{version="monday"} 2.0' in text
 
 
+def test_a_message_that_is_none_is_counted() -> None:
+    with serving(Versions(version("monday"))) as client:
+        status_of(lambda: client.channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"\xff", timeout=60))
+        assert 'amort_request_seconds_count{protocol="grpc",result="bad_input"} 1.0' in client.http.get("/metrics").text
+
+
 def test_tokens_guard_each_role() -> None:
     tokens: Any = {"score": "s" * 16, "admin": "a" * 16}
     with serving(Versions(version("monday")), Access(tokens=tokens)) as client:
@@ -532,19 +543,68 @@ def test_senseless_access_is_refused(tmp_path: Path) -> None:
             Access(**options)
 
 
+def test_there_are_as_many_processes_as_cpus_unless_one_keeps_what_is_of_users() -> None:
+    assert ServeConfig(package="packages/films").num_processes == usable_cores()
+    for options in ({"cache_bytes": 1}, {"history_bytes": 1}, {"package": None, "run_folder": "runs/films"}):
+        assert ServeConfig(**({"package": "packages/films"} | options)).num_processes == 1
+    config = ServeConfig(package="packages/films", processes=2, cache_bytes=1, grpc_port=0)
+    assert config.num_processes == 2
+    assert [config.ports_of(place) for place in (0, 1)] == [(0, 8002), (0, 8004)]
+
+
 def test_ports_of_processes_that_would_meet_are_told() -> None:
-    with pytest.raises(InputError, match="processes is 2, grpc_port 8001 and http_port 8000: .* 2 or more apart"):
-        ServeConfig(package="packages/films", processes=2)
-    for grpc_port in (8002, 0):
+    with pytest.raises(InputError, match="grpc_port is 8004 and http_port 8000: each of 2 .* an even and an odd"):
+        ServeConfig(package="packages/films", processes=2, grpc_port=8004)
+    for grpc_port in (8001, 8006, 0):
         ServeConfig(package="packages/films", processes=2, grpc_port=grpc_port)
+    ServeConfig(package="packages/films", processes=1, grpc_port=8004)
+
+
+def test_who_connects_to_a_shared_port_gets_any_server() -> None:
+    shared = free_port(), free_port()
+    with ExitStack() as stack:
+        own = [
+            stack.enter_context(serving(Versions(version(name)), shared_ports=shared)) for name in ("monday", "tuesday")
+        ]
+        answered: set[tuple[str, str]] = set()
+        until = time.monotonic() + 60
+        while len(answered) < 4:
+            assert time.monotonic() < until, answered
+            # A connection stays with one of them.
+            with grpc.insecure_channel(f"127.0.0.1:{shared[0]}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                answered.add(("gRPC", Client(own[0].server, channel, own[0].http).infer(unlabelled()).model_version))
+            reply = httpx.post(f"http://127.0.0.1:{shared[1]}/v1/score", json={"requests": unlabelled()}, timeout=60)
+            answered.add(("HTTP", reply.json()["version"]))
+        assert answered == {(protocol, name) for protocol in ("gRPC", "HTTP") for name in ("monday", "tuesday")}
+        # Their own ports are theirs.
+        assert [client.infer(unlabelled()).model_version for client in own] == ["monday", "tuesday"]
+        taken: Any = {"grpc_port": own[0].server.grpc_port, "http_port": own[0].server.http_port}
+        nothing: Any = None
+        with pytest.raises(InputError, match="cannot be listened on"):
+            ScoringServer(nothing, "127.0.0.1", num_threads=1, shared_ports=shared, **taken)
+
+
+def free_port(*further: int) -> int:
+    """A port that is free, as those are that are so much further on."""
+    while True:
+        # Below those that the system gives to whoever asks for any.
+        port = random.randrange(10_000, 30_000)
+        with ExitStack() as taken:
+            try:
+                for more in (0, *further):
+                    taken.enter_context(socket.socket()).bind(("127.0.0.1", port + more))
+            except OSError:
+                continue
+            return port
 
 
 def test_a_port_that_is_taken_is_told(client: Client) -> None:
     endpoint: Any = None
-    for ports in (
+    of_client: list[Any] = [
         {"grpc_port": client.server.grpc_port, "http_port": 0},
         {"grpc_port": 0, "http_port": client.server.http_port},
-    ):
+    ]
+    for ports in of_client:
         with pytest.raises(InputError, match="cannot be listened on"):
             ScoringServer(endpoint, "127.0.0.1", num_threads=1, **ports)
 

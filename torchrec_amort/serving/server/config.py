@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, UP_TO_ONE, refuse_out_of_bounds
 from torchrec_amort.errors import InputError
+from torchrec_amort.ops.cores import usable_cores
 
 
 @dataclass(kw_only=True)
@@ -24,10 +25,12 @@ class ServeConfig:
         host: that is listened on; this machine alone unless given. Give tokens and TLS with any other.
         grpc_port: of gRPC; any free one if 0.
         http_port: of HTTP; any free one if 0.
-        processes: that answer side by side, with one copy of a package's tables: the first listens on `grpc_port` and
-            `http_port`, each other on those after the one before: give ports that are as far apart. Give clients all
-            of them, so that a user's requests go to one. Queues, caches and histories are each process' own.
-        workers: requests that each process scores at the same time; as many as there are CPUs for it unless given.
+        processes: that answer side by side, with one copy of a package's tables. Who connects to `grpc_port` or
+            `http_port` gets any of them; each has ports of its own besides, 2, 4, 6 and so on further on. Queues,
+            caches and histories are each process' own. As many as there are CPUs unless given; 1 with `cache_bytes`,
+            `history_bytes` or a `run_folder`.
+        workers: requests that each process scores at the same time. Python runs on one thread at a time: another
+            process is faster, as a rule.
         threads_per_request: CPU threads of each.
         max_together: requests that wait which a worker scores together; their scores are the same, to rounding.
         microbatch_size: candidates that are scored at a time; all at once unless given.
@@ -62,8 +65,8 @@ class ServeConfig:
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     http_port: int = 8000
-    processes: int = 1
-    workers: int | None = None
+    processes: int | None = None
+    workers: int = 1
     threads_per_request: int = 1
     max_together: int = 8
     microbatch_size: int | None = None
@@ -110,11 +113,7 @@ class ServeConfig:
         )
         if (self.package is None) == (self.run_folder is None):
             raise InputError("give a package or a run_folder, one of the two")
-        if 0 < abs(self.grpc_port - self.http_port) < self.processes and self.grpc_port and self.http_port:
-            raise InputError(
-                f"processes is {self.processes}, grpc_port {self.grpc_port} and http_port {self.http_port}: each "
-                f"process takes the next ones, and they would meet: give ports that are {self.processes} or more apart"
-            )
+        self._refuse_ports_that_meet()
         if self.watch is not None and self.package is None:
             raise InputError(f"watch is {self.watch!r}, but a run_folder answers: give a package to begin with")
         if self.trusted_key is not None and self.package is None:
@@ -130,6 +129,29 @@ class ServeConfig:
                 "give none of the three"
             )
         self._refuse_half_shared()
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes answer."""
+        if self.processes is not None:
+            return self.processes
+        # What is kept of a user is in one of several processes, and of runs each has tables of its own.
+        is_one = self.package is None or self.cache_bytes > 0 or self.history_bytes > 0
+        return 1 if is_one else usable_cores()
+
+    def ports_of(self, place: int) -> tuple[int, int]:
+        """The ports of one of several processes alone, gRPC's first; free ones where 0 is given."""
+        grpc_port, http_port = (port and port + 2 * (place + 1) for port in (self.grpc_port, self.http_port))
+        return grpc_port, http_port
+
+    def _refuse_ports_that_meet(self) -> None:
+        apart = abs(self.grpc_port - self.http_port)
+        of_processes = 0 if self.num_processes == 1 else 2 * self.num_processes
+        if self.grpc_port and self.http_port and apart % 2 == 0 and apart <= of_processes:
+            raise InputError(
+                f"grpc_port is {self.grpc_port} and http_port {self.http_port}: each of {self.num_processes} processes "
+                "has those that are 2 further on, and they would meet: give an even and an odd one"
+            )
 
     def _refuse_half_shared(self) -> None:
         """Refuse a tier that not all is told of."""

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeAlias
 
-from torchrec_amort.errors import InputError, place_of
+from torchrec_amort.errors import InputError, place_of, with_place
 from torchrec_amort.serving.histories import TierUnreachable
 from torchrec_amort.serving.server.loaded import Loaded
 
@@ -101,10 +101,10 @@ class Link:
             try:
                 answer: Any = actions[order](*args)
             except (InputError, TierUnreachable) as error:
-                answer = error
+                answer = with_place(error, error)
             except Exception as error:  # noqa: BLE001 - it is the one's who asked, and the process goes on
                 # Others may not be able to read it.
-                answer = RuntimeError(place_of(error))
+                answer = with_place(RuntimeError(place_of(error)), error)
             self._orders.send(answer)
 
 
@@ -302,4 +302,4 @@ def _run(run: Run, asks: Connection, orders: Connection, place: int, before: Sta
     try:
         run(Link(asks, orders, place), before, loaded)
     except InputError as error:
-        orders.send(error)
+        orders.send(with_place(error, error))

@@ -45,6 +45,7 @@ class GrpcServer:
         access: who may call.
         num_threads: calls that are answered at the same time, those that wait for a worker among them.
         max_bytes: of a message; larger ones are refused before they are read.
+        shared_address: another one, that more servers of this user listen on.
 
     Raises:
         InputError: the address cannot be had.
@@ -56,14 +57,23 @@ class GrpcServer:
         server.stop(seconds=5)
     """
 
-    def __init__(self, endpoint: Endpoint, address: str, access: Access, num_threads: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        address: str,
+        access: Access,
+        num_threads: int,
+        max_bytes: int,
+        *,
+        shared_address: str | None = None,
+    ) -> None:
         self._endpoint, self._access = endpoint, access
         # Health is asked for while all others wait.
         self._server = grpc.server(
             ThreadPoolExecutor(num_threads + 2, thread_name_prefix="grpc"),
             options=[
                 ("grpc.max_receive_message_length", max_bytes),
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(shared_address is not None)),
                 # A client that is gone without a word is found out.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
@@ -83,14 +93,9 @@ class GrpcServer:
             for method in METHODS
         }
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
-        try:
-            credentials = access.server_credentials()
-            if credentials is None:
-                self.port = self._server.add_insecure_port(address)
-            else:
-                self.port = self._server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise InputError(f"{address}: cannot be listened on: choose another port, or end what has it") from error
+        self.port = self._listen(address)
+        if shared_address is not None:
+            self._listen(shared_address)
 
     def start(self) -> None:
         """Answer from now on."""
@@ -109,6 +114,15 @@ class GrpcServer:
         """
         self._server.stop(seconds).wait()
 
+    def _listen(self, address: str) -> int:
+        credentials = self._access.server_credentials()
+        try:
+            if credentials is None:
+                return int(self._server.add_insecure_port(address))
+            return int(self._server.add_secure_port(address, credentials))
+        except RuntimeError as error:
+            raise InputError(f"{address}: cannot be listened on: choose another port, or end what has it") from error
+
     def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):
             self._health.set(service, status)
@@ -117,7 +131,9 @@ class GrpcServer:
         def handle(request: Any, context: grpc.ServicerContext) -> Any:
             try:
                 if isinstance(request, DecodeError):
-                    raise InputError(f"message: is none of the protocol ({request})")
+                    # Whatever it was to be, it is counted.
+                    with self._endpoint.call("grpc", dict(context.invocation_metadata())):
+                        raise InputError(f"message: is none of the protocol ({request})")
                 return answer(request, context)
             except Exception as error:  # noqa: BLE001 - it is the caller's, and the server goes on
                 context.abort(grpc.StatusCode[failure_of(error).grpc], told(error))

@@ -27,6 +27,8 @@ class ScoringServer:
         host: that it listens on: `127.0.0.1` is this machine alone.
         grpc_port: a free one if 0.
         http_port: a free one if 0.
+        shared_ports: others, gRPC's first, that more servers of this user listen on: who connects there gets any of
+            them. Where one is 0, there is none.
         access: who may call.
         num_threads: gRPC calls that are answered at the same time, those that wait for a worker among them.
         max_bytes: of a message.
@@ -47,14 +49,26 @@ class ScoringServer:
         *,
         grpc_port: int,
         http_port: int,
+        shared_ports: tuple[int, int] = (0, 0),
         access: Access | None = None,
         num_threads: int,
         max_bytes: int = 2**24,
     ) -> None:
         access = access or Access()
         self._endpoint = endpoint
-        self._grpc = GrpcServer(endpoint, f"{host}:{grpc_port}", access, num_threads, max_bytes)
-        self._socket = _listening(host, http_port)
+        shared_grpc_port, shared_http_port = shared_ports
+        # First: gRPC does not find out that another server has its port where ports are shared.
+        self._sockets = [_listening(host, http_port)]
+        if shared_http_port:
+            self._sockets.append(_listening(host, shared_http_port, is_shared=True))
+        self._grpc = GrpcServer(
+            endpoint,
+            f"{host}:{grpc_port}",
+            access,
+            num_threads,
+            max_bytes,
+            shared_address=f"{host}:{shared_grpc_port}" if shared_grpc_port else None,
+        )
         config = uvicorn.Config(
             rest_app(endpoint, access, max_bytes),
             log_level="warning",
@@ -68,8 +82,8 @@ class ScoringServer:
             ssl_cert_reqs=ssl.CERT_NONE if access.client_ca is None else ssl.CERT_REQUIRED,
         )
         self._http = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._http.run, args=([self._socket],), name="http", daemon=True)
-        self.grpc_port, self.http_port = self._grpc.port, int(self._socket.getsockname()[1])
+        self._thread = threading.Thread(target=self._http.run, args=(self._sockets,), name="http", daemon=True)
+        self.grpc_port, self.http_port = self._grpc.port, int(self._sockets[0].getsockname()[1])
 
     def start(self) -> None:
         """Answer from now on."""
@@ -99,11 +113,12 @@ class ScoringServer:
         self.close()
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listening(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol, or asyncio leaves it to Nagle's algorithm, and answers wait 40 ms for an acknowledgement.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(is_shared))
     try:
         listening.bind((host, port))
         # At once: who was told of the port may be there before uvicorn is.
