@@ -42,10 +42,13 @@ def with_place(error: Raised, cause: BaseException) -> Raised:
 
     Example::
 
+        import pickle
+
         try:
             {}["film"]
         except KeyError as error:
-            connection.send(with_place(error, error))
+            sent = pickle.dumps(with_place(error, error))
+        print(place_of(pickle.loads(sent)))  # KeyError (example.py:2)
     """
     vars(error)[_PLACE] = place_of(cause)
     return error
