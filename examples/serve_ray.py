@@ -6,6 +6,7 @@ Run from the root of the clone. Every node has to have the package under that pa
 """
 
 # Ray reads the annotation of `application`: no annotation is left as text here.
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Scores:
         self._replicas = serve.get_deployment_handle(own.deployment, own.app_name)
         # Work is spread over requests.
         torch.set_num_threads(1)
+        # Garbage collection passes over what is imported, or a replica stands still for 0.2 s now and then.
+        gc.freeze()
         folder = Path(settings.package)
         scorer = AmortizedScorer(load_package(folder), cache=HistoryCache(settings.cache_bytes))
         # Another package has replicas of its own: no request is kept to warm it up with.

@@ -133,7 +133,7 @@ def test_only_signed_packages_are_loaded_and_the_version_that_answers_goes_on(
             reply = client.http.post("/v1/versions", json={"folder": str(package)})
             assert reply.status_code == 400 and told in reply.json()["error"], reply.text
             with pytest.raises(InputError, match=told):
-                serve_until_told(ServeConfig(package=str(package), trusted_key=trusted_key))
+                serve_until_told(ServeConfig(package=str(package), trusted_key=trusted_key, processes=1))
             assert loaded == []
             version, found = scores()
             assert version == "monday"

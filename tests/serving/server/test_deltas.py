@@ -248,7 +248,7 @@ def test_a_package_does_not_read_tables_that_a_wrong_delta_has_made(folder: Path
 
 def test_a_server_does_not_start_with_a_delta(folder: Path) -> None:
     with pytest.raises(InputError, match="tuesday: is since a package .*, and none answers yet: start the server with"):
-        serve_until_told(ServeConfig(package=str(folder / "tuesday")))
+        serve_until_told(ServeConfig(package=str(folder / "tuesday"), processes=1))
 
 
 def test_deltas_that_are_put_into_a_watched_folder_are_taken_in_their_order(

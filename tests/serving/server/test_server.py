@@ -1,4 +1,5 @@
 import datetime
+import gc
 import ipaddress
 import json
 import random
@@ -32,6 +33,7 @@ from tests.pages import blocks
 from tests.serving.server.test_tensors import as_tensors
 from tests.serving.test_scorer import make_model
 from torchrec_amort import AmortizedScorer, HistoryCache, InputError, RequestBatch, ScoringService
+from torchrec_amort.jobs import serve
 from torchrec_amort.ops.cores import usable_cores
 from torchrec_amort.serving.histories import HistoryStore
 from torchrec_amort.serving.server.access import Access
@@ -541,6 +543,22 @@ def test_senseless_access_is_refused(tmp_path: Path) -> None:
     for options, told in refused:
         with pytest.raises(InputError, match=told):
             Access(**options)
+
+
+def test_what_is_imported_is_not_looked_at_by_garbage_collection_while_requests_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[int] = []
+
+    def load(*_: Any, **__: Any) -> Any:
+        looked_at.append(len(gc.get_objects()))
+        raise InputError("packages/films: no such folder")
+
+    monkeypatch.setattr(serve, "_of_package", load)
+    with pytest.raises(InputError, match="no such folder"):
+        serve.serve_until_told(ServeConfig(package="packages/films", processes=1))
+    # As before, once it has ended.
+    assert looked_at[0] < 0.01 * len(gc.get_objects())
 
 
 def test_there_are_as_many_processes_as_cpus_unless_one_keeps_what_is_of_users() -> None:
