@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "torchrec_amort"
 FLOORS = {
     "errors": 0,
+    "garbage": 0,
     "hashing": 0,
     "jagged_ids": 0,
     "progress": 0,

@@ -25,6 +25,7 @@ from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, refuse_o
 from torchrec_amort.data.sample import drawn_requests, inputs_of, latest_events, sample_requests
 from torchrec_amort.errors import InputError, one_line
 from torchrec_amort.files import new_file, utc_now
+from torchrec_amort.garbage import imports_frozen
 from torchrec_amort.progress import progress
 from torchrec_amort.schema import RequestSchema
 from torchrec_amort.serving.package import load_package
@@ -202,7 +203,7 @@ def _send(config: ServerLoadConfig, sender: Sender, num_rows: int) -> tuple[list
     deadline = np.inf if config.timeout_ms is None else config.timeout_ms / 1e3
     all_calls, rates = [], []
     total = sum(len(load.seconds_R) for load in loads)
-    with closing(sender), progress(total=total, desc="load", unit="requests") as bar:
+    with imports_frozen(), closing(sender), progress(total=total, desc="load", unit="requests") as bar:
         for rate, load in zip(config.rates, loads, strict=True):
             busy = time.process_time()
             calls = send_all(load, sender, SystemClock(), bar.update)

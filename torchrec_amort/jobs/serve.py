@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchrec_amort.errors import InputError
+from torchrec_amort.garbage import imports_frozen
 from torchrec_amort.serving.cache import HistoryCache
 from torchrec_amort.serving.histories import Histories, HistoryStore
 from torchrec_amort.serving.request_log import RequestLog
@@ -57,7 +57,7 @@ def serve_until_told(config: ServeConfig) -> None:
 
     with stop_signals(lambda _: is_told_to_end.set()):
         if config.num_processes == 1:
-            with _imports_frozen():
+            with imports_frozen():
                 _serve(config, is_told_to_end)
         else:
             _serve_by_several(config, is_told_to_end)
@@ -84,22 +84,8 @@ def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started 
         package=loaded.packages[0] if loaded.packages else None,
     )
 
-    with stop_signals(lambda _: is_told_to_end.set()), _imports_frozen():
+    with stop_signals(lambda _: is_told_to_end.set()), imports_frozen():
         _serve(own, is_told_to_end, Path(mapped), link, loaded, (config.grpc_port, config.http_port))
-
-
-@contextmanager
-def _imports_frozen() -> Iterator[None]:
-    """Let garbage collection pass over what is there now, which is all that was imported.
-
-    A full collection takes 0.2 s otherwise, and nobody is answered meanwhile. Versions come later, and are collected.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _shared_addresses(config: ServeConfig) -> str:
