@@ -19,7 +19,6 @@ def imports_frozen() -> Iterator[None]:
         with imports_frozen():
             print(gc.get_freeze_count())
     """
-    gc.collect()
     gc.freeze()
     try:
         yield

@@ -76,16 +76,11 @@ def _serve_by_several(config: ServeConfig, is_told_to_end: threading.Event) -> N
 def _serve_as_one(config: ServeConfig, mapped: str, link: Link, before: Started | None, loaded: Loaded) -> None:
     """Answer as one of several processes, until told to end or left alone."""
     is_told_to_end = threading.Event()
-    ports = before or Started(*config.ports_of(link.place))
-    own = replace(
-        config,
-        grpc_port=ports.grpc_port,
-        http_port=ports.http_port,
-        package=loaded.packages[0] if loaded.packages else None,
-    )
+    ports = config.ports_of(link.place) if before is None else (before.grpc_port, before.http_port)
+    config = replace(config, package=loaded.packages[0] if loaded.packages else None)
 
     with stop_signals(lambda _: is_told_to_end.set()), imports_frozen():
-        _serve(own, is_told_to_end, Path(mapped), link, loaded, (config.grpc_port, config.http_port))
+        _serve(config, is_told_to_end, Path(mapped), link, loaded, ports)
 
 
 def _shared_addresses(config: ServeConfig) -> str:
@@ -101,7 +96,7 @@ def _serve(
     mapped: Path | None = None,
     link: Link | None = None,
     loaded: Loaded | None = None,
-    shared_ports: tuple[int, int] = (0, 0),
+    own_ports: tuple[int, int] | None = None,
 ) -> None:
     """Answer in this process."""
     # Work is spread over requests; what one thread does of it is the service's to say.
@@ -121,7 +116,7 @@ def _serve(
         endpoint = _endpoint(config, versions, switched, link, request_log, at_the_end)
         if loaded.rollout is not None:
             endpoint.restore(loaded.rollout)
-        server = _server(config, endpoint, shared_ports)
+        server = _server(config, endpoint, own_ports)
         server.start()
         print(
             f"{endpoint.name}, version {versions.current.name}: gRPC on {config.host}:{server.grpc_port}, HTTP on "
@@ -186,7 +181,10 @@ def _endpoint(
     )
 
 
-def _server(config: ServeConfig, endpoint: Endpoint, shared_ports: tuple[int, int]) -> ScoringServer:
+def _server(config: ServeConfig, endpoint: Endpoint, own_ports: tuple[int, int] | None) -> ScoringServer:
+    """What listens: on the ports of the config, which are those of all if a process has ports of its own."""
+    given = config.grpc_port, config.http_port
+    (grpc_port, http_port), shared_ports = (given, (0, 0)) if own_ports is None else (own_ports, given)
     access = Access(
         tokens=_tokens(config.tokens),
         certificate=config.certificate,
@@ -196,8 +194,8 @@ def _server(config: ServeConfig, endpoint: Endpoint, shared_ports: tuple[int, in
     return ScoringServer(
         endpoint,
         config.host,
-        grpc_port=config.grpc_port,
-        http_port=config.http_port,
+        grpc_port=grpc_port,
+        http_port=http_port,
         shared_ports=shared_ports,
         access=access,
         num_threads=config.workers + _max_waiting(config),

@@ -118,7 +118,8 @@ def _listening(host: str, port: int, *, is_shared: bool = False) -> socket.socke
     # With the protocol, or asyncio leaves it to Nagle's algorithm, and answers wait 40 ms for an acknowledgement.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(is_shared))
+    if is_shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((host, port))
         # At once: who was told of the port may be there before uvicorn is.
