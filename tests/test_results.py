@@ -11,6 +11,7 @@ from torchrec_amort.bench.benchmark_report import table
 from torchrec_amort.bench.compare_report import markdown
 
 PAGE = (ROOT / "docs" / "results.md").read_text()
+SERVERS = [f"server_{name}" for name in ("grpc", "rest", "over", "half", "worker", "workers", "processes")]
 RECORDS = sorted((ROOT / "docs" / "results").glob("*.json"))
 
 
@@ -28,7 +29,7 @@ def test_every_benchmark_is_that_of_its_record(name: str) -> None:
     assert table(record) in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["server_grpc", "server_rest", "server_over", "server_half"])
+@pytest.mark.parametrize("name", SERVERS)
 def test_every_load_is_that_of_its_record(name: str) -> None:
     record = json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
     lines = [line for line in server_load_report.markdown(record).splitlines() if line.startswith("|")]
