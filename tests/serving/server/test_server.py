@@ -570,12 +570,16 @@ def test_there_are_as_many_processes_as_cpus_unless_one_keeps_what_is_of_users()
     assert [config.ports_of(place) for place in (0, 1)] == [(0, 8002), (0, 8004)]
 
 
-def test_ports_of_processes_that_would_meet_are_told() -> None:
+def test_ports_of_processes_that_would_meet_or_are_none_are_told() -> None:
     with pytest.raises(InputError, match="grpc_port is 8004 and http_port 8000: each of 2 .* an even and an odd"):
         ServeConfig(package="packages/films", processes=2, grpc_port=8004)
     for grpc_port in (8001, 8006, 0):
         ServeConfig(package="packages/films", processes=2, grpc_port=grpc_port)
     ServeConfig(package="packages/films", processes=1, grpc_port=8004)
+    with pytest.raises(InputError, match="http_port is 65532, and 65536 is the last one of 2 processes"):
+        ServeConfig(package="packages/films", processes=2, http_port=65532)
+    with pytest.raises(InputError, match="grpc_port is 70000"):
+        ServeConfig(package="packages/films", processes=1, grpc_port=70000)
 
 
 def test_who_connects_to_a_shared_port_gets_any_server() -> None:

@@ -8,6 +8,8 @@ from torchrec_amort.bounds import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, UP_TO_ON
 from torchrec_amort.errors import InputError
 from torchrec_amort.ops.cores import usable_cores
 
+_LAST_PORT = 2**16 - 1
+
 
 @dataclass(kw_only=True)
 class ServeConfig:
@@ -113,7 +115,7 @@ class ServeConfig:
         )
         if (self.package is None) == (self.run_folder is None):
             raise InputError("give a package or a run_folder, one of the two")
-        self._refuse_ports_that_meet()
+        self._refuse_other_ports()
         if self.watch is not None and self.package is None:
             raise InputError(f"watch is {self.watch!r}, but a run_folder answers: give a package to begin with")
         if self.trusted_key is not None and self.package is None:
@@ -144,10 +146,17 @@ class ServeConfig:
         grpc_port, http_port = (port and port + 2 * (place + 1) for port in (self.grpc_port, self.http_port))
         return grpc_port, http_port
 
-    def _refuse_ports_that_meet(self) -> None:
+    def _refuse_other_ports(self) -> None:
+        """Refuse ports that there are not, and those of several processes that meet."""
+        furthest = 0 if self.num_processes == 1 else 2 * self.num_processes
+        for name, port in (("grpc_port", self.grpc_port), ("http_port", self.http_port)):
+            if port and port + furthest > _LAST_PORT:
+                raise InputError(
+                    f"{name} is {port}, and {port + furthest} is the last one of {self.num_processes} processes, but "
+                    f"ports end at {_LAST_PORT}"
+                )
         apart = abs(self.grpc_port - self.http_port)
-        of_processes = 0 if self.num_processes == 1 else 2 * self.num_processes
-        if self.grpc_port and self.http_port and apart % 2 == 0 and apart <= of_processes:
+        if self.grpc_port and self.http_port and apart % 2 == 0 and apart <= furthest:
             raise InputError(
                 f"grpc_port is {self.grpc_port} and http_port {self.http_port}: each of {self.num_processes} processes "
                 "has those that are 2 further on, and they would meet: give an even and an odd one"
