@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 # Those that wait longer come too late, and what is refused before it is read costs least.
 _WAITING_PER_WORKER = 16
 _SECONDS_BETWEEN_LOOKS = 1.0
+# Imported once, before processes are forked.
+_FORKED = [__name__, "torchrec_amort.serving.server.forked"]
 
 
 def serve_until_told(config: ServeConfig) -> None:
@@ -68,7 +70,7 @@ def _serve_by_several(config: ServeConfig, is_told_to_end: threading.Event) -> N
     with tempfile.TemporaryDirectory(prefix="torchrec-amort-", dir=memory if memory.is_dir() else None) as mapped:
         run = partial(_serve_as_one, config, mapped)
         loaded = Loaded((config.package,) if config.package else ())
-        with Fleet(config.num_processes, run, [__name__], loaded, partial(clear, Path(mapped))) as fleet:
+        with Fleet(config.num_processes, run, _FORKED, loaded, partial(clear, Path(mapped))) as fleet:
             print(f"{config.num_processes} processes answer{_shared_addresses(config)}", flush=True)
             fleet.watch(until=is_told_to_end)
 
