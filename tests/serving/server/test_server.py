@@ -7,6 +7,7 @@ import re
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -559,6 +560,12 @@ def test_what_is_imported_is_not_looked_at_by_garbage_collection_while_requests_
         serve.serve_until_told(ServeConfig(package="packages/films", processes=1))
     # As before, once it has ended.
     assert looked_at[0] < 0.01 * len(gc.get_objects())
+
+
+def test_processes_are_forked_where_there_is_no_compiler(tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "import torchrec_amort.serving.server.forked"]
+    subprocess.run(command, env=environment, check=True)
 
 
 def test_there_are_as_many_processes_as_cpus_unless_one_keeps_what_is_of_users() -> None:

@@ -70,7 +70,7 @@ class ScoringClient:
     With several servers, all requests of a user go to the same one, whose cache has that user's history. If a server
     is added, it takes its share of the users of each of the others, and no other user moves.
 
-    What a server refuses since its queue is full is sent again up to four times, after 20 to 200 ms, within the
+    What a server refuses since its queue is full is sent again up to four times, after 50 to 400 ms, within the
     timeout; not while most calls are refused.
 
     Args:

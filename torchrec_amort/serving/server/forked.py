@@ -4,6 +4,11 @@ Inductor runs a program for each kind before it loads the first package, more th
 is started anew answers.
 """
 
-from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+from contextlib import suppress
 
-valid_vec_isa_list()
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+from torch._inductor.exc import InvalidCxxCompiler
+
+# Packages are loaded without a compiler, too.
+with suppress(InvalidCxxCompiler):
+    valid_vec_isa_list()
